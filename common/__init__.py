@@ -1,0 +1,1 @@
+"""What both stages share: the feature store, files, mesh and sharding, tokenising, layers, progress."""

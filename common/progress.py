@@ -1,0 +1,71 @@
+"""Progress a person can follow: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+_LINE_SECONDS = 5.0
+
+
+def note(text: str) -> None:
+    """Prints one line to stderr at once, above a bar if one is shown."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Progress:
+    """A bar with rate and time left; where stderr is no terminal, a plain line every 5 seconds.
+
+    Use as a context manager. `total` and the steps of `update` are in `unit`s.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0):
+        self._label, self._total, self._unit = label, total, unit
+        self._done = self._first = done
+        self._text = ""
+        self._start = time.monotonic()
+        self._printed = self._start
+        terminal = sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=label, file=sys.stderr)
+            if terminal
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._bar is None:
+            self._line()
+        return self
+
+    def update(self, steps: int, text: str = "") -> None:
+        """Adds `steps`; `text` (a loss, say) is shown behind the rate."""
+        self._done += steps
+        self._text = text or self._text
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text, refresh=False)
+            self._bar.update(steps)
+        elif time.monotonic() - self._printed >= _LINE_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        meter = tqdm.format_meter(
+            self._done,
+            self._total,
+            self._printed - self._start,
+            ncols=0,
+            prefix=self._label,
+            unit=self._unit,
+            unit_scale=True,
+            initial=self._first,
+            postfix=self._text or None,
+        )
+        print(meter, file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._line()

@@ -1,0 +1,1 @@
+"""Stage 1: conversations -> packed rows -> frozen target -> feature store."""

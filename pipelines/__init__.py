@@ -1,0 +1,1 @@
+"""What joins the stages: the command line, recipes, the demo and the benchmark."""

@@ -1,0 +1,1 @@
+"""Stage 2: feature store -> EAGLE3 head -> checkpoint, evaluation, export."""
