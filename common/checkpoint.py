@@ -1,0 +1,220 @@
+"""Safetensors folders: headers are validated before anything is read, tensors are read slice by slice.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, raw little-endian
+data). A folder holds `model.safetensors`, or shards and `model.safetensors.index.json`. Works on local
+folders and on any fsspec URL. Pickled weights are never opened.
+"""
+
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import fsspec
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from common import files
+from common.errors import EyasError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
+_READERS = 16  # headers of shards read at once
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+FLOATS = tuple(DTYPES[kind] for kind in ("F32", "BF16", "F16"))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `offset` is its first byte in the file `url`."""
+
+    url: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of one safetensors folder by name; `read` takes slices of them."""
+
+    def __init__(self, folder: str, tensors: dict[str, Tensor]):
+        self.folder = folder
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, folder: str) -> "Checkpoint":
+        """Reads and validates every header. EyasError for missing, truncated or malformed files, for an
+        index that names a missing shard, a tensor its shard lacks, or a file outside of the folder.
+        """
+        names = _shards(folder)
+        with ThreadPoolExecutor(_READERS) as pool:
+            headers = list(pool.map(lambda name: _header(files.join(folder, name)), names))
+        tensors: dict[str, Tensor] = {}
+        for header in headers:
+            tensors |= header
+        if files.exists(f"{folder.rstrip('/')}/{INDEX}"):
+            for name, shard in _index(folder).items():
+                if name not in tensors:
+                    raise EyasError(
+                        f"{folder}: {INDEX} puts {name} into {shard}, which lacks it; fetch it again"
+                    )
+        return cls(folder, tensors)
+
+    def require(self, name: str, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...] = FLOATS) -> Tensor:
+        """The tensor `name`; EyasError if it is missing or has another shape or dtype."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise EyasError(f"{self.folder} lacks the tensor {name} {list(shape)}; fetch the model again")
+        if found.shape != shape:
+            raise EyasError(
+                f"{self.folder}: {name} has shape {list(found.shape)}, but config.json asks for {list(shape)}"
+            )
+        if found.dtype not in dtypes:
+            kinds = ", ".join(d.name for d in dtypes)
+            raise EyasError(f"{self.folder}: {name} is {found.dtype.name}, expected one of {kinds}")
+        return found
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A copy of `tensor[index]`; only the bytes of the needed rows (dimension 0) are fetched.
+
+        Slices have step 1. Raises EyasError when the file ends early.
+        """
+        tensor = self.tensors[name]
+        bounds = [s.indices(n) for s, n in zip(index, tensor.shape, strict=False)]
+        if not tensor.shape:
+            return np.frombuffer(_fetch(tensor, 0, tensor.nbytes), tensor.dtype).reshape(())
+        first, last = bounds[0][:2] if bounds else (0, tensor.shape[0])
+        row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+        rest = tuple(slice(start, stop) for start, stop, _ in bounds[1:])
+        rows = (last - first, *tensor.shape[1:])
+        if not files.is_remote(tensor.url):
+            whole = (
+                np.memmap(files.local_path(tensor.url), tensor.dtype, "r", tensor.offset + first * row, rows)
+                if math.prod(rows)
+                else np.empty(rows, tensor.dtype)
+            )
+            return np.array(whole[(slice(None), *rest)])
+        data = _fetch(tensor, first * row, last * row)
+        return np.frombuffer(data, tensor.dtype).reshape(rows)[(slice(None), *rest)].copy()
+
+
+def _fetch(tensor: Tensor, start: int, stop: int) -> bytes:
+    """Bytes start..stop of a tensor's data."""
+    fs, path = fsspec.core.url_to_fs(tensor.url)
+    data = fs.cat_file(path, start=tensor.offset + start, end=tensor.offset + stop)
+    if len(data) != stop - start:
+        raise EyasError(f"{tensor.url} ends early; fetch it again")
+    return data
+
+
+def _shards(folder: str) -> list[str]:
+    """File names of a folder's shards."""
+    base = folder.rstrip("/")
+    names = files.list_names(folder)
+    if INDEX in names:
+        shards = sorted(set(_index(folder).values()))
+        for shard in shards:
+            files.join(folder, shard)
+        missing = [shard for shard in shards if shard not in names and not files.exists(f"{base}/{shard}")]
+        if missing:
+            raise EyasError(
+                f"{folder}: {INDEX} names {missing[0]} ({len(missing)} of {len(shards)} shards missing); "
+                "fetch the model again"
+            )
+        return shards
+    if SINGLE in names:
+        return [SINGLE]
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        raise EyasError(
+            f"{folder} has pickled weights ({pickled[0]}), which are never opened; convert to safetensors"
+        )
+    raise EyasError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
+
+
+def _index(folder: str) -> dict[str, str]:
+    value = files.read_json(f"{folder.rstrip('/')}/{INDEX}")
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise EyasError(f"{folder}/{INDEX} has no weight_map of names to files; fetch it again")
+    for shard in weight_map.values():
+        if not shard.endswith(".safetensors"):
+            raise EyasError(f"{folder}: {INDEX} names {shard}; only .safetensors files are read, convert it")
+    return weight_map
+
+
+def _size_and_head(url: str) -> tuple[int, bytes]:
+    """(size in bytes, first 8 bytes) of a file."""
+    if not files.is_remote(url):
+        path = files.local_path(url)
+        with open(path, "rb") as file:
+            return os.path.getsize(path), file.read(8)
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs.size(path), fs.cat_file(path, start=0, end=8)
+
+
+def _header(url: str) -> dict[str, Tensor]:
+    """The validated header of one file."""
+    size, head = _size_and_head(url)
+    length = int.from_bytes(head, "little")
+    if size < 8 or not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        raise EyasError(f"{url} is no safetensors file or was cut off in its header; fetch it again")
+    fs, path = fsspec.core.url_to_fs(url if files.is_remote(url) else files.local_path(url))
+    try:
+        header = json.loads(fs.cat_file(path, start=8, end=8 + length))
+    except ValueError:
+        raise EyasError(f"{url} has a damaged safetensors header; fetch it again") from None
+    if not isinstance(header, dict):
+        raise EyasError(f"{url} has a damaged safetensors header; fetch it again")
+    header.pop("__metadata__", None)
+    return {name: _entry(url, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
+    """One header entry, checked against the file's size."""
+    try:
+        kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        raise EyasError(f"{url}: the header entry of {name} is damaged; fetch it again") from None
+    if kind not in DTYPES:
+        raise EyasError(f"{url}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
+    tensor = Tensor(url, DTYPES[kind], shape, base + start if whole else 0)
+    if not whole or stop - start != tensor.nbytes:
+        raise EyasError(
+            f"{url}: {name} {kind} {list(shape)} does not fit its {stop - start} bytes; fetch it again"
+        )
+    if base + stop > size:
+        raise EyasError(
+            f"{url} was cut off: {name} ends at byte {base + stop}, the file at {size}; fetch it again"
+        )
+    return tensor
+
+
+def write(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes one safetensors file atomically; `metadata` gets format "pt", which loaders look for."""
+    data = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    files.write_bytes(path, safetensors.numpy.save(data, {"format": "pt"} | (metadata or {})))

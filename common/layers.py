@@ -1,0 +1,51 @@
+"""The small layers that the target and the draft head share; linear weights are [out, in].
+
+Dimensions: B rows, T positions, N heads, D head_dim, R = half of the rotated dimensions, I in, O out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """x [..., I] times w transposed, accumulated in float32, in x's dtype."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # else TPUs round to bf16
+    y = jnp.einsum("...i,oi->...o", x, w_OI, precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + weight) over the last dimension, in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    scale = weight.astype(jnp.float32) + offset
+    return (x32 * jnp.expand_dims(scale, range(x.ndim - weight.ndim))).astype(x.dtype)
+
+
+def rope_tables(
+    positions_BT: jax.Array, inverse_R: jax.Array, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [B, T, R] float32 of int positions; see common/rope.py for the inverse frequencies."""
+    angles_BTR = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(inverse_R)[None, None]
+    return jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor
+
+
+def apply_rope(
+    x_BTND: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False
+) -> jax.Array:
+    """Rotates the first 2R dimensions of every head, the rest stays.
+
+    Dimension i is paired with i + R, or with `interleaved` 2i with 2i + 1; the interleaved result lies in
+    halves, which is the same permutation for queries and keys and leaves their products alone.
+    """
+    cos, sin = (t[:, :, None] for t in tables)
+    R = cos.shape[-1]
+    turned, rest = x_BTND[..., : 2 * R].astype(jnp.float32), x_BTND[..., 2 * R :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTND.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def swiglu(x: jax.Array, gate_FH: jax.Array, up_FH: jax.Array, down_HF: jax.Array) -> jax.Array:
+    """down(silu(gate(x)) * up(x))."""
+    return linear(jax.nn.silu(linear(x, gate_FH)) * linear(x, up_FH), down_HF)

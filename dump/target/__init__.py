@@ -1,0 +1,18 @@
+"""The frozen target: one decoder, put together from small parts as config.json describes it."""
+
+from dump.target.config import read_config
+from dump.target.decoder import check_aux_layers, check_length, default_aux_layers, forward, logits
+from dump.target.spec import TargetConfig
+from dump.target.weights import load, parameters
+
+__all__ = [
+    "TargetConfig",
+    "check_aux_layers",
+    "check_length",
+    "default_aux_layers",
+    "forward",
+    "load",
+    "logits",
+    "parameters",
+    "read_config",
+]

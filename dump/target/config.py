@@ -1,0 +1,36 @@
+"""config.json becomes a TargetConfig, or a refusal that names what is not supported."""
+
+from common import files
+from common.errors import EyasError
+from dump.target.families import FAMILIES
+from dump.target.fields import Fields
+from dump.target.spec import TargetConfig
+
+
+def read_config(folder: str) -> TargetConfig:
+    """The target that `folder/config.json` describes (local or any fsspec URL).
+
+    EyasError: no config.json, remote code, an unknown architecture (the known ones are listed), a field
+    that would change the result and is not implemented.
+    """
+    where = f"{folder.rstrip('/')}/config.json"
+    if not files.exists(where):
+        raise EyasError(f"{where} is missing; give a Hugging Face model folder with config.json")
+    raw = files.read_json(where)
+    if not isinstance(raw, dict):
+        raise EyasError(f"{where} is not a JSON object; give a Hugging Face model folder")
+    if raw.get("auto_map"):
+        raise EyasError(
+            f"{where} has auto_map: the model brings its own code, which is never run; use a converted one"
+        )
+    found = raw.get("architectures") or ["none"]
+    if found[0] not in FAMILIES:
+        raise EyasError(
+            f"{where}: architecture {found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    if raw.get("quantization_config"):
+        raise EyasError(f"{where}: quantised weights are not supported; use an unquantised checkpoint")
+    fields = Fields(raw, where)
+    config = FAMILIES[found[0]](fields)
+    fields.finish()
+    return config

@@ -1,0 +1,159 @@
+"""The frozen target as pure functions: tokens in, aux states and last hidden state out.
+
+h_k is the residual stream that enters layer k (before any norm); `last` is taken after the final norm, so
+logits = lm_head @ last. Inside a mesh every chip runs the same program on its own heads, feed-forward
+columns and experts (Megatron, arXiv 1909.08053), and sums after each part.
+
+Dimensions: B rows, T positions, A aux states, H hidden size, V vocabulary.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from common.errors import EyasError
+from common.layers import rms_norm
+from common.mesh import RULES, spec
+from dump.target.groups import Group, group
+from dump.target.spec import Context, Layer, TargetConfig
+from dump.target.weights import parameters
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """(2, n // 2, n - 3): the aux states that every server assumes. EyasError when n < 7."""
+    if num_layers < 7:
+        raise EyasError(
+            f"the target has {num_layers} layers; the default aux layers need at least 7: give aux_layers"
+        )
+    return 2, num_layers // 2, num_layers - 3
+
+
+def check_aux_layers(cfg: TargetConfig, aux_layers: tuple[int, ...]) -> None:
+    """EyasError unless the aux layers are ascending numbers of 0..num_layers."""
+    within = all(0 <= k <= cfg.num_layers for k in aux_layers)
+    if not aux_layers or not within or list(aux_layers) != sorted(set(aux_layers)):
+        raise EyasError(f"aux_layers={list(aux_layers)} must be ascending numbers of 0 to {cfg.num_layers}")
+
+
+def check_length(cfg: TargetConfig, length: int) -> None:
+    """EyasError if rows of `length` tokens would not be computed exactly."""
+    if cfg.max_length is not None and length > cfg.max_length:
+        raise EyasError(
+            f"rows of {length} tokens: {cfg.max_length_reason}; use --length {cfg.max_length} or less"
+        )
+
+
+def forward(
+    cfg: TargetConfig,
+    weights: dict[str, jax.Array],
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    aux_layers: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """(aux [B, T, A, H], last hidden [B, T, H]) in the weights' dtype; pure, to be jitted by the caller.
+
+    A document (segment) of a packed row gives what it gives alone. With weights on a mesh, the rows must
+    be split by "batch" and so are the results.
+    """
+    check_aux_layers(cfg, aux_layers)
+    check_length(cfg, tokens_BT.shape[1])
+    mesh = jax.typeof(weights["norm"]).sharding.mesh
+    if mesh.empty:
+        return _local(cfg, aux_layers, None, weights, tokens_BT, segment_ids_BT, positions_BT)
+    return _on_mesh(cfg, aux_layers, mesh)(weights, tokens_BT, segment_ids_BT, positions_BT)
+
+
+def _on_mesh(cfg: TargetConfig, aux_layers: tuple[int, ...], mesh: Mesh):
+    """`_local` on every chip of a mesh."""
+    rows = spec(("batch", None))
+    tp = mesh.shape[RULES["heads"]]
+    held = {name: spec(p.axes) for name, p in parameters(cfg, tp).items()}
+    return jax.shard_map(
+        partial(_local, cfg, aux_layers, tp),
+        mesh=mesh,
+        in_specs=(held, rows, rows, rows),
+        out_specs=(spec(("batch", None, None, None)), spec(("batch", None, None))),
+    )
+
+
+def _local(cfg, aux_layers, tp, weights, tokens_BT, segment_ids_BT, positions_BT):
+    """The forward pass of one chip's rows and of its share of the weights."""
+    context = Context(segment_ids_BT, positions_BT, tp)
+    h_BTH = _embed(cfg, weights["embed_tokens"], tokens_BT, context)
+    # One slot a wanted state, and one more that all other layers overwrite.
+    slots = [aux_layers.index(k) if k in aux_layers else len(aux_layers) for k in range(cfg.num_layers + 1)]
+    kept = jnp.stack([h_BTH] * (len(aux_layers) + 1))
+    for number, found in enumerate(group(cfg.layers)):
+        h_BTH, kept = _run_group(number, found, weights, h_BTH, kept, slots, context)
+    kept = _keep(kept, h_BTH, jnp.int32(slots[-1]))
+    last_BTH = rms_norm(h_BTH, weights["norm"], cfg.norm.eps, cfg.norm.offset)
+    return jnp.moveaxis(kept[: len(aux_layers)], 0, 2), last_BTH
+
+
+def _embed(cfg: TargetConfig, embed_VH: jax.Array, tokens_BT: jax.Array, context: Context) -> jax.Array:
+    """The tokens' embeddings; each chip looks up its own part of the vocabulary."""
+    if not context.splits(cfg.vocab_size):
+        h_BTH = embed_VH[tokens_BT]
+    else:
+        own = tokens_BT - context.chip() * embed_VH.shape[0]
+        inside = (own >= 0) & (own < embed_VH.shape[0])
+        found = embed_VH[jnp.where(inside, own, 0)]
+        h_BTH = context.total(jnp.where(inside[..., None], found, jnp.zeros((), found.dtype)))
+    return h_BTH if cfg.embed_scale == 1.0 else h_BTH * jnp.asarray(cfg.embed_scale, h_BTH.dtype)
+
+
+def _keep(kept: jax.Array, h_BTH: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(kept, h_BTH, slot, 0)
+
+
+def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int], context: Context):
+    """All layers of a group, scanned over its repeats."""
+    size = len(found.period)
+    places = range(size)
+    stacked = [
+        {
+            name.removeprefix(f"{number}.{p}."): w
+            for name, w in weights.items()
+            if name.startswith(f"{number}.{p}.")
+        }
+        for p in places
+    ]
+    own = slots[found.first : found.first + size * found.repeats]
+    for layer in found.period:  # tables are made outside of the scan
+        if rope := getattr(layer.attention, "rope", None):
+            context.tables(rope)
+
+    def body(carry, xs):
+        h, kept = carry
+        w, slots_P = xs
+        for p in places:
+            kept = _keep(kept, h, slots_P[p])
+            h = _run_layer(found.period[p], w[p], h, context)
+        return (h, kept), None
+
+    slots_RP = jnp.asarray(own, jnp.int32).reshape(found.repeats, size)
+    (h_BTH, kept), _ = jax.lax.scan(body, (h_BTH, kept), (stacked, slots_RP))
+    return h_BTH, kept
+
+
+def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context: Context) -> jax.Array:
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        return rms_norm(x, w[name], layer.norm.eps, layer.norm.offset)
+
+    if layer.sandwich:
+        y = layer.attention(w, norm("input_layernorm", h_BTH), context)
+        h_BTH = h_BTH + norm("post_attention_layernorm", y)
+        y = layer.feed_forward(w, norm("pre_feedforward_layernorm", h_BTH), context)
+        return h_BTH + norm("post_feedforward_layernorm", y)
+    h_BTH = h_BTH + layer.attention(w, norm("input_layernorm", h_BTH), context)
+    return h_BTH + layer.feed_forward(w, norm("post_attention_layernorm", h_BTH), context)
+
+
+def logits(cfg: TargetConfig, weights: dict[str, jax.Array], last: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of last hidden states [..., H]."""
+    head_VH = weights["embed_tokens" if cfg.tied else "lm_head"]
+    precision = jax.lax.Precision.HIGHEST if last.dtype == jnp.float32 else None
+    return jnp.einsum("...h,vh->...v", last, head_VH, precision=precision, preferred_element_type=jnp.float32)

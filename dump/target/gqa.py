@@ -1,0 +1,68 @@
+"""Grouped-query attention with the variations that published models have.
+
+Dimensions: B rows, T positions, N query heads, K key/value heads, D head_dim, H hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from common.attention import attend
+from common.layers import apply_rope, rms_norm
+from dump.target.dense import matrix, project, project_back, vector
+from dump.target.spec import Context, Norm, Rope, Weight
+
+
+@dataclass(frozen=True)
+class Gqa:
+    """softmax(scale * q k) v over heads that share keys and values in groups.
+
+    `window`: keys that a query sees, its own included. `head_norm`: RMS norm of every head of q and k.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    scale: float
+    window: int | None = None
+    bias: bool = False
+    out_bias: bool = False
+    head_norm: Norm | None = None
+
+    def weights(self, tp: int) -> dict[str, Weight]:
+        H, D = self.hidden, self.head_dim
+        kv = ("kv_heads" if self.kv_heads % tp == 0 else None, None)
+        declared = (
+            matrix("self_attn.q_proj", self.heads * D, H, ("heads", None), self.bias)
+            | matrix("self_attn.k_proj", self.kv_heads * D, H, kv, self.bias)
+            | matrix("self_attn.v_proj", self.kv_heads * D, H, kv, self.bias)
+            | matrix("self_attn.o_proj", H, self.heads * D, (None, "heads"), self.out_bias)
+        )
+        if self.head_norm:
+            declared |= vector("self_attn.q_norm", D) | vector("self_attn.k_norm", D)
+        return declared
+
+    def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
+        q, k, v = (self._split(project(w, name, x_BTH)) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.head_norm:
+            q = rms_norm(q, w["q_norm"], self.head_norm.eps, self.head_norm.offset)
+            k = rms_norm(k, w["k_norm"], self.head_norm.eps, self.head_norm.offset)
+        if self.rope:
+            tables = context.tables(self.rope)
+            q, k = apply_rope(q, tables), apply_rope(k, tables)
+        if context.splits(self.heads) and not context.splits(self.kv_heads):
+            k, v = (self._own(x, q.shape[2], context) for x in (k, v))
+        out = attend(q, k, v, context.segments_BT, self.scale, self.window)
+        return project_back(w, "o_proj", out.reshape(*out.shape[:2], -1), context)
+
+    def _split(self, x_BTM: jax.Array) -> jax.Array:
+        return x_BTM.reshape(*x_BTM.shape[:2], -1, self.head_dim)
+
+    def _own(self, kv_BTKD: jax.Array, ours: int, context: Context) -> jax.Array:
+        """The key or value heads of our `ours` query heads, where every chip computed all of them."""
+        heads = context.chip() * ours + jnp.arange(ours)
+        return jnp.take(kv_BTKD, heads // (self.heads // self.kv_heads), axis=2)

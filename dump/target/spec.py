@@ -1,0 +1,130 @@
+"""What a target is made of: layers of an attention and a feed-forward part, and the weights each declares.
+
+A part is a frozen dataclass of sizes with two methods:
+    weights(tp) -> {local name: Weight}             what it needs, and how a mesh of `tp` splits it
+    __call__(w, x_BTH, context) -> y_BTH            what it computes from its own {local name: array}
+Every dataclass here is hashable, so a TargetConfig can be a static argument of jit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from common.layers import rope_tables
+from common.mesh import RULES
+from common.rope import inverse_frequencies
+
+F32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the checkpoint, or `experts` of them stacked.
+
+    `source` is its name in the checkpoint with {layer} and {expert} open; `shape` and `axes` (logical, see
+    common/mesh.py) are those of the tensor in the file, without the experts' dimension.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    experts: int = 0
+    expert_axis: str | None = None
+    dtype: Any = None  # kept in this dtype in the checkpoint and in memory; None: any float, the model's own
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == len(self.axes), self
+
+
+class Context:
+    """What every layer of a forward pass shares: segments, rotation tables, and sums over the mesh."""
+
+    def __init__(self, segments_BT: jax.Array, positions_BT: jax.Array, tp: int | None):
+        self.segments_BT = segments_BT
+        self.positions_BT = positions_BT
+        self.tp = tp  # None: not inside a mesh
+        self._tables: dict[Rope, tuple[jax.Array, jax.Array]] = {}
+
+    def tables(self, rope: "Rope") -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) [B, T, dim // 2] of a rotation, computed once a pass."""
+        if rope not in self._tables:
+            inverse, factor = inverse_frequencies(rope.dim, rope.theta, dict(rope.scaling))
+            self._tables[rope] = rope_tables(self.positions_BT, inverse, factor)
+        return self._tables[rope]
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """Sum over the chips that hold parts of a layer (heads, feed-forward width, experts)."""
+        return jax.lax.psum(x, RULES["heads"]) if self.tp else x
+
+    def splits(self, size: int) -> bool:
+        """True where a dimension of `size` is divided over the chips, False where each has all of it."""
+        return self.tp is not None and size % self.tp == 0
+
+    def chip(self) -> jax.Array | int:
+        """Which part of a split layer is ours."""
+        return jax.lax.axis_index(RULES["heads"]) if self.tp else 0
+
+
+class Part(Protocol):
+    """An attention or a feed-forward kind."""
+
+    def weights(self, tp: int) -> dict[str, Weight]: ...
+
+    def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array: ...
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotation of the first `dim` dimensions of a head; `scaling` is config.json's object as pairs."""
+
+    dim: int
+    theta: float
+    scaling: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm: x / rms(x) * (offset + weight)."""
+
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: x += attention(norm(x)); x += feed_forward(norm(x)). `sandwich` norms the outputs as well.
+
+    `renames` are (canonical, own) pieces of weight names where a family has its own.
+    """
+
+    attention: Part
+    feed_forward: Part
+    norm: Norm
+    hidden_size: int
+    sandwich: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """A target described by its config.json; `raw` is that file."""
+
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[Layer, ...] = field(repr=False)
+    norm: Norm
+    tied: bool
+    embed_scale: float = 1.0
+    max_length: int | None = None  # longest row that is computed exactly; None: any
+    max_length_reason: str = ""
+    prefix: str = "model."  # of every name in the checkpoint but the output head's
+    surplus: tuple[str, ...] = ()  # patterns of tensors in the folder that the forward pass does without
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)

@@ -1,0 +1,132 @@
+"""A target's weights: declared by its parts, stacked over the layers of a group, read straight to devices.
+
+A stacked weight of group g, place p of its period is named "g.p.LOCAL", [repeats, (experts,) ...].
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common.checkpoint import FLOATS, Checkpoint
+from common.errors import EyasError
+from common.mesh import RULES, sharding
+from common.params import Declaration, Param
+from common.progress import Progress
+from dump.target.groups import group
+from dump.target.spec import Layer, TargetConfig, Weight
+
+_READERS = 8  # tensors read at once
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight of the target and the checkpoint's tensors that it is stacked from (in C order)."""
+
+    weight: Weight
+    sources: tuple[str, ...]
+    lead: tuple[int, ...]  # dimensions in front: (repeats,), (repeats, experts) or ()
+    param: Param
+
+
+def parameters(cfg: TargetConfig, tp: int = 1) -> Declaration:
+    """{name: Param} of every weight as it lies in memory, split over `tp` chips.
+
+    EyasError if `tp` does not divide a dimension that must be split.
+    """
+    return {name: stack.param for name, stack in stacks(cfg, tp).items()}
+
+
+def stacks(cfg: TargetConfig, tp: int = 1) -> dict[str, Stack]:
+    """Every weight of the target."""
+    declared = _ends(cfg, tp)
+    for number, found in enumerate(group(cfg.layers)):
+        for place, layer in enumerate(found.period):
+            layers = found.layers_at(place)
+            for local, weight in layer_weights(layer, tp).items():
+                source = cfg.prefix + _renamed(weight.source, layer)
+                declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers, tp)
+    return declared
+
+
+def layer_weights(layer: Layer, tp: int) -> dict[str, Weight]:
+    """The weights of one layer, norms included."""
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if layer.sandwich:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    norms = {n: Weight(f"layers.{{layer}}.{n}.weight", (layer.hidden_size,), (None,)) for n in names}
+    return norms | layer.attention.weights(tp) | layer.feed_forward.weights(tp)
+
+
+def _renamed(source: str, layer: Layer) -> str:
+    for canonical, own in layer.renames:
+        source = source.replace(canonical, own)
+    return source
+
+
+def _ends(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
+    """Embedding, final norm and output head."""
+    V, H = cfg.vocab_size, cfg.hidden_size
+    vocab = "vocab" if V % tp == 0 else None
+    ends = {
+        "embed_tokens": Weight(f"{cfg.prefix}embed_tokens.weight", (V, H), (vocab, None)),
+        "norm": Weight(f"{cfg.prefix}norm.weight", (H,), (None,)),
+    }
+    if not cfg.tied:
+        ends["lm_head"] = Weight("lm_head.weight", (V, H), (vocab, None))
+    return {
+        name: Stack(w, (w.source,), (), Param(w.shape, w.axes, "ones" if name == "norm" else "normal"))
+        for name, w in ends.items()
+    }
+
+
+def _stacked(weight: Weight, source: str, layers: list[int], tp: int) -> Stack:
+    lead = (len(layers), weight.experts) if weight.experts else (len(layers),)
+    experts = range(weight.experts) if weight.experts else (0,)
+    sources = tuple(source.format(layer=i, expert=e) for i, e in itertools.product(layers, experts))
+    axes = (None, weight.expert_axis) if weight.experts else (None,)
+    for size, axis in zip((*lead, *weight.shape), axes + weight.axes, strict=True):
+        if axis and RULES[axis] == RULES["heads"] and size % tp:
+            raise EyasError(f"tp={tp} does not divide the {size} of {source} ({axis}); choose another tp")
+    init = "ones" if "norm" in source and len(weight.shape) == 1 else "normal"
+    return Stack(weight, sources, lead, Param(lead + weight.shape, axes + weight.axes, init, weight.dtype))
+
+
+def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
+    """{name: array} on `mesh` with its final sharding; each process reads only the slices its chips own.
+
+    All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
+    """
+    checkpoint = Checkpoint.open(folder)
+    declared = stacks(cfg, mesh.shape[RULES["heads"]])
+    for stack in declared.values():
+        for source in stack.sources:
+            checkpoint.require(source, stack.weight.shape, FLOATS)
+    total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
+    weights = {}
+    with Progress("reading weights", total, "B") as progress, ThreadPoolExecutor(_READERS) as pool:
+        for name, stack in declared.items():
+            weights[name] = _place(checkpoint, stack, mesh, np.dtype(stack.param.dtype or dtype), pool)
+            progress.update(sum(checkpoint.tensors[s].nbytes for s in stack.sources))
+    return weights
+
+
+def _place(
+    checkpoint: Checkpoint, stack: Stack, mesh: Mesh, dtype: np.dtype, pool: ThreadPoolExecutor
+) -> jax.Array:
+    """One weight on the devices of `mesh`."""
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        lead = len(stack.lead)
+        names = np.array(stack.sources).reshape(stack.lead)[index[:lead]]
+        inner = index[lead:]
+        parts = list(
+            pool.map(lambda name: checkpoint.read(name, inner).astype(dtype, copy=False), names.flat)
+        )
+        return np.stack(parts).reshape(names.shape + parts[0].shape) if lead else parts[0]
+
+    return jax.make_array_from_callback(stack.param.shape, sharding(mesh, stack.param.axes), piece)

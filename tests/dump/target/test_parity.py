@@ -1,0 +1,78 @@
+"""The decoder gives what transformers gives, packed and alone, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.mesh import make_mesh, sharding
+from dump import target
+from tests.goldens import golden
+from tests.goldens.values import DOCUMENTS
+
+TOLERANCE = 1e-4
+
+
+def packed_and_alone(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Four rows: both documents, the first alone, the second alone, and both the other way round."""
+    first, second = np.split(tokens, [DOCUMENTS[0]])
+    rows = [(first, second), (first,), (second,), (second, first)]
+    length = len(tokens) + 7
+    out = np.zeros((3, len(rows), length), np.int32)
+    for r, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents, 1):
+            part = slice(start, start + len(document))
+            out[0, r, part], out[1, r, part], out[2, r, part] = document, number, np.arange(len(document))
+            start = part.stop
+    return out[0], out[1], out[2]
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    size = np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * size, err_msg=what)
+
+
+def check(found: dict[str, np.ndarray], made: golden.Golden) -> None:
+    """All four rows of `found` against the documents' expected values."""
+    n = DOCUMENTS[0]
+    total = len(made.tokens)
+    for key, expected in made.expected.items():
+        value = np.asarray(found[key])
+        assert_close(value[0, :total], expected, f"{key} packed")
+        assert_close(value[1, :n], expected[:n], f"{key} of the first alone")
+        assert_close(value[2, : total - n], expected[n:], f"{key} of the second alone")
+        assert_close(value[3, : total - n], expected[n:], f"{key} of the second in front")
+        assert_close(value[3, total - n : total], expected[:n], f"{key} of the first behind")
+
+
+def run(made: golden.Golden, folder: str, dp: int, tp: int) -> dict[str, jax.Array]:
+    cfg = target.read_config(folder)
+    mesh = make_mesh(dp, tp)
+    weights = target.load(folder, cfg, mesh, jnp.float32)
+    rows = [jax.device_put(x, sharding(mesh, ("batch", None))) for x in packed_and_alone(made.tokens)]
+
+    @jax.jit
+    def whole(weights, *rows):
+        aux, last = target.forward(cfg, weights, *rows, made.aux_layers)
+        return {"aux": aux, "last": last, "logits": target.logits(cfg, weights, last)}
+
+    return whole(weights, *rows)
+
+
+@pytest.mark.parametrize("name", golden.names())
+def test_parity_with_transformers(name, tmp_path):
+    made = golden.read(name)
+    check(run(made, golden.write_folder(made, tmp_path), 1, 1), made)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_mesh_gives_the_same(name, tmp_path):
+    made = golden.read(name)
+    check(run(made, golden.write_folder(made, tmp_path), 2, 2), made)
+
+
+def test_every_golden_of_the_list_is_committed():
+    from tests.goldens.models import MODELS
+
+    assert golden.names() == sorted(MODELS)

@@ -1,0 +1,1 @@
+"""Expected outputs of small random models, made by make.py with transformers and committed."""

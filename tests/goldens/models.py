@@ -1,0 +1,106 @@
+"""Small configurations that keep the quirks of each family, written as the Hub's config.json files are."""
+
+_BASE = {"hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "vocab_size": 71}
+
+MODELS: dict[str, dict] = {
+    "llama": _BASE
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 24,
+        "intermediate_size": 44,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    },
+    "llama_tied_biased": _BASE
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 30,
+        "intermediate_size": 41,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.5},
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama_yarn": _BASE
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral_window": _BASE
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 28,
+        "intermediate_size": 40,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "sliding_window": 9,
+        "rope_theta": 10000.0,
+    },
+    "qwen2": _BASE
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 40,
+        "intermediate_size": 52,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "rope_theta": 1000000.0,
+        "sliding_window": 128,
+        "max_window_layers": 8,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+    },
+    "qwen3": _BASE
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 28,
+        "intermediate_size": 36,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": False,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "max_window_layers": 8,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
+}
