@@ -29,7 +29,8 @@ def read_config(folder: str) -> TargetConfig:
             f"{where}: architecture {found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     if raw.get("quantization_config"):
-        raise EyasError(f"{where}: quantised weights are not supported; use an unquantised checkpoint")
+        method = raw["quantization_config"].get("quant_method")
+        raise EyasError(f"{where}: quantisation {method!r} is not supported; use an unquantised checkpoint")
     fields = Fields(raw, where)
     config = FAMILIES[found[0]](fields)
     fields.finish()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from common.errors import EyasError
 from common.layers import linear
 from dump.target.spec import Context, Weight
 
@@ -45,6 +46,12 @@ def vector(name: str, size: int, axis: str | None = None) -> dict[str, Weight]:
     return {name.rsplit(".", 1)[-1]: Weight(f"layers.{{layer}}.{name}.weight", (size,), (axis,))}
 
 
+def must_divide(tp: int, size: int, what: str) -> None:
+    """EyasError if `tp` chips cannot share `size` of `what` evenly."""
+    if size % tp:
+        raise EyasError(f"tp={tp} does not divide the target's {size} {what}; choose another tp")
+
+
 @dataclass(frozen=True)
 class Dense:
     """down(act(gate(x)) * up(x))."""
@@ -55,6 +62,7 @@ class Dense:
     bias: bool = False
 
     def weights(self, tp: int) -> dict[str, Weight]:
+        must_divide(tp, self.ffn, "feed-forward columns")
         H, F, bias = self.hidden, self.ffn, self.bias
         return (
             matrix("mlp.gate_proj", F, H, ("ffn", None), bias)

@@ -10,7 +10,7 @@ _REQUIRED = object()
 
 # Fields that do not change what the forward pass computes: bookkeeping, training, generation, other runtimes.
 _HARMLESS = """
-    _name_or_path _attn_implementation architectures model_type torch_dtype dtype transformers_version
+    note _name_or_path _attn_implementation architectures model_type torch_dtype dtype transformers_version
     use_cache bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
     initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop embd_pdrop
     output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
@@ -86,9 +86,10 @@ class Fields:
             kind = check_scaling(scaling)
         except EyasError as error:
             raise EyasError(f"{self.where}: {error}") from None
-        known = (
-            () if kind == "default" else tuple(sorted((k, v) for k, v in scaling.items() if v is not None))
-        )
+        if kind == "dynamic":
+            self.dynamic_limit = self.size("max_position_embeddings")
+        kept = {} if kind == "default" else scaling
+        known = tuple(sorted((name, value) for name, value in kept.items() if value is not None))
         return Rope(dim, float(theta), known)
 
     def finish(self) -> None:

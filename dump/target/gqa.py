@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from common.attention import attend
 from common.layers import apply_rope, rms_norm
-from dump.target.dense import matrix, project, project_back, vector
+from dump.target.dense import matrix, must_divide, project, project_back, vector
 from dump.target.spec import Context, Norm, Rope, Weight
 
 
@@ -34,6 +34,7 @@ class Gqa:
     head_norm: Norm | None = None
 
     def weights(self, tp: int) -> dict[str, Weight]:
+        must_divide(tp, self.heads, "attention heads")
         H, D = self.hidden, self.head_dim
         kv = ("kv_heads" if self.kv_heads % tp == 0 else None, None)
         declared = (

@@ -4,6 +4,7 @@ A stacked weight of group g, place p of its period is named "g.p.LOCAL", [repeat
 """
 
 import itertools
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,12 @@ from dump.target.groups import group
 from dump.target.spec import Layer, TargetConfig, Weight
 
 _READERS = 8  # tensors read at once
+# Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
+_SURPLUS = (
+    r"\.inv_freq$",
+    r"\.(input|output|k|v|q|kv|prob)_(proj\.)?(scale|zero_point)$",
+    r"\.(masked_)?bias_mask$",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def stacks(cfg: TargetConfig, tp: int = 1) -> dict[str, Stack]:
             layers = found.layers_at(place)
             for local, weight in layer_weights(layer, tp).items():
                 source = cfg.prefix + _renamed(weight.source, layer)
-                declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers, tp)
+                declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers)
     return declared
 
 
@@ -84,14 +91,11 @@ def _ends(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     }
 
 
-def _stacked(weight: Weight, source: str, layers: list[int], tp: int) -> Stack:
+def _stacked(weight: Weight, source: str, layers: list[int]) -> Stack:
     lead = (len(layers), weight.experts) if weight.experts else (len(layers),)
     experts = range(weight.experts) if weight.experts else (0,)
     sources = tuple(source.format(layer=i, expert=e) for i, e in itertools.product(layers, experts))
     axes = (None, weight.expert_axis) if weight.experts else (None,)
-    for size, axis in zip((*lead, *weight.shape), axes + weight.axes, strict=True):
-        if axis and RULES[axis] == RULES["heads"] and size % tp:
-            raise EyasError(f"tp={tp} does not divide the {size} of {source} ({axis}); choose another tp")
     init = "ones" if "norm" in source and len(weight.shape) == 1 else "normal"
     return Stack(weight, sources, lead, Param(lead + weight.shape, axes + weight.axes, init, weight.dtype))
 
@@ -106,6 +110,7 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
     for stack in declared.values():
         for source in stack.sources:
             checkpoint.require(source, stack.weight.shape, FLOATS)
+    _refuse_surplus(checkpoint, cfg, {source for stack in declared.values() for source in stack.sources})
     total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
     weights = {}
     with Progress("reading weights", total, "B") as progress, ThreadPoolExecutor(_READERS) as pool:
@@ -113,6 +118,17 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
             weights[name] = _place(checkpoint, stack, mesh, np.dtype(stack.param.dtype or dtype), pool)
             progress.update(sum(checkpoint.tensors[s].nbytes for s in stack.sources))
     return weights
+
+
+def _refuse_surplus(checkpoint: Checkpoint, cfg: TargetConfig, used: set[str]) -> None:
+    """EyasError naming a tensor that neither the config nor a known kind of leftover explains."""
+    known = [re.compile(pattern) for pattern in _SURPLUS + cfg.surplus + (("^lm_head",) if cfg.tied else ())]
+    later = re.compile(re.escape(cfg.prefix) + r"layers\.(\d+)\.")  # prediction layers behind the last
+    for name in sorted(checkpoint.tensors.keys() - used):
+        layer = later.match(name)
+        if (layer and int(layer[1]) >= cfg.num_layers) or any(pattern.search(name) for pattern in known):
+            continue
+        raise EyasError(f"{checkpoint.folder} has the tensor {name}, which its config.json does not explain")
 
 
 def _place(
