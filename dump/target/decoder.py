@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from common.errors import EyasError
 from common.layers import rms_norm
-from common.mesh import RULES, spec
+from common.mesh import RULES, sharding, spec
 from dump.target.groups import Group, group
 from dump.target.spec import Context, Layer, TargetConfig
 from dump.target.weights import parameters
@@ -55,15 +55,17 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(aux [B, T, A, H], last hidden [B, T, H]) in the weights' dtype; pure, to be jitted by the caller.
 
-    A document (segment) of a packed row gives what it gives alone. With weights on a mesh, the rows must
-    be split by "batch" and so are the results.
+    A document (segment) of a packed row gives what it gives alone. With weights on a mesh, the rows may
+    lie anywhere on it; the results are split by "batch".
     """
     check_aux_layers(cfg, aux_layers)
     check_length(cfg, tokens_BT.shape[1])
     mesh = jax.typeof(weights["norm"]).sharding.mesh
     if mesh.empty:
         return _local(cfg, aux_layers, None, weights, tokens_BT, segment_ids_BT, positions_BT)
-    return _on_mesh(cfg, aux_layers, mesh)(weights, tokens_BT, segment_ids_BT, positions_BT)
+    rows = sharding(mesh, ("batch", None))
+    arrays = (jax.sharding.reshard(jnp.asarray(x), rows) for x in (tokens_BT, segment_ids_BT, positions_BT))
+    return _on_mesh(cfg, aux_layers, mesh)(weights, *arrays)
 
 
 def _on_mesh(cfg: TargetConfig, aux_layers: tuple[int, ...], mesh: Mesh):
@@ -72,7 +74,7 @@ def _on_mesh(cfg: TargetConfig, aux_layers: tuple[int, ...], mesh: Mesh):
     tp = mesh.shape[RULES["heads"]]
     held = {name: spec(p.axes) for name, p in parameters(cfg, tp).items()}
     return jax.shard_map(
-        partial(_local, cfg, aux_layers, tp),
+        partial(_local, cfg, aux_layers, tp if tp > 1 else None),
         mesh=mesh,
         in_specs=(held, rows, rows, rows),
         out_specs=(spec(("batch", None, None, None)), spec(("batch", None, None))),
@@ -153,7 +155,7 @@ def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context:
 
 
 def logits(cfg: TargetConfig, weights: dict[str, jax.Array], last: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of last hidden states [..., H]."""
+    """float32 logits [..., V] of last hidden states [..., H]; with tp > 1 split by "vocab"."""
     head_VH = weights["embed_tokens" if cfg.tied else "lm_head"]
     precision = jax.lax.Precision.HIGHEST if last.dtype == jnp.float32 else None
     return jnp.einsum("...h,vh->...v", last, head_VH, precision=precision, preferred_element_type=jnp.float32)

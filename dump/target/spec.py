@@ -45,7 +45,7 @@ class Context:
     def __init__(self, segments_BT: jax.Array, positions_BT: jax.Array, tp: int | None):
         self.segments_BT = segments_BT
         self.positions_BT = positions_BT
-        self.tp = tp  # None: not inside a mesh
+        self.tp = tp  # chips that share each layer; None: one has it all
         self._tables: dict[Rope, tuple[jax.Array, jax.Array]] = {}
 
     def tables(self, rope: "Rope") -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ A stacked weight of group g, place p of its period is named "g.p.LOCAL", [repeat
 import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -49,7 +49,15 @@ def parameters(cfg: TargetConfig, tp: int = 1) -> Declaration:
 
 
 def stacks(cfg: TargetConfig, tp: int = 1) -> dict[str, Stack]:
-    """Every weight of the target."""
+    """Every weight of the target. With tp = 1 no dimension is split, so that none is typed as split."""
+    found = _declared(cfg, tp)
+    if tp > 1:
+        return found
+    whole = {name: replace(s.param, axes=(None,) * len(s.param.axes)) for name, s in found.items()}
+    return {name: replace(stack, param=whole[name]) for name, stack in found.items()}
+
+
+def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     declared = _ends(cfg, tp)
     for number, found in enumerate(group(cfg.layers)):
         for place, layer in enumerate(found.period):
