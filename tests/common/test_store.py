@@ -1,0 +1,266 @@
+"""The store gives back what was written, or an error of one line; never a number that was not written."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common import arrays, files
+from common.errors import EyasError
+from common.store import Store
+from common.store_writer import FeatureWriter, describe_arrays, write_rows
+from common.verify import verify
+
+R, T, A, H, V, BLOCK = 7, 12, 3, 8, 50, 3  # the last block has one row
+DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "fp8": ml_dtypes.float8_e4m3fn}
+
+
+def rows(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    whole = {n: rng.integers(0, V, (R, T), np.int32) for n in ("tokens", "segment_ids", "positions")}
+    return whole | {"loss_mask": rng.integers(0, 2, (R, T), np.uint8)}
+
+
+def features(dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    values = {
+        "aux_hidden": rng.standard_normal((R, T, A, H)).astype(dtype),
+        "last_hidden": rng.standard_normal((R, T, H)).astype(dtype),
+        "argmax": rng.integers(0, V, (R, T), np.int32),
+    }
+    values["last_hidden"][0] = 0  # zeros are stored too, not left out
+    return values
+
+
+def described(values: dict[str, np.ndarray]) -> dict:
+    return {
+        "target": {"name": "tiny", "architecture": "LlamaForCausalLM", "config_hash": "a" * 64},
+        "codec": {"name": "none"},
+        "precision": values["last_hidden"].dtype.name,
+        "block_rows": BLOCK,
+        "arrays": describe_arrays({n: (v.shape, v.dtype) for n, v in values.items()}),
+    }
+
+
+def make_rows(url) -> None:
+    index = pa.table({"id": ["a", "b", "c"], "split": ["train", "train", "test"], "row": [0, 4, 6]})
+    write_rows(url, rows(), np.arange(V, dtype=np.int64), index, {"rows": R, "length": T, "vocab_size": V})
+
+
+def write_blocks(url, values, blocks=None) -> None:
+    with FeatureWriter(url, described(values)) as writer:
+        for block in blocks or writer.pending_blocks():
+            own = writer.store.block_range(block)
+            writer.write(block, {n: v[own.start : own.stop] for n, v in values.items()}, 10, 5)
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    make_rows(f"{tmp_path}/store")
+    return f"{tmp_path}/store"
+
+
+@pytest.fixture
+def full(url) -> str:
+    write_blocks(url, features())
+    return url
+
+
+def edit(path: str, change) -> None:
+    value = files.read_json(path)
+    change(value)
+    files.write_json(path, value)
+
+
+def flip(path: str, byte: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        old = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([old ^ 4]))
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_round_trip_in_any_order(url, kind):
+    values = features(DTYPES[kind])
+    write_blocks(url, values)
+    store = Store.open(url)
+    store.require_complete()
+    wanted = [6, 0, 1, 2, 5, 5, 3]
+    found = store.read([*values, "tokens", "loss_mask"], wanted)
+    for name, value in (values | rows()).items():
+        if name in found:
+            assert found[name].dtype == value.dtype
+            np.testing.assert_array_equal(found[name].view(np.uint8), value[wanted].view(np.uint8), name)
+    np.testing.assert_array_equal(store.token_counts(), np.arange(V))
+    assert store.split_rows("train").tolist() == [0, 4]
+    assert store.split_rows("test").tolist() == [6]
+    assert store.read(["aux_hidden"], [])["aux_hidden"].shape == (0, T, A, H)
+
+
+def test_large_rows_are_split_and_small_ones_are_whole():
+    bf16 = np.dtype(ml_dtypes.bfloat16)
+    assert arrays.chunk_shape((9, 2048, 3, 5120), bf16) == (1, 256, 3, 5120)
+    assert arrays.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
+    assert arrays.chunk_shape((9, 512, 3, 576), np.dtype(np.float32)) == (1, 512, 3, 576)
+    assert arrays.chunk_shape((9, 7, 10**8), bf16) == (1, 1, 10**8)
+
+
+def test_split_rows_round_trip(url, monkeypatch):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 200)
+    values = features()
+    write_blocks(url, values)
+    assert Store.open(url).features["arrays"]["aux_hidden"]["chunk"] == [1, 2, A, H]
+    found = Store.open(url).read(["aux_hidden"], [3, 1])["aux_hidden"]
+    np.testing.assert_array_equal(found, values["aux_hidden"][[3, 1]])
+
+
+def test_bytes_on_disk_are_close_to_raw(tmp_path):
+    value = np.random.default_rng(0).standard_normal((16, 128, 4, 32), np.float32)
+    arrays.create(f"{tmp_path}/a", value.shape, value.dtype, 8).write(value).commit.result()
+    size = sum(os.path.getsize(os.path.join(d, f)) for d, _, found in os.walk(tmp_path) for f in found)
+    assert size < 1.002 * value.nbytes
+
+
+def test_rows_are_never_overwritten(url):
+    with pytest.raises(EyasError, match="is a store already"):
+        make_rows(url)
+
+
+def test_missing_shard_names_array_and_rows(full):
+    os.unlink(f"{full}/features/last_hidden/c/1/0/0")
+    store = Store.open(full)
+    assert store.read(["last_hidden"], [0, 2, 6])
+    with pytest.raises(EyasError, match=r"last_hidden rows \[3, 4\]: missing or damaged.*same dump command"):
+        store.read(["aux_hidden", "last_hidden"], [1, 2, 3, 4])
+    assert "last_hidden" in verify(full)["damaged"][-1]
+
+
+@pytest.mark.parametrize("byte", [5, T * H * 4 + 2, -10])  # data, its crc32c, the index
+def test_flipped_bit_is_refused(full, byte):
+    path = f"{full}/features/last_hidden/c/0/0/0"
+    flip(path, byte % os.path.getsize(path))
+    with pytest.raises(EyasError, match=r"last_hidden row 0: missing or damaged.*[Dd]igest mismatch"):
+        Store.open(full).read(["last_hidden"], [0])
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 500])
+def test_truncated_shard_is_refused(full, size):
+    os.truncate(f"{full}/features/last_hidden/c/1/0/0", size)
+    with pytest.raises(EyasError, match="last_hidden rows"):
+        Store.open(full).read(["last_hidden"], [3, 4])
+
+
+def test_damaged_rows_and_index_are_refused(full):
+    flip(f"{full}/rows/tokens/c/0/0", 3)
+    with pytest.raises(EyasError, match="tokens row 0: missing or damaged"):
+        Store.open(full).read(["tokens"], [0])
+    flip(f"{full}/index.parquet", 20)
+    with pytest.raises(EyasError, match=r"index\.parquet is damaged"):
+        Store.open(full).split_rows("train")
+
+
+def test_no_store_and_no_features(tmp_path, url):
+    with pytest.raises(EyasError, match="is no feature store"):
+        Store.open(f"{tmp_path}/nothing")
+    store = Store.open(url)
+    with pytest.raises(EyasError, match="no features yet; run dump"):
+        store.require_complete()
+    with pytest.raises(EyasError, match="no features yet; run dump"):
+        store.read(["aux_hidden"], [0])
+
+
+def test_cut_and_edited_manifests(full):
+    place = f"{full}/manifest.json"
+    text = files.read_bytes(place)
+    edit(place, lambda m: m["features"]["target"].update(name="other"))
+    with pytest.raises(EyasError, match="written under another manifest"):
+        Store.open(full).require_complete()
+    files.write_bytes(place, text)
+    edit(place, lambda m: m["features"]["arrays"]["argmax"].update(dtype="int64"))
+    with pytest.raises(EyasError, match="holds int32"):
+        Store.open(full).read(["argmax"], [0])
+    files.write_bytes(place, text[:200])
+    with pytest.raises(EyasError, match="is not JSON"):
+        Store.open(full)
+    for broken in ("[]", '{"schema": 1}', '{"schema": 1, "rows": {"rows": 0}}'):
+        files.write_bytes(place, broken.encode())
+        with pytest.raises(EyasError):
+            Store.open(full)
+
+
+def test_newer_schema_is_refused(full):
+    edit(f"{full}/manifest.json", lambda m: m.update(schema=2))
+    with pytest.raises(EyasError, match="schema 2, newer than the 1"):
+        Store.open(full)
+
+
+def test_partial_store_says_how_to_go_on(url):
+    write_blocks(url, features(), [0, 2])
+    store = Store.open(url)
+    with pytest.raises(EyasError, match=r"partial: 1 of 3 blocks are missing \(the first is 1\)"):
+        store.require_complete()
+    store.read(["argmax"], [0, 6])
+    with pytest.raises(EyasError, match="block 1"):
+        store.read(["argmax"], [0, 4])
+    assert verify(url)["missing_blocks"] == 1
+    write_blocks(url, features())
+    store.read(["argmax"], [4])  # committed since the store was opened
+
+
+def test_store_of_another_model(full):
+    store = Store.open(full)
+    store.require_target("a" * 64)
+    with pytest.raises(EyasError, match=r"of another model \(tiny, LlamaForCausalLM"):
+        store.require_target("b" * 64)
+
+
+def test_other_features_are_refused_by_field(full):
+    other = described(features()) | {"block_rows": 5, "codec": {"name": "topk", "k": 64}}
+    before = files.read_bytes(f"{full}/manifest.json")
+    with pytest.raises(
+        EyasError, match=r"block_rows: 3 there, 5 here; codec\.k: null there, 64 here"
+    ) as found:
+        FeatureWriter(full, other)
+    assert "\n" not in str(found.value)
+    assert files.read_bytes(f"{full}/manifest.json") == before
+
+
+def test_unknown_names_and_rows(full):
+    with pytest.raises(EyasError, match="no array logits; it has tokens"):
+        Store.open(full).read(["logits"], [0])
+    with pytest.raises(EyasError, match="rows 0 to 6; row 7"):
+        Store.open(full).read(["argmax"], [0, 7])
+
+
+def test_verify_finds_what_reading_cannot(full):
+    assert verify(full)["damaged"] == [f"{full}/target/checksums.json is missing; check the path"] * 2
+    # A whole shard of other numbers has a valid crc32c; only the marker's checksum knows.
+    shutil.copy(f"{full}/features/argmax/c/0/0", f"{full}/features/argmax/c/1/0")
+    assert f"{full}: argmax rows 3 to 5 are not what was written" in verify(full)["damaged"]
+
+
+def test_full_disk_is_one_line_and_resumable(url):
+    """A limit on the size of a file stands in for a full disk: TensorStore sees a failing write."""
+    script = (
+        "import resource, sys; sys.path.insert(0, '.');"
+        "from tests.common import test_store as t;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY));"
+        f"t.write_blocks({url!r}, t.features())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "EyasError" in last
+    assert "the disk is full" in last
+    assert "continues where it stopped" in last
+    assert 0 not in Store.open(url).committed()
+    write_blocks(url, features())
+    Store.open(url).require_complete()
+    np.testing.assert_array_equal(
+        Store.open(url).read(["aux_hidden"], range(R))["aux_hidden"], features()["aux_hidden"]
+    )
