@@ -206,8 +206,8 @@ class Store:
             return arrays.read_rows(opened, rows)
         except EyasError as error:
             raise EyasError(
-                f"{self.url}: {error}; to write a block of features anew, delete its file in commits/ and run "
-                "the same dump command; a store with damaged rows must be prepared anew"
+                f"{self.url}: {error}; to write a block anew, delete its file in commits/ and run "
+                "the same dump command; damaged rows must be prepared anew"
             ) from error
 
     def _array(self, name: str) -> ts.TensorStore:

@@ -196,7 +196,7 @@ def test_cut_and_edited_manifests(full):
 
 def test_newer_schema_is_refused(full):
     edit(f"{full}/manifest.json", lambda m: m.update(schema=2))
-    with pytest.raises(EyasError, match="schema 2, newer than the 1"):
+    with pytest.raises(EyasError, match="schema 2, newer than 1"):
         Store.open(full)
 
 
