@@ -1,0 +1,270 @@
+"""prepare: conversations become packed rows of tokens, the first part of a store. No device is touched.
+
+read and clean -> the target's own chat template -> tokens and mask -> cut at T -> split -> pack -> write.
+The same input gives the same bytes, whatever the number of cores: the manifest names files and the model
+without their folders, and nothing in it depends on time or on an order of execution.
+
+Counts beside those of dump/clean.py, in conversations:
+- `dropped_special_token`: a turn's text spells a special token of the target.
+- `dropped_template_refused`: the chat template raised (it knows no system role, say).
+- `dropped_template_not_followed`: the answers could not be located in the rendered text.
+- `dropped_nothing_counted`: no counted token is left in the first T.
+- `truncated`: longer than T tokens; `truncated_tokens` is what was cut off in all.
+- `kept`: in the store. And in lines and files: `lines_not_json` (skipped), `files_cut_off`.
+"""
+
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from common import files
+from common.chat import Chat, Encoded, Rendered, TemplateNotFollowedError, TemplateRefusedError
+from common.config import differences, to_json
+from common.errors import EyasError
+from common.progress import Progress, note
+from common.store import INDEX, MANIFEST, read_manifest
+from common.store_writer import write_rows
+from dump.clean import Cleaner, Conversation
+from dump.conversations import DataFile
+from dump.pack import TEST, pack, split
+
+COUNTS = (
+    "dropped_special_token",
+    "dropped_template_refused",
+    "dropped_template_not_followed",
+    "dropped_nothing_counted",
+    "truncated",
+    "truncated_tokens",
+    "kept",
+    "lines_not_json",
+    "files_cut_off",
+)
+_BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare. `data`: files or URLs; `model`: a Hugging Face folder; `store`: where rows go.
+
+    `length`: tokens a row (T). `holdout`: share of chats held out for evaluation; 0 holds none out.
+    `max_conversations`: stop reading after so many usable ones.
+    """
+
+    data: tuple[str, ...]
+    model: str
+    store: str
+    length: int = 2048
+    holdout: float = 0.05
+    seed: int = 0
+    max_conversations: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data or isinstance(self.data, str):
+            raise ValueError(f"data is {self.data!r}: give a tuple of at least one file")
+        for field in ("model", "store"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is empty: give a folder or URL")
+        if self.length < 8:
+            raise ValueError(f"length is {self.length}: give at least 8 tokens a row")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}: give a share from 0 up to, but not, 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
+        if self.max_conversations is not None and self.max_conversations < 1:
+            raise ValueError(
+                f"max_conversations is {self.max_conversations}: give 1 or more, or leave it out"
+            )
+
+
+def run(config: PrepareConfig) -> dict[str, Any]:
+    """Prepares the rows of `config.store`; returns their section of the manifest.
+
+    A store that already holds the same configuration and data is left alone. EyasError, with nothing
+    written, for unusable data or model, and for a store or folder that holds something else.
+    """
+    config_json = files.read_json(f"{config.model.rstrip('/')}/config.json")
+    chat = Chat.load(config.model)
+    sources = _open(config)
+    identity = {
+        "length": config.length,
+        "vocab_size": _vocab_size(config.model, config_json),
+        "tokenizer_hash": chat.tokenizer_hash,
+        "template_hash": chat.template_hash,
+        "data": [source.identity() for source in sources],
+        "seed": config.seed,
+        "holdout": config.holdout,
+        "max_conversations": config.max_conversations,
+    }
+    if _is_prepared(config.store, identity):
+        note(f"{config.store} is already prepared from this data in this way; left as it is")
+        return read_manifest(config.store)["rows"]
+    conversations, counts = _read(config, sources)
+    conversations, encoded = _encode(chat, conversations, config.length, counts)
+    _require_tokens(conversations, encoded, identity["vocab_size"], counts, config)
+    held_out = split([c.base for c in conversations], config.holdout, config.seed)
+    ids = [c.id for c in conversations]
+    packed = pack(ids, encoded, held_out, config.length, identity["vocab_size"], config.seed)
+    rows = len(packed.arrays["tokens"])
+    tokens = int((packed.arrays["segment_ids"] > 0).sum())
+    manifest = identity | {
+        "rows": rows,
+        "train_rows": packed.train_rows,
+        "test_rows": rows - packed.train_rows,
+        "tokens": tokens,
+        "counted": int(packed.arrays["loss_mask"].sum()),
+        "fill": tokens / (rows * config.length),
+        "counts": dict(counts),
+        "config": _portable(config),
+    }
+    _report(manifest, packed.index["split"].to_pylist().count(TEST))
+    write_rows(config.store, packed.arrays, packed.token_counts, packed.index, manifest)
+    return read_manifest(config.store)["rows"]
+
+
+def _portable(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration without folders: the same data elsewhere gives the same manifest."""
+    names = {
+        "data": [path.rstrip("/").rpartition("/")[2] for path in config.data],
+        "model": config.model.rstrip("/").rpartition("/")[2],
+    }
+    return {name: value for name, value in (to_json(config) | names).items() if name != "store"}
+
+
+def _open(config: PrepareConfig) -> list[DataFile]:
+    with Progress("check data", None, "B") as bar:
+        return [DataFile.open(url, bar.update) for url in config.data]
+
+
+def _vocab_size(model: str, config: dict[str, Any]) -> int:
+    """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if not isinstance(size, int):
+        raise EyasError(f"{model}/config.json has no vocab_size; it is not the folder of a language model")
+    return size
+
+
+def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
+    """True if the store holds these rows, False if there is none. EyasError if it holds anything else."""
+    if files.exists(f"{store.rstrip('/')}/{MANIFEST}"):
+        rows = read_manifest(store)["rows"]
+        different = differences({name: rows.get(name) for name in identity}, identity)
+        if different:
+            raise EyasError(
+                f"{store} was prepared in another way: {'; '.join(different)}; name a new store, or delete it"
+            )
+        return True
+    ours = ("rows", INDEX, f".{INDEX}.", f".{MANIFEST}.")  # and what an interrupted prepare leaves
+    foreign = [name for name in files.list_names(store) if not name.startswith(ours)]
+    if foreign:
+        raise EyasError(f"{store} is no store and not empty (it has {foreign[0]}); name a new folder")
+    return False
+
+
+def _read(config: PrepareConfig, sources: list[DataFile]) -> tuple[list[Conversation], Counter[str]]:
+    """The cleaned conversations, at most `max_conversations`, and the counts so far."""
+    cleaner, conversations = Cleaner(), []
+    with Progress("read and clean", sum(source.bytes for source in sources), "B") as bar:
+        for source in sources:
+            with closing(source.records(bar.update)) as records:
+                for number, record in enumerate(records):
+                    conversation = cleaner.clean(record, number, source.name)
+                    if conversation is not None:
+                        conversations.append(conversation)
+                    if len(conversations) == config.max_conversations:
+                        break
+            source.require_json()
+            if len(conversations) == config.max_conversations:
+                break
+    counts = cleaner.counts
+    counts.update(dict.fromkeys(COUNTS, 0))
+    counts["lines_not_json"] = sum(source.bad_lines for source in sources)
+    counts["files_cut_off"] = sum(source.cut_off for source in sources)
+    _require_some(conversations, counts, config)
+    return conversations, counts
+
+
+def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig) -> None:
+    """EyasError if nothing is left to learn from."""
+    if kept:
+        return
+    where = ", ".join(config.data)
+    if not counts["read"]:
+        raise EyasError(f"{where}: no conversations found; expected at least one record")
+    reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in _nonzero(counts, "dropped_"))
+    raise EyasError(
+        f"{where}: none of {counts['read']} conversations has an answer to learn from ({reasons}); "
+        "give conversations with assistant turns"
+    )
+
+
+def _encode(
+    chat: Chat, conversations: list[Conversation], T: int, counts: Counter[str]
+) -> tuple[list[Conversation], list[Encoded]]:
+    """The conversations that have counted tokens within T, and those tokens."""
+    kept, encoded, tokens = [], [], 0
+    with Progress("tokenise", len(conversations), "chat") as bar:
+        for start in range(0, len(conversations), _BATCH):
+            batch = conversations[start : start + _BATCH]
+            rendered = [(c, r) for c in batch if (r := _render(chat, c, counts)) is not None]
+            whole = chat.encode([r for _, r in rendered])
+            for (conversation, _), found in zip(rendered, whole, strict=True):
+                tokens += len(found.tokens)
+                counts["truncated"] += len(found.tokens) > T
+                counts["truncated_tokens"] += max(len(found.tokens) - T, 0)
+                if not found.mask[:T].any():
+                    counts["dropped_nothing_counted"] += 1
+                    continue
+                kept.append(conversation)
+                encoded.append(Encoded(found.tokens[:T].copy(), found.mask[:T].copy()))
+            bar.update(len(batch), f"{tokens:,} tokens")
+    counts["kept"] = len(kept)
+    return kept, encoded
+
+
+def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Rendered | None:
+    if chat.holds_special(conversation.messages):
+        counts["dropped_special_token"] += 1
+        return None
+    try:
+        return chat.render(conversation.messages)
+    except TemplateRefusedError as error:
+        if not counts["dropped_template_refused"]:
+            note(f"the chat template refuses conversations; they are left out. It says: {error}")
+        counts["dropped_template_refused"] += 1
+    except TemplateNotFollowedError:
+        counts["dropped_template_not_followed"] += 1
+    return None
+
+
+def _require_tokens(
+    conversations: list[Conversation],
+    encoded: list[Encoded],
+    V: int,
+    counts: Counter[str],
+    config: PrepareConfig,
+) -> None:
+    _require_some(conversations, counts, config)
+    largest = max(int(found.tokens.max()) for found in encoded)
+    if largest >= V:
+        raise EyasError(
+            f"{config.model}: the tokenizer gives token {largest}, but config.json has vocab_size {V}; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _nonzero(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:
+    return [(name, n) for name, n in counts.items() if n and name.startswith(prefix)]
+
+
+def _report(manifest: dict[str, Any], test_conversations: int) -> None:
+    counts = Counter(manifest["counts"])
+    note(f"conversations: {counts['read']:,} read, {counts['kept']:,} kept ({test_conversations:,} held out)")
+    for prefix in ("dropped_", "turns_", "truncated", "lines_", "files_"):
+        found = _nonzero(counts, prefix)
+        if found:
+            note("  " + ", ".join(f"{name} {n:,}" for name, n in found))
+    note(
+        f"rows: {manifest['train_rows']:,} train + {manifest['test_rows']:,} test of {manifest['length']} "
+        f"tokens, {manifest['fill']:.1%} full; {manifest['tokens']:,} tokens, {manifest['counted']:,} counted"
+    )
