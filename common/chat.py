@@ -54,11 +54,26 @@ class Encoded:
     mask: np.ndarray
 
 
+def tokenizer_hash(folder: str) -> str:
+    """sha256 (hex) of a model folder's tokenizer.json, or of the files it would be made from.
+
+    EyasError if the folder or its tokenizer is missing.
+    """
+    if not files.exists(folder):
+        raise EyasError(f"the model folder {folder} does not exist; give a Hugging Face model folder")
+    names = [name for name in _TOKENIZER_FILES if files.exists(files.join(folder, name))]
+    if not names:
+        raise EyasError(f"{folder} has no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
+    digest = hashlib.sha256()
+    for name in names[:1] if names[0] == "tokenizer.json" else names:
+        digest.update(files.read_bytes(files.join(folder, name)))
+    return digest.hexdigest()
+
+
 class Chat:
     """The tokenizer and chat template of one model folder; made by `load`.
 
-    `tokenizer_hash` is the sha256 of tokenizer.json (or of the files it would be made from), `template_hash`
-    that of the template's text.
+    `tokenizer_hash` is that of the folder, `template_hash` the sha256 of the template's text.
     """
 
     def __init__(self, tokenizer: Any, template: str, tokenizer_hash: str, where: str):
@@ -85,11 +100,7 @@ class Chat:
         EyasError if there is no tokenizer, it needs code of the folder's own, it cannot report offsets, or
         there is no chat template that can be followed.
         """
-        if not files.exists(folder):
-            raise EyasError(f"the model folder {folder} does not exist; give a Hugging Face model folder")
-        names = [name for name in _TOKENIZER_FILES if files.exists(files.join(folder, name))]
-        if not names:
-            raise EyasError(f"{folder} has no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
+        digest = tokenizer_hash(folder)
         tokenizer = _load_tokenizer(folder)
         if not tokenizer.is_fast:
             raise EyasError(f"{folder} has a tokenizer without offsets; add its tokenizer.json")
@@ -99,10 +110,7 @@ class Chat:
             raise EyasError(
                 f"{folder} has no chat template; add chat_template.jinja, or use the instruction-tuned model"
             ) from None
-        digest = hashlib.sha256()
-        for name in names[:1] if names[0] == "tokenizer.json" else names:
-            digest.update(files.read_bytes(files.join(folder, name)))
-        return cls(tokenizer, template, digest.hexdigest(), folder)
+        return cls(tokenizer, template, digest, folder)
 
     def holds_special(self, messages: Messages) -> bool:
         """True if a message's text spells a special token, which would be taken for the template's own."""
