@@ -2,6 +2,7 @@
 
 from dump.target.config import read_config
 from dump.target.decoder import check_aux_layers, check_length, default_aux_layers, forward, logits
+from dump.target.moe import split_experts
 from dump.target.spec import TargetConfig
 from dump.target.weights import load, parameters
 
@@ -15,4 +16,5 @@ __all__ = [
     "logits",
     "parameters",
     "read_config",
+    "split_experts",
 ]

@@ -1,4 +1,8 @@
-"""Matmuls of the target, and the dense feed-forward part."""
+"""Matmuls of the target, and the dense feed-forward part.
+
+Weights are split over the chips by their outputs (then nothing is summed) or by their inputs (then the
+results are partial sums, and `context.total` makes them whole).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,25 +21,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def project(w: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-    """x times the matrix `name` (split by its outputs, or whole), plus its bias if it has one."""
-    y = linear(x, w[name])
-    return y + _bias(w, name, y) if f"{name}.bias" in w else y
+    """x times the matrix `name`, plus its bias if it has one."""
+    return add_bias(w, name, linear(x, w[name]))
 
 
-def project_back(w: Mapping[str, jax.Array], name: str, x: jax.Array, context: Context) -> jax.Array:
-    """x times the matrix `name`, split by its inputs: summed over the chips, the bias added once."""
-    y = context.total(linear(x, w[name]))
-    return y + _bias(w, name, y) if f"{name}.bias" in w else y
-
-
-def _bias(w: Mapping[str, jax.Array], name: str, y: jax.Array) -> jax.Array:
-    return jnp.expand_dims(w[f"{name}.bias"].astype(y.dtype), range(y.ndim - 1))
+def add_bias(w: Mapping[str, jax.Array], name: str, y: jax.Array) -> jax.Array:
+    """y plus the bias of `name`, if it has one."""
+    bias = w.get(f"{name}.bias")
+    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
 def matrix(name: str, out: int, into: int, axes: tuple[str | None, str | None], bias: bool = False) -> dict:
     """Declares the matrix [out, into] (and bias) of `NAME.weight`, NAME relative to the layer."""
-    local = name.rsplit(".", 1)[-1]
-    declared = {local: Weight(f"layers.{{layer}}.{name}.weight", (out, into), axes)}
+    local = local_name(name)
+    declared = {local: Weight(f"layers.{{layer}}.{name}.weight", (out, into), axes, linear=True)}
     if bias:
         declared[f"{local}.bias"] = Weight(f"layers.{{layer}}.{name}.bias", (out,), axes[:1])
     return declared
@@ -43,7 +42,12 @@ def matrix(name: str, out: int, into: int, axes: tuple[str | None, str | None], 
 
 def vector(name: str, size: int, axis: str | None = None) -> dict[str, Weight]:
     """Declares the vector of `NAME.weight`."""
-    return {name.rsplit(".", 1)[-1]: Weight(f"layers.{{layer}}.{name}.weight", (size,), (axis,))}
+    return {local_name(name): Weight(f"layers.{{layer}}.{name}.weight", (size,), (axis,))}
+
+
+def local_name(name: str) -> str:
+    """A part's own name of a weight: without the module that holds it."""
+    return name.split(".", 1)[-1]
 
 
 def must_divide(tp: int, size: int, what: str) -> None:
@@ -54,24 +58,30 @@ def must_divide(tp: int, size: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Dense:
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)); `module` is its place in the layer."""
 
     hidden: int
     ffn: int
     activation: str = "silu"
     bias: bool = False
+    module: str = "mlp"
 
     def weights(self, tp: int) -> dict[str, Weight]:
         must_divide(tp, self.ffn, "feed-forward columns")
         H, F, bias = self.hidden, self.ffn, self.bias
         return (
-            matrix("mlp.gate_proj", F, H, ("ffn", None), bias)
-            | matrix("mlp.up_proj", F, H, ("ffn", None), bias)
-            | matrix("mlp.down_proj", H, F, (None, "ffn"), bias)
+            matrix(f"{self.module}.gate_proj", F, H, ("ffn", None), bias)
+            | matrix(f"{self.module}.up_proj", F, H, ("ffn", None), bias)
+            | matrix(f"{self.module}.down_proj", H, F, (None, "ffn"), bias)
         )
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        return project_back(
-            w, "down_proj", act(project(w, "gate_proj", x_BTH)) * project(w, "up_proj", x_BTH), context
-        )
+        return add_bias(w, self._local("down_proj"), context.total(self.partial(w, x_BTH)))
+
+    def partial(self, w: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """This chip's share of the result, without the last bias."""
+        gate, up = project(w, self._local("gate_proj"), x), project(w, self._local("up_proj"), x)
+        return linear(ACTIVATIONS[self.activation](gate) * up, w[self._local("down_proj")])
+
+    def _local(self, name: str) -> str:
+        return local_name(f"{self.module}.{name}")

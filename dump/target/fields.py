@@ -10,7 +10,8 @@ _REQUIRED = object()
 
 # Fields that do not change what the forward pass computes: bookkeeping, training, generation, other runtimes.
 _HARMLESS = """
-    note _name_or_path _attn_implementation architectures model_type torch_dtype dtype transformers_version
+    note cache_implementation
+    _name_or_path _attn_implementation architectures model_type torch_dtype dtype transformers_version
     use_cache bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
     initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop embd_pdrop
     output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
@@ -22,6 +23,7 @@ _HARMLESS = """
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences num_beams num_beam_groups
     diversity_penalty early_stopping max_length min_length do_sample remove_invalid_values
+    output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id
     forced_eos_token_id"""
 HARMLESS = frozenset(_HARMLESS.split())
@@ -31,7 +33,7 @@ class Fields:
     """Reads config.json and remembers what was read; `finish` refuses the rest by name."""
 
     def __init__(self, raw: dict[str, Any], where: str):
-        self.raw = raw
+        self.raw = self.original = raw
         self.where = where
         self.dynamic_limit: int | None = None  # rows longer than this would change a dynamic rotation
         self._read: set[str] = set()
@@ -58,6 +60,12 @@ class Fields:
             raise EyasError(f"{self.where}: {name}={value!r} must be a positive integer")
         return value
 
+    def any_size(self, *names: str) -> int:
+        """The first of several names of one field that is present."""
+        present = [name for name in names if self.raw.get(name) is not None]
+        self._read.update(names)
+        return self.size(present[0] if present else names[0])
+
     def only(self, name: str, known: tuple[Any, ...], default: Any) -> Any:
         """A field of which only some values are implemented."""
         value = self.get(name, default)
@@ -68,6 +76,10 @@ class Fields:
     def skip(self, *names: str) -> None:
         """Fields of the family that the forward pass does not depend on."""
         self._read.update(names)
+
+    def defaults(self, **values: Any) -> None:
+        """Values of fields that the family's published files leave out."""
+        self.raw = values | {name: value for name, value in self.raw.items() if value is not None}
 
     def rope(self, head_dim: int, theta: float = 10000.0, partial: float = 1.0) -> Rope:
         """The rotation that `rope_parameters`, or `rope_theta` and `rope_scaling`, describe."""

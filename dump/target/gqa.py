@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import attend
-from common.layers import apply_rope, rms_norm
-from dump.target.dense import matrix, must_divide, project, project_back, vector
+from common.layers import apply_rope, linear, rms_norm
+from dump.target.dense import add_bias, matrix, must_divide, project, vector
 from dump.target.spec import Context, Norm, Rope, Weight
 
 
@@ -20,6 +20,7 @@ class Gqa:
     """softmax(scale * q k) v over heads that share keys and values in groups.
 
     `window`: keys that a query sees, its own included. `head_norm`: RMS norm of every head of q and k.
+    `sinks`: a learned logit a head that takes part in the softmax and has no value.
     """
 
     hidden: int
@@ -32,6 +33,7 @@ class Gqa:
     bias: bool = False
     out_bias: bool = False
     head_norm: Norm | None = None
+    sinks: bool = False
 
     def weights(self, tp: int) -> dict[str, Weight]:
         must_divide(tp, self.heads, "attention heads")
@@ -45,6 +47,8 @@ class Gqa:
         )
         if self.head_norm:
             declared |= vector("self_attn.q_norm", D) | vector("self_attn.k_norm", D)
+        if self.sinks:
+            declared["sinks"] = Weight("layers.{layer}.self_attn.sinks", (self.heads,), ("heads",))
         return declared
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
@@ -57,8 +61,9 @@ class Gqa:
             q, k = apply_rope(q, tables), apply_rope(k, tables)
         if context.splits(self.heads) and not context.splits(self.kv_heads):
             k, v = (self._own(x, q.shape[2], context) for x in (k, v))
-        out = attend(q, k, v, context.segments_BT, self.scale, self.window)
-        return project_back(w, "o_proj", out.reshape(*out.shape[:2], -1), context)
+        out = attend(q, k, v, context.segments_BT, self.scale, self.window, w.get("sinks"))
+        y = context.total(linear(out.reshape(*out.shape[:2], -1), w["o_proj"]))
+        return add_bias(w, "o_proj", y)
 
     def _split(self, x_BTM: jax.Array) -> jax.Array:
         return x_BTM.reshape(*x_BTM.shape[:2], -1, self.head_dim)

@@ -33,7 +33,10 @@ class Weight:
     axes: tuple[str | None, ...]
     experts: int = 0
     expert_axis: str | None = None
-    dtype: Any = None  # kept in this dtype in the checkpoint and in memory; None: any float, the model's own
+    dtype: Any = None  # its dtype in memory; None: the model's own
+    stored: Any = None  # the dtype it must have in the checkpoint; None: any float
+    linear: bool = False  # the matrix of a linear layer, which a quantised checkpoint may quantise
+    transposed: bool = False  # memory holds [in, out], the checkpoint [out, in]
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), self

@@ -104,8 +104,11 @@ def _stacked(weight: Weight, source: str, layers: list[int]) -> Stack:
     experts = range(weight.experts) if weight.experts else (0,)
     sources = tuple(source.format(layer=i, expert=e) for i, e in itertools.product(layers, experts))
     axes = (None, weight.expert_axis) if weight.experts else (None,)
+    shape, inner = weight.shape, weight.axes
+    if weight.transposed:
+        shape, inner = shape[::-1], inner[::-1]
     init = "ones" if "norm" in source and len(weight.shape) == 1 else "normal"
-    return Stack(weight, sources, lead, Param(lead + weight.shape, axes + weight.axes, init, weight.dtype))
+    return Stack(weight, sources, lead, Param(lead + shape, axes + inner, init, weight.dtype))
 
 
 def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
@@ -117,7 +120,8 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
     declared = stacks(cfg, mesh.shape[RULES["heads"]])
     for stack in declared.values():
         for source in stack.sources:
-            checkpoint.require(source, stack.weight.shape, FLOATS)
+            stored = stack.weight.stored
+            checkpoint.require(source, stack.weight.shape, (stored,) if stored else FLOATS)
     _refuse_surplus(checkpoint, cfg, {source for stack in declared.values() for source in stack.sources})
     total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
     weights = {}
@@ -147,10 +151,13 @@ def _place(
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         lead = len(stack.lead)
         names = np.array(stack.sources).reshape(stack.lead)[index[:lead]]
-        inner = index[lead:]
-        parts = list(
-            pool.map(lambda name: checkpoint.read(name, inner).astype(dtype, copy=False), names.flat)
-        )
+        inner = index[lead:][::-1] if stack.weight.transposed else index[lead:]
+
+        def read(name: str) -> np.ndarray:
+            value = checkpoint.read(name, inner).astype(dtype, copy=False)
+            return value.T if stack.weight.transposed else value
+
+        parts = list(pool.map(read, names.flat))
         return np.stack(parts).reshape(names.shape + parts[0].shape) if lead else parts[0]
 
     return jax.make_array_from_callback(stack.param.shape, sharding(mesh, stack.param.axes), piece)

@@ -36,9 +36,8 @@ def make(name: str, raw: dict) -> None:
         shapes = checkpoint_shapes(config, folder)
         weights = {key: tensor(key, tuple(shape), dtype) for key, (shape, dtype) in shapes.items()}
         save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
     layers = raw["num_hidden_layers"]
     aux_layers = (2, layers // 2, layers - 3)
     tokens = np.random.RandomState(7).randint(0, raw["vocab_size"], sum(DOCUMENTS)).astype(np.int32)

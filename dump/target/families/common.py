@@ -6,7 +6,8 @@ from common.errors import EyasError
 from dump.target.dense import ACTIVATIONS, Dense
 from dump.target.fields import Fields
 from dump.target.gqa import Gqa
-from dump.target.spec import Layer, Norm, TargetConfig
+from dump.target.moe import GatedExperts
+from dump.target.spec import Layer, Norm, Rope, TargetConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -16,8 +17,14 @@ def norm(f: Fields, offset: float = 0.0) -> Norm:
     return Norm(float(f.get("rms_norm_eps", 1e-6)), offset)
 
 
-def gqa(f: Fields, bias: bool = False, out_bias: bool = False, head_norm: Norm | None = None) -> Gqa:
-    """Full attention as most families write it."""
+def gqa(
+    f: Fields,
+    bias: bool = False,
+    out_bias: bool = False,
+    head_norm: Norm | None = None,
+    rope: Rope | None = None,
+) -> Gqa:
+    """Full attention as most families write it; `rope` where the family's fields are not the usual ones."""
     hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
     kv_heads = f.size("num_key_value_heads", heads)
     head_dim = f.size("head_dim", max(hidden // heads, 1))
@@ -25,8 +32,18 @@ def gqa(f: Fields, bias: bool = False, out_bias: bool = False, head_norm: Norm |
         raise EyasError(
             f"{f.where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
         )
-    rope = f.rope(head_dim)
-    return Gqa(hidden, heads, kv_heads, head_dim, rope, head_dim**-0.5, None, bias, out_bias, head_norm)
+    return Gqa(
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        rope or f.rope(head_dim),
+        head_dim**-0.5,
+        None,
+        bias,
+        out_bias,
+        head_norm,
+    )
 
 
 def activation(f: Fields, name: str = "hidden_act", default: str = "silu") -> str:
@@ -34,9 +51,14 @@ def activation(f: Fields, name: str = "hidden_act", default: str = "silu") -> st
     return f.only(name, tuple(ACTIVATIONS), default)
 
 
-def dense(f: Fields, bias: bool = False, ffn: str = "intermediate_size") -> Dense:
+def dense(f: Fields, bias: bool = False, activation_field: str = "hidden_act") -> Dense:
     """The gated feed-forward part."""
-    return Dense(f.size("hidden_size"), f.size(ffn), activation(f), bias)
+    return Dense(f.size("hidden_size"), f.size("intermediate_size"), activation(f, activation_field), bias)
+
+
+def gated_experts(f: Fields, ffn: str = "moe_intermediate_size") -> GatedExperts:
+    """Experts whose matrices are tensors of their own."""
+    return GatedExperts(f.size("hidden_size"), f.size(ffn), activation(f))
 
 
 def layer_types(f: Fields, default: Sequence[str]) -> list[str]:
@@ -60,6 +82,6 @@ def model(f: Fields, layers: Sequence[Layer], **more) -> TargetConfig:
         vocab_size=f.size("vocab_size"),
         layers=tuple(layers),
         norm=layers[0].norm,
-        raw=f.raw,
+        raw=f.original,
         **({"tied": bool(f.get("tie_word_embeddings", False))} | more),
     )

@@ -46,8 +46,11 @@ def check(found: dict[str, np.ndarray], made: golden.Golden) -> None:
         assert_close(value[3, total - n : total], expected[:n], f"{key} of the first behind")
 
 
-def run(made: golden.Golden, folder: str, dp: int, tp: int) -> dict[str, jax.Array]:
+def run(
+    made: golden.Golden, folder: str, dp: int, tp: int, experts: str | None = None
+) -> dict[str, jax.Array]:
     cfg = target.read_config(folder)
+    cfg = target.split_experts(cfg, experts) if experts else cfg
     mesh = make_mesh(dp, tp)
     weights = target.load(folder, cfg, mesh, jnp.float32)
     rows = [jax.device_put(x, sharding(mesh, ("batch", None))) for x in packed_and_alone(made.tokens)]
@@ -66,10 +69,25 @@ def test_parity_with_transformers(name, tmp_path):
     check(run(made, golden.write_folder(made, tmp_path), 1, 1), made)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_mesh_gives_the_same(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("llama", None),
+        ("mistral_window", None),
+        ("qwen3_moe", "ffn"),
+        ("qwen3_moe", "expert"),
+        ("gpt_oss", None),
+    ],
+)
+def test_a_mesh_gives_the_same(name, experts, tmp_path):
     made = golden.read(name)
-    check(run(made, golden.write_folder(made, tmp_path), 2, 2), made)
+    dp, tp = (4, 1) if name == "mistral_window" else (2, 2)
+    check(run(made, golden.write_folder(made, tmp_path), dp, tp, experts), made)
+
+
+def test_key_heads_that_the_mesh_cannot_divide_are_repeated(tmp_path):
+    made = golden.read("gemma3")
+    check(run(made, golden.write_folder(made, tmp_path), 1, 3), made)
 
 
 def test_every_golden_of_the_list_is_committed():
