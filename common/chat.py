@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import jinja2
@@ -138,6 +139,10 @@ class Chat:
             for r, e in zip(rendered, encodings, strict=True)
         ]
 
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens, special ones included."""
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
     def _apply(self, messages: Messages, prompt: bool = False) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -149,11 +154,11 @@ class Chat:
                 add_generation_prompt=prompt,
                 **self._variables,
             )
-        except jinja2.TemplateError as error:
-            raise TemplateRefusedError(_first_line(error)) from None
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            # Such a message can quote the conversation, so only its kind is passed on.
-            raise TemplateRefusedError(f"{type(error).__name__} inside the template") from None
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            # Only what the template itself raises is its own text; other errors can quote the conversation.
+            own = type(error) is jinja2.TemplateError
+            reason = _first_line(error) if own else f"{type(error).__name__} inside the template"
+            raise TemplateRefusedError(reason) from None
         return texts[0], spans[0] if self._marks_answers else []
 
     def _try_out(self, where: str) -> None:
@@ -189,7 +194,7 @@ def mask_of(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarray:
     mask = np.zeros(len(offsets), np.uint8)
     if not offsets:
         return mask
-    starts, ends = np.array(offsets, np.int64).T
+    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
     for start, end in rendered.spans:
         first, last = np.searchsorted(ends, (start, end), side="right")
         while first < last and rendered.text[starts[first] : start].strip(" "):

@@ -1,0 +1,51 @@
+"""A byte-level tokenizer and chat templates small enough to be made in a test."""
+
+import json
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer():
+    """Bytes, a few merges (one joins two newlines, one a space and a letter), three special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("Ġ", "B"), ("l", "l"), ("Ġ", "Ġ")]
+    tokens = [*SPECIALS, *alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    return tokenizer
+
+
+def write_model(folder, template=CHATML, **config):
+    """A model folder with a tokenizer and config.json, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    if template is not None:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    size = {"vocab_size": tokenizer.get_vocab_size(), "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(size | config))
+    return folder
+
+
+def counted_texts(chat, messages):
+    """The text of every run of counted tokens, decoded from the tokens alone."""
+    (encoded,) = chat.encode([chat.render(messages)])
+    runs, before = [], 0
+    for token, counted in zip(encoded.tokens.tolist(), encoded.mask.tolist(), strict=True):
+        if counted and not before:
+            runs.append([])
+        if counted:
+            runs[-1].append(token)
+        before = counted
+    return [chat.decode(run) for run in runs]
