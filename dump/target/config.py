@@ -2,7 +2,7 @@
 
 from common import files
 from common.errors import EyasError
-from dump.target.families import FAMILIES
+from dump.target.families import FAMILIES, PUBLISHED_WITH_CODE
 from dump.target.fields import Fields
 from dump.target.spec import TargetConfig
 
@@ -19,11 +19,11 @@ def read_config(folder: str) -> TargetConfig:
     raw = files.read_json(where)
     if not isinstance(raw, dict):
         raise EyasError(f"{where} is not a JSON object; give a Hugging Face model folder")
-    if raw.get("auto_map"):
+    found = raw.get("architectures") or ["none"]
+    if raw.get("auto_map") and found[0] not in PUBLISHED_WITH_CODE:
         raise EyasError(
             f"{where} has auto_map: the model brings its own code, which is never run; use a converted one"
         )
-    found = raw.get("architectures") or ["none"]
     if found[0] not in FAMILIES:
         raise EyasError(
             f"{where}: architecture {found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}"
@@ -32,6 +32,7 @@ def read_config(folder: str) -> TargetConfig:
         method = raw["quantization_config"].get("quant_method")
         raise EyasError(f"{where}: quantisation {method!r} is not supported; use an unquantised checkpoint")
     fields = Fields(raw, where)
+    fields.skip("auto_map")
     config = FAMILIES[found[0]](fields)
     fields.finish()
     return config

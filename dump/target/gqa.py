@@ -20,7 +20,8 @@ class Gqa:
     """softmax(scale * q k) v over heads that share keys and values in groups.
 
     `window`: keys that a query sees, its own included. `head_norm`: RMS norm of every head of q and k.
-    `sinks`: a learned logit a head that takes part in the softmax and has no value.
+    `row_norm`: RMS norm over all heads of q, and of k, together. `sinks`: a learned logit a head that takes
+    part in the softmax and has no value.
     """
 
     hidden: int
@@ -33,6 +34,7 @@ class Gqa:
     bias: bool = False
     out_bias: bool = False
     head_norm: Norm | None = None
+    row_norm: Norm | None = None
     sinks: bool = False
 
     def weights(self, tp: int) -> dict[str, Weight]:
@@ -47,12 +49,19 @@ class Gqa:
         )
         if self.head_norm:
             declared |= vector("self_attn.q_norm", D) | vector("self_attn.k_norm", D)
+        if self.row_norm:
+            declared |= vector("self_attn.q_norm", self.heads * D, "heads")
+            declared |= vector("self_attn.k_norm", self.kv_heads * D, kv[0])
         if self.sinks:
             declared["sinks"] = Weight("layers.{layer}.self_attn.sinks", (self.heads,), ("heads",))
         return declared
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
-        q, k, v = (self._split(project(w, name, x_BTH)) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (project(w, name, x_BTH) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.row_norm:
+            q = _norm_split(q, w["q_norm"], self.heads * self.head_dim, self.row_norm.eps, context)
+            k = _norm_split(k, w["k_norm"], self.kv_heads * self.head_dim, self.row_norm.eps, context)
+        q, k, v = self._split(q), self._split(k), self._split(v)
         if self.head_norm:
             q = rms_norm(q, w["q_norm"], self.head_norm.eps, self.head_norm.offset)
             k = rms_norm(k, w["k_norm"], self.head_norm.eps, self.head_norm.offset)
@@ -72,3 +81,13 @@ class Gqa:
         """The key or value heads of our `ours` query heads, where every chip computed all of them."""
         heads = context.chip() * ours + jnp.arange(ours)
         return jnp.take(kv_BTKD, heads // (self.heads // self.kv_heads), axis=2)
+
+
+def _norm_split(x_BTM: jax.Array, weight_M: jax.Array, width: int, eps: float, context: Context) -> jax.Array:
+    """RMS norm over `width` dimensions, of which this chip may hold a part only."""
+    x = x_BTM.astype(jnp.float32)
+    squares = jnp.sum(x * x, -1, keepdims=True)
+    if x_BTM.shape[-1] < width:
+        squares = context.total(squares)
+    y = x * jax.lax.rsqrt(squares / width + eps) * weight_M.astype(jnp.float32)[None, None]
+    return y.astype(x_BTM.dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import EyasError
 from common.mesh import make_mesh, sharding
 from dump import target
 from tests.goldens import golden
@@ -77,6 +78,8 @@ def test_parity_with_transformers(name, tmp_path):
         ("qwen3_moe", "ffn"),
         ("qwen3_moe", "expert"),
         ("gpt_oss", None),
+        ("deepseek_v3", "ffn"),
+        ("minimax_m2", "expert"),
     ],
 )
 def test_a_mesh_gives_the_same(name, experts, tmp_path):
@@ -88,6 +91,13 @@ def test_a_mesh_gives_the_same(name, experts, tmp_path):
 def test_key_heads_that_the_mesh_cannot_divide_are_repeated(tmp_path):
     made = golden.read("gemma3")
     check(run(made, golden.write_folder(made, tmp_path), 1, 3), made)
+
+
+def test_sparse_attention_refuses_rows_that_it_would_thin_out(tmp_path):
+    cfg = target.read_config(golden.write_folder(golden.read("glm_moe_dsa"), tmp_path))
+    target.check_length(cfg, 96)
+    with pytest.raises(EyasError, match="index_topk=96"):
+        target.check_length(cfg, 97)
 
 
 def test_every_golden_of_the_list_is_committed():
