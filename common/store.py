@@ -162,9 +162,10 @@ class Store:
 
     def draft_ids(self) -> np.ndarray | None:
         """The ids behind draft_logits, int32 [N] ascending; None where the codec is not `draft`."""
-        size = self.features["codec"].get("size")
-        if size is None:
+        codec = self.features["codec"]
+        if codec["name"] != "draft":
             return None
+        size = codec["size"]
         opened = arrays.open_array(f"{self.url}/features/draft_ids", (size,), np.dtype(np.int32))
         return arrays.read_rows({"draft_ids": opened}, np.arange(size))["draft_ids"]
 

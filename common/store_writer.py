@@ -25,7 +25,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def readable_errors(what: str) -> Iterator[None]:
     """Turns what the file system or TensorStore refuses into one line: a full disk, or what else it was."""
     try:
         yield
@@ -59,7 +59,7 @@ def write_rows(
     if files.exists(f"{url}/{MANIFEST}"):
         raise EyasError(f"{url} is a store already; name a new one, or delete it first")
     described = {}
-    with _readable_errors(url):
+    with readable_errors(url):
         for name, value in (columns | {"token_counts": token_counts}).items():
             rows = arrays.shard_rows(value.shape, value.dtype)
             place = f"{url}/rows/{name}"
@@ -95,7 +95,8 @@ def refuse_other_features(url: str, features: dict[str, Any]) -> bool:
     found = read_manifest(url).get("features")
     if found is None:
         return False
-    different = differences(found, features)
+    # A folder may be renamed while its contents stay.
+    different = [line for line in differences(found, features) if not line.startswith("target.name:")]
     if different:
         # The arrays follow from the other fields; they are named only when nothing else differs.
         named = [line for line in different if not line.startswith("arrays.")] or different
@@ -107,7 +108,7 @@ def refuse_other_features(url: str, features: dict[str, Any]) -> bool:
 
 def _create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray | None) -> None:
     manifest = read_manifest(url)
-    with _readable_errors(url):
+    with readable_errors(url):
         for name, a in features["arrays"].items():
             place = f"{url}/features/{name}"
             arrays.create(place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"])
@@ -170,7 +171,7 @@ class FeatureWriter:
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows = self.store.block_range(block)
         try:
-            with _readable_errors(f"{self.store.url} block {block} of {self.store.blocks}"):
+            with readable_errors(f"{self.store.url} block {block} of {self.store.blocks}"):
                 writes = [
                     self._arrays[name][rows.start : rows.stop].write(
                         value, can_reference_source_data_indefinitely=True

@@ -1,0 +1,41 @@
+"""STORE/target: all that a train job needs of the target, so that it never reads the target's checkpoint."""
+
+from common import arrays, checkpoint, files
+from common.progress import note
+from common.store import CHECKSUMS
+from common.store_writer import readable_errors
+from dump.plan import Plan
+from dump.target.weights import stacks
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def write_target(plan: Plan) -> None:
+    """Writes embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, config.json
+    and the tokenizer's files. The checksums come last; where they are, nothing is done.
+    """
+    model, folder = plan.config.model, f"{plan.config.store.rstrip('/')}/target"
+    if files.exists(f"{folder}/{CHECKSUMS}"):
+        return
+    note(f"dump: copying embeddings, output head and tokenizer to {folder}")
+    source, declared = checkpoint.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
+    names = ("embed_tokens",) if plan.target.tied else ("embed_tokens", "lm_head")
+    tensors = {name: source.read(declared[name].sources[0]) for name in names}
+    with readable_errors(folder):
+        checkpoint.write(f"{folder}/{checkpoint.SINGLE}", tensors)
+        for name in ("config.json", *_TOKENIZER):
+            if files.exists(files.join(model, name)):
+                files.write_bytes(files.join(folder, name), files.read_bytes(files.join(model, name)))
+        sums = {name: arrays.crc32(tensor) for name, tensor in tensors.items()}
+        files.write_json(f"{folder}/{CHECKSUMS}", sums)

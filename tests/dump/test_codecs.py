@@ -1,0 +1,116 @@
+"""Codecs against NumPy in float64, ties and float8 included."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from common.errors import EyasError
+from common.mesh import make_mesh, sharding
+from common.vocab import most_frequent
+from dump import codecs
+
+B, T, H, V, K = 4, 6, 16, 40, 5
+IDS = np.array([0, 3, 17, 39], np.int32)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    last = rng.integers(-3, 4, (B, T, H)).astype(np.float32)  # small integers: many exact ties
+    head = rng.integers(-1, 2, (V, H)).astype(np.float32)
+    head[20:] = head[:20]  # every logit appears twice
+    return last, head
+
+
+def run(codec, chunk, mesh=None):
+    last, head = inputs()
+    if mesh is not None:
+        last = jax.device_put(last, sharding(mesh, ("batch", None, None)))
+        head = jax.device_put(head, sharding(mesh, ("vocab", None)))
+
+    def whole(last):
+        found = jnp.einsum("bch,vh->bcv", last, head)
+        return found if mesh is None else jax.sharding.reshard(found, sharding(mesh, ("row", None, None)))
+
+    encode = jax.jit(lambda x: codecs.encode_logits(codec, whole, x, jnp.asarray(IDS), chunk))
+    return {n: np.asarray(x) for n, x in encode(jnp.asarray(last)).items()}
+
+
+def expected():
+    last, head = inputs()
+    return np.einsum("bth,vh->btv", last.astype(np.float64), head.astype(np.float64))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 6])
+@pytest.mark.parametrize(("name", "size"), [("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)])
+def test_logits_codecs(name, size, chunk):
+    found = run(codecs.Codec(name, size, "float32"), chunk)
+    logits = expected()
+    np.testing.assert_array_equal(found.pop("argmax"), logits.argmax(-1))
+    np.testing.assert_allclose(found.pop("logsumexp"), np.log(np.exp(logits).sum(-1)), rtol=1e-6)
+    if name == "topk":
+        order = np.argsort(-logits, axis=-1, kind="stable")[..., :K]
+        np.testing.assert_array_equal(found["topk_ids"], order)
+        np.testing.assert_array_equal(found["topk_logits"], np.take_along_axis(logits, order, -1))
+        assert found["topk_logits"].dtype == np.float16
+    elif name == "draft":
+        np.testing.assert_array_equal(found["draft_logits"], logits[..., IDS])
+    elif name == "full":
+        np.testing.assert_array_equal(found["full_logits"], logits)
+    else:
+        assert not found
+
+
+def test_a_mesh_gives_the_same():
+    codec = codecs.Codec("topk", K, "float32")
+    alone, split = run(codec, 2), run(codec, 2, make_mesh(2, 2))
+    for name, value in alone.items():
+        np.testing.assert_array_equal(split[name], value, name)
+
+
+def test_declared_shapes_are_those_made():
+    last, head = map(jnp.asarray, inputs())
+    aux = jnp.ones((B, T, 3, H))
+
+    def everything(codec):
+        def whole(last):
+            return jnp.einsum("bch,vh->bcv", last, head)
+
+        return codecs.encode_states(codec, aux, last) | codecs.encode_logits(codec, whole, last, IDS, 3)
+
+    for precision in codecs.PRECISIONS:
+        for name, size in (("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)):
+            codec = codecs.Codec(name, size, precision)
+            made = jax.eval_shape(lambda codec=codec: everything(codec))
+            declared = codecs.shapes(codec, B, T, 3, H)
+            assert {n: (x.shape, x.dtype) for n, x in made.items()} == declared
+
+
+def test_float8_has_a_scale_a_token():
+    rng = np.random.default_rng(0)
+    # Tokens whose sizes differ by 1e8, as massive activations do; a token of zeros.
+    x = (rng.standard_normal((B, T, H)) * 10.0 ** rng.integers(-4, 5, (B, T, 1))).astype(np.float32)
+    x[1, 2] = 0
+    stored, scale = codecs.quantise(jnp.asarray(x))
+    assert stored.dtype == ml_dtypes.float8_e4m3fn
+    assert scale.shape == (B, T)
+    back = np.asarray(stored, np.float64) * np.asarray(scale, np.float64)[..., None]
+    assert np.isfinite(back).all()
+    assert (np.abs(back - x) <= np.abs(x) / 16 + np.abs(x).max(-1, keepdims=True) / 448 / 1024).all()
+    np.testing.assert_array_equal(back[1, 2], 0)
+
+
+def test_chunks_divide_the_row_and_fit():
+    assert codecs.chunk_length(4, 512, 49_152) == 64
+    assert codecs.chunk_length(4, 509, 49_152) == 1
+    assert codecs.chunk_length(1, 6, 10) == 6
+
+
+def test_most_frequent_prefers_lower_ids():
+    counts = np.array([0, 5, 2, 5, 2, 2, 9])
+    assert most_frequent(counts, 4).tolist() == [1, 2, 3, 6]
+    assert most_frequent(counts, 7).tolist() == list(range(7))
+    for n in (0, 8):
+        with pytest.raises(EyasError, match="draft vocabulary"):
+            most_frequent(counts, n)

@@ -1,0 +1,295 @@
+"""A dump writes what the target computes, refuses what it cannot do, and goes on after any end."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from common import files
+from common.errors import EyasError
+from common.mesh import make_mesh
+from common.store import Store
+from common.verify import verify
+from dump import plan as planning
+from dump import target
+from dump.dump import Discard, DumpConfig, Prefill, own_blocks, run, run_blocks
+from tests.dump import tiny
+
+ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    model = tiny.write_model(f"{folder}/model")
+    return model, tiny.write_store(f"{folder}/store", model, ROWS)
+
+
+@pytest.fixture
+def config(tmp_path, made):
+    """A model folder and a store of rows of the test's own."""
+    for folder, place in zip(made, ("model", "store"), strict=True):
+        os.system(f"cp -r {folder} {tmp_path}/{place}")
+    return DumpConfig(f"{tmp_path}/model", f"{tmp_path}/store", topk=4, block_rows=4)
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    """Every file by its path, temporary ones of a killed writer left out."""
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if not name.startswith("."):
+                path = os.path.join(where, name)
+                found[os.path.relpath(path, folder)] = files.read_bytes(path)
+    return found
+
+
+def expected(config: DumpConfig, rows: np.ndarray):
+    """(aux, last, logits) of the rows in f32, straight from the target's functions."""
+    cfg = target.read_config(config.model)
+    weights = target.load(config.model, cfg, make_mesh(), jnp.float32)
+    inputs = Store.open(config.store).read(("tokens", "segment_ids", "positions"), rows)
+    aux, last = target.forward(cfg, weights, *map(jnp.asarray, inputs.values()), (2, 4, 5))
+    return np.asarray(aux), np.asarray(last), np.asarray(target.logits(cfg, weights, last))
+
+
+def test_store_holds_what_the_target_computes(config):
+    found = run(config)
+    assert (found["rows"], found["blocks"], found["blocks_before"]) == (ROWS, 3, 0)
+    store = Store.open(config.store)
+    store.require_complete()
+    assert verify(config.store)["damaged"] == []
+    rows = np.array([10, 3, 0, 7])  # of three blocks, the last one short
+    aux, last, logits = expected(config, rows)
+    got = store.read(list(store.features["arrays"]), rows)
+    real = store.read(["segment_ids"], rows)["segment_ids"] > 0
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(got["aux_hidden"][real], aux[real], **near)
+    np.testing.assert_allclose(got["last_hidden"][real], last[real], **near)
+    np.testing.assert_array_equal(got["argmax"][real], logits.argmax(-1)[real])
+    np.testing.assert_array_equal(got["topk_ids"][..., 0], got["argmax"])
+    np.testing.assert_allclose(
+        got["topk_logits"][real], -np.sort(-logits, -1)[real][:, :4], rtol=1e-3, atol=1e-3
+    )
+    # Positions restart, and every one but the padding is a token of the marker's count.
+    assert store.commit(2)["tokens"] == 3 * (tiny.T - 2)
+    # The logits are a function of the store alone.
+    head = store.target_tensor("lm_head").astype(np.float64)
+    again = np.log(np.exp(got["last_hidden"].astype(np.float64) @ head.T).sum(-1))
+    np.testing.assert_allclose(got["logsumexp"], again, rtol=1e-5)
+    assert store.target_config()["architectures"] == ["LlamaForCausalLM"]
+    store.require_target(store.features["target"]["config_hash"])
+
+
+def test_mesh_precision_and_other_codecs(config, tmp_path):
+    """A (2, 2) mesh, float8 states and draft logits, against f32 of one device."""
+    mixed = replace(config, dp=2, tp=2, precision="float8_e4m3fn", logits="draft", draft_vocab=10)
+    run(mixed)
+    store = Store.open(mixed.store)
+    aux, last, logits = expected(config, np.arange(ROWS))
+    got = store.read(list(store.features["arrays"]), np.arange(ROWS))
+    assert got["last_hidden"].dtype == ml_dtypes.float8_e4m3fn
+    back = got["last_hidden"].astype(np.float32) * got["last_scale"][..., None]
+    real = store.read(["segment_ids"], np.arange(ROWS))["segment_ids"] > 0
+    assert np.abs(back - last)[real].max() < np.abs(last).max() / 14
+    back = got["aux_hidden"].astype(np.float32) * got["aux_scale"][..., None]
+    assert np.abs(back - aux)[real].max() < np.abs(aux).max() / 14
+    ids = store.draft_ids()
+    assert ids.tolist() == sorted(np.argsort(-store.token_counts(), kind="stable")[:10])
+    np.testing.assert_allclose(got["draft_logits"][real], logits[real][:, ids], rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(got["argmax"][real], logits.argmax(-1)[real])
+
+
+def test_tied_target_and_full_logits(tmp_path):
+    model = tiny.write_model(f"{tmp_path}/model", tied=True)
+    config = DumpConfig(
+        model, tiny.write_store(f"{tmp_path}/store", model, 3), logits="full", dtype="bfloat16"
+    )
+    run(config)
+    store = Store.open(config.store)
+    np.testing.assert_array_equal(store.target_tensor("lm_head"), store.target_tensor("embed_tokens"))
+    got = store.read(["full_logits", "argmax"], [2])
+    assert got["full_logits"].shape == (1, tiny.T, tiny.V)
+    assert got["full_logits"].dtype == ml_dtypes.bfloat16
+    at = np.take_along_axis(got["full_logits"], got["argmax"][..., None], -1)[..., 0]
+    np.testing.assert_array_equal(at, got["full_logits"].max(-1))
+
+
+def test_forward_passes_can_be_timed_without_writing(config):
+    plan = planning.make_plan(config)
+    weights = target.load(config.model, plan.target, plan.mesh, jnp.float32)
+    before = contents(config.store)
+    run_blocks(plan, Prefill(plan, weights), Discard())
+    assert contents(config.store) == before
+
+
+def script(config: DumpConfig) -> list[str]:
+    """A process that dumps block by block, not faster than a test can follow."""
+    code = (
+        "import time\n"
+        "from common.errors import EyasError\n"
+        "from common.store_writer import FeatureWriter\n"
+        "from dump.dump import DumpConfig, run\n"
+        "write = FeatureWriter.write\n"
+        "FeatureWriter.write = lambda self, *a: (time.sleep(0.1), write(self, *a))\n"
+        f"try: run({config!r})\n"
+        "except EyasError as error: raise SystemExit(f'Error: {error}')\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+def start_and_wait_for_a_commit(config: DumpConfig) -> subprocess.Popen:
+    process = subprocess.Popen(script(config), stderr=subprocess.PIPE, text=True)
+    for _ in range(6000):
+        if Store.open(config.store).committed() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_dump_continues_to_the_same_bytes(config, tmp_path, kind):
+    config = replace(config, block_rows=1)
+    whole = replace(config, store=f"{tmp_path}/whole")
+    os.system(f"cp -r {config.store} {whole.store}")
+    run(whole)
+    process = start_and_wait_for_a_commit(config)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    left = ROWS - len(Store.open(config.store).committed())
+    assert 0 < left < ROWS, errors
+    if kind == signal.SIGKILL:
+        assert process.returncode == -kind
+    else:
+        assert process.returncode == 1
+        assert errors.strip().splitlines()[-1].startswith("Error: dump stopped; ")
+        assert "same command" in errors
+        assert "Traceback" not in errors
+    with pytest.raises(EyasError, match=f"{left} of {ROWS} blocks are missing"):
+        Store.open(config.store).require_complete()
+    assert run(config)["blocks_before"] == ROWS - left
+    assert contents(config.store) == contents(whole.store)
+
+
+def test_damaged_block_is_written_anew(config):
+    run(config)
+    before = contents(config.store)
+    os.unlink(f"{config.store}/features/aux_hidden/c/1/0/0/0")
+    os.unlink(f"{config.store}/commits/000001.json")
+    os.unlink(f"{config.store}/target/checksums.json")
+    assert run(config)["blocks_before"] == 2
+    os.unlink(f"{config.store}/target/checksums.json")
+    run(config)
+    assert contents(config.store) == before
+
+
+def test_other_options_are_refused_by_field(config, tmp_path):
+    run(config)
+    before = contents(config.store)
+    for change, named in (
+        ({"topk": 5}, r"codec\.size: 4 there, 5 here"),
+        ({"aux_layers": (1, 2)}, r"aux_layers: \[2, 4, 5\] there, \[1, 2\] here"),
+        ({"precision": "bfloat16"}, 'precision: "float32" there, "bfloat16" here'),
+        ({"model": tiny.write_model(f"{tmp_path}/other", seed=1)}, r"target\.weights_hash"),
+    ):
+        with pytest.raises(EyasError, match=f"was dumped otherwise: {named}.*or a new store"):
+            run(replace(config, **change))
+    os.rename(config.model, f"{tmp_path}/renamed")
+    run(replace(config, model=f"{tmp_path}/renamed"))
+    assert contents(config.store) == before
+
+
+def test_bad_input_writes_nothing(config, tmp_path):
+    before = contents(config.store)
+    few = tiny.write_model(f"{tmp_path}/few", layers=6)
+    files.write_json(f"{tmp_path}/empty/config.json", {})
+    other = tiny.write_model(f"{tmp_path}/other")
+    files.write_json(f"{other}/tokenizer.json", {"name": "another"})
+    broken = tiny.write_model(f"{tmp_path}/broken")
+    os.truncate(f"{broken}/model.safetensors", 40_000)
+    for change, message in (
+        ({"model": few}, "6 layers; the default aux layers need at least 7"),
+        ({"model": f"{tmp_path}/nowhere"}, "config.json is missing"),
+        ({"model": f"{tmp_path}/empty"}, "supported: "),
+        ({"model": other}, "made with another tokenizer"),
+        ({"model": broken}, "cut off"),
+        ({"store": f"{tmp_path}/nowhere"}, "is no feature store"),
+        ({"topk": 100}, "topk=100, but the target has 64 tokens"),
+        ({"logits": "draft"}, "draft_vocab=32000, but the target has 64 tokens"),
+        ({"aux_layers": (3, 99)}, "aux_layers"),
+        ({"dp": 8, "block_rows": 8}, "needs 8 devices"),
+    ):
+        with pytest.raises(EyasError, match=message) as found:
+            run(replace(config, **change))
+        assert "\n" not in str(found.value)
+    assert contents(config.store) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits": "some"},
+        {"precision": "int8"},
+        {"dtype": "float64"},
+        {"topk": 0},
+        {"batch_rows": 3},
+        {"tp": 3},
+    ],
+)
+def test_bad_options_are_named(config, change):
+    with pytest.raises(ValueError, match=next(iter(change)) if "tp" not in change else "block_rows=4"):
+        replace(config, **change)
+
+
+def test_default_batches_divide_blocks():
+    config = DumpConfig("m", "s")
+    assert [config.batch(length) for length in (512, 2048, 700, 10)] == [4, 1, 2, 32]
+    assert replace(config, dp=2, tp=8).batch(512) == 32
+    assert replace(config, dp=2, tp=4).batch(2048) == 8
+    assert own_blocks((0, 1, 2, 5, 7), 1, 2) == [1, 5, 7]
+
+
+def test_too_small_a_disk_is_refused_before_the_run(config, monkeypatch):
+    before = contents(config.store)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 70_000}))
+    with pytest.raises(EyasError, match=r"need 77\.6kB, the disk of .* has 70\.0kB left; use --precision"):
+        run(config)
+    assert contents(config.store) == before
+
+
+def test_disk_that_fills_up_is_one_line_and_resumable(config):
+    """A limit on the size of a file stands in for a full disk."""
+    run(config)
+    whole = contents(config.store)
+    for block in (0, 1):
+        os.unlink(f"{config.store}/commits/{block:06d}.json")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limit[1]))
+    try:
+        with pytest.raises(
+            EyasError, match=r"block 0 of 3: the disk is full .*run the same command"
+        ) as found:
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(found.value)
+    assert Store.open(config.store).committed() == {2}
+    assert run(config)["blocks_before"] == 1
+    assert contents(config.store) == whole
+
+
+def test_numbers_that_are_not_finite_are_refused(config):
+    weights = f"{config.model}/model.safetensors"
+    data = bytearray(files.read_bytes(weights))
+    data[-4:] = np.float32(np.nan).tobytes()
+    files.write_bytes(weights, bytes(data))
+    with pytest.raises(EyasError, match="row 0: the target's logits are not finite"):
+        run(config)
