@@ -21,7 +21,7 @@ class Gqa:
 
     `window`: keys that a query sees, its own included. `head_norm`: RMS norm of every head of q and k.
     `row_norm`: RMS norm over all heads of q, and of k, together. `sinks`: a learned logit a head that takes
-    part in the softmax and has no value.
+    part in the softmax and has no value. `gated`: q_proj also gives a gate for every head's output.
     """
 
     hidden: int
@@ -36,13 +36,14 @@ class Gqa:
     head_norm: Norm | None = None
     row_norm: Norm | None = None
     sinks: bool = False
+    gated: bool = False
 
     def weights(self, tp: int) -> dict[str, Weight]:
         must_divide(tp, self.heads, "attention heads")
         H, D = self.hidden, self.head_dim
         kv = ("kv_heads" if self.kv_heads % tp == 0 else None, None)
         declared = (
-            matrix("self_attn.q_proj", self.heads * D, H, ("heads", None), self.bias)
+            matrix("self_attn.q_proj", self.heads * D * (1 + self.gated), H, ("heads", None), self.bias)
             | matrix("self_attn.k_proj", self.kv_heads * D, H, kv, self.bias)
             | matrix("self_attn.v_proj", self.kv_heads * D, H, kv, self.bias)
             | matrix("self_attn.o_proj", H, self.heads * D, (None, "heads"), self.out_bias)
@@ -62,6 +63,8 @@ class Gqa:
             q = _norm_split(q, w["q_norm"], self.heads * self.head_dim, self.row_norm.eps, context)
             k = _norm_split(k, w["k_norm"], self.kv_heads * self.head_dim, self.row_norm.eps, context)
         q, k, v = self._split(q), self._split(k), self._split(v)
+        if self.gated:
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
         if self.head_norm:
             q = rms_norm(q, w["q_norm"], self.head_norm.eps, self.head_norm.offset)
             k = rms_norm(k, w["k_norm"], self.head_norm.eps, self.head_norm.offset)
@@ -71,6 +74,8 @@ class Gqa:
         if context.splits(self.heads) and not context.splits(self.kv_heads):
             k, v = (self._own(x, q.shape[2], context) for x in (k, v))
         out = attend(q, k, v, context.segments_BT, self.scale, self.window, w.get("sinks"))
+        if self.gated:
+            out = out * jax.nn.sigmoid(gate)
         y = context.total(linear(out.reshape(*out.shape[:2], -1), w["o_proj"]))
         return add_bias(w, "o_proj", y)
 

@@ -383,6 +383,37 @@ MODELS: dict[str, dict] = {
         "mtp_transformer_layers": 1,
         "tie_word_embeddings": False,
     },
+    "qwen3_next": _BASE
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 28,
+        "rms_norm_eps": 1e-1,  # outputs near zero are divided by their size: keep that well-conditioned
+        "intermediate_size": 36,
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 12,
+        "num_hidden_layers": 9,
+        "full_attention_interval": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "partial_rotary_factor": 0.25,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 7,
+        "linear_value_head_dim": 6,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "num_experts": 10,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "rope_theta": 10000000,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 MODELS["qwen3_moe_raw"] = MODELS["qwen3_moe"] | {"norm_topk_prob": False, "mlp_only_layers": []}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dump.target.families import deepseek, gemma, glm, gpt_oss, llama, minimax, qwen_moe
+from dump.target.families import deepseek, gemma, glm, gpt_oss, llama, minimax, qwen_moe, qwen_next
 from dump.target.fields import Fields
 from dump.target.spec import TargetConfig
 
@@ -14,6 +14,7 @@ FAMILIES: dict[str, Callable[[Fields], TargetConfig]] = {
     **llama.ARCHITECTURES,
     **minimax.ARCHITECTURES,
     **qwen_moe.ARCHITECTURES,
+    **qwen_next.ARCHITECTURES,
 }
 """Architecture (as config.json names it) -> its description."""
 

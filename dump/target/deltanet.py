@@ -1,0 +1,102 @@
+"""Gated DeltaNet: a short causal convolution, then the gated delta rule, then a gated norm.
+
+Behaviour: transformers `models/qwen3_next`.
+
+Dimensions: B rows, T positions, K key heads, V value heads, G = V // K, D and E dimensions of a key and a
+value, H hidden size. The projections hold, key head by key head, [q D, k D, v G*E, gate G*E] and
+[beta G, decay G]; the convolution's channels are all q, then all k, then all v.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from common.layers import linear, rms_norm
+from dump.target.deltarule import delta_rule
+from dump.target.dense import matrix, must_divide, project, vector
+from dump.target.spec import Context, Weight
+
+_UNIT_EPS = 1e-6  # of the keys' and queries' normalisation
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A linear attention layer."""
+
+    hidden: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    eps: float
+
+    def weights(self, tp: int) -> dict[str, Weight]:
+        must_divide(tp, self.key_heads, "key heads of linear attention")
+        H, V, heads = self.hidden, self.value_heads, ("heads", None)
+        channels = 2 * self.key_heads * self.key_dim + V * self.value_dim
+        place = "layers.{layer}.linear_attn"
+        return (
+            matrix("linear_attn.in_proj_qkvz", channels + V * self.value_dim, H, heads)
+            | matrix("linear_attn.in_proj_ba", 2 * V, H, heads)
+            | matrix("linear_attn.out_proj", H, V * self.value_dim, (None, "heads"))
+            | vector("linear_attn.norm", self.value_dim)
+            | {
+                "conv1d": Weight(f"{place}.conv1d.weight", (channels, 1, self.kernel), (None, None, None)),
+                "A_log": Weight(f"{place}.A_log", (V,), ("heads",)),
+                "dt_bias": Weight(f"{place}.dt_bias", (V,), ("heads",)),
+            }
+        )
+
+    def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
+        B, T = x_BTH.shape[:2]
+        D, E, G = self.key_dim, self.value_dim, self.value_heads // self.key_heads
+        mixed = project(w, "in_proj_qkvz", x_BTH).reshape(B, T, -1, 2 * D + 2 * G * E)
+        q, k, v, gate = jnp.split(mixed, (D, 2 * D, 2 * D + G * E), -1)
+        q, k, v = self._convolve(w["conv1d"], (q, k, v), context)
+        rates = project(w, "in_proj_ba", x_BTH).reshape(B, T, -1, 2 * G).astype(jnp.float32)
+        beta = jax.nn.sigmoid(rates[..., :G]).reshape(B, T, -1)
+        step = jax.nn.softplus(
+            rates[..., G:].reshape(B, T, -1) + w["dt_bias"].astype(jnp.float32)[None, None]
+        )
+        decay = -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
+        q, k = (jnp.repeat(_unit(x), G, 2) for x in (q, k))
+        v = v.reshape(B, T, -1, E).astype(jnp.float32)
+        out = delta_rule(q * D**-0.5, k, v, decay, beta, context.segments_BT).astype(x_BTH.dtype)
+        out = rms_norm(out, w["norm"], self.eps).astype(jnp.float32)
+        out = out * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
+        return context.total(linear(out.astype(x_BTH.dtype).reshape(B, T, -1), w["out_proj"]))
+
+    def _convolve(
+        self, kernel_C1K: jax.Array, parts: tuple[jax.Array, ...], context: Context
+    ) -> list[jax.Array]:
+        """silu of each channel summed over its last positions in the document; parts are [B, T, heads, n]."""
+        done, start = [], 0
+        for x, width in zip(parts, (self.key_dim, self.key_dim, parts[2].shape[-1]), strict=True):
+            ours = x.shape[2] * width
+            first = start + context.chip() * ours
+            kernel_OK = jax.lax.dynamic_slice_in_dim(kernel_C1K[:, 0], first, ours)
+            done.append(_causal(x, kernel_OK.reshape(*x.shape[2:], -1), context.segments_BT))
+            start += self.key_heads * width
+        return done
+
+
+def _causal(x_BTXY: jax.Array, kernel_XYK: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """silu of a causal convolution; kernel[-1] weighs the position itself."""
+    T = x_BTXY.shape[1]
+    total = jnp.zeros_like(x_BTXY, jnp.float32)
+    for back in range(kernel_XYK.shape[-1]):
+        shifted = jnp.pad(x_BTXY, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :T]
+        before = jnp.pad(segments_BT, ((0, 0), (back, 0)), constant_values=-1)[:, :T]
+        same = (before == segments_BT)[..., None, None]
+        weight = kernel_XYK[None, None, ..., -1 - back].astype(jnp.float32)
+        total = total + jnp.where(same, shifted.astype(jnp.float32), 0.0) * weight
+    return jax.nn.silu(total).astype(x_BTXY.dtype)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x over its length, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + _UNIT_EPS)

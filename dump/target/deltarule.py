@@ -1,0 +1,88 @@
+"""The gated delta rule in chunks: a recurrent state that decays, corrected towards each key's value.
+
+S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t') + beta_t k_t v_t',  out_t = S_t' q_t, with S = 0 at the start of
+every document. Inside a chunk the recurrence is a triangular system, so that all work is matmuls.
+Source: Gated Delta Networks (arXiv 2412.06464), chunked form of arXiv 2406.06484.
+
+Dimensions: B rows, T positions, N heads, D of a key, E of a value; Z chunks of C positions (i, j within one).
+"""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64  # positions: the size of the matmuls, and of the triangular systems
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def delta_rule(
+    q_BTND: jax.Array,
+    k_BTND: jax.Array,
+    v_BTNE: jax.Array,
+    decay_BTN: jax.Array,
+    beta_BTN: jax.Array,
+    segments_BT: jax.Array,
+) -> jax.Array:
+    """out float32 [B, T, N, E]. `decay` is log-space (at most 0); queries and keys come normalised.
+
+    All arrays but the segments are float32.
+    """
+    T = q_BTND.shape[1]
+    q, k, v = (_chunks(x) for x in (q_BTND, k_BTND, v_BTNE))
+    beta, decay = _chunks(beta_BTN[..., None])[..., 0], _chunks(decay_BTN[..., None])[..., 0]
+    segments_ZBC = _chunks(segments_BT[:, :, None, None])[:, :, 0, :, 0]
+    total = jnp.cumsum(decay, -1)  # [Z, B, N, C]
+    within = _within(total, segments_ZBC)
+    system = _dot("zbnid,zbnjd->zbnij", k * beta[..., None], k) * within
+    both = jnp.concatenate([v, k * jnp.exp(total)[..., None]], -1) * beta[..., None]
+    solved = jax.scipy.linalg.solve_triangular(system, both, lower=True, unit_diagonal=True)
+    new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    reads, writes, survives = _crossings(segments_ZBC)
+    steps = (
+        _dot("zbnid,zbnjd->zbnij", q, k) * within,
+        new_values,
+        old_keys * reads,
+        q * jnp.exp(total)[..., None] * reads,
+        k * jnp.exp(total[..., -1:] - total)[..., None] * writes,
+        jnp.exp(total[..., -1])[..., None, None] * survives,
+    )
+    state_BNDE = jnp.zeros_like(_dot("bnid,bnie->bnde", k[0], v[0]))
+    _, out_ZBNCE = jax.lax.scan(_step, state_BNDE, steps)
+    out_BTNE = out_ZBNCE.transpose(1, 0, 3, 2, 4).reshape(q_BTND.shape[0], -1, *v_BTNE.shape[2:])
+    return out_BTNE[:, :T]
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, precision=_HIGHEST)
+
+
+def _step(state_BNDE: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """One chunk: what the old state predicts is taken off the new values, then both are read."""
+    attention, new_values, old_keys, queries, keys, survives = step
+    values = new_values - _dot("bnid,bnde->bnie", old_keys, state_BNDE)
+    out = _dot("bnid,bnde->bnie", queries, state_BNDE) + _dot("bnij,bnje->bnie", attention, values)
+    return state_BNDE * survives + _dot("bnid,bnie->bnde", keys, values), out
+
+
+def _chunks(x_BTND: jax.Array) -> jax.Array:
+    """[B, T, N, D] -> [Z, B, N, C, D], zeros behind the end."""
+    B, T, N, D = x_BTND.shape
+    padded = jnp.pad(x_BTND, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0)))
+    return padded.reshape(B, -1, CHUNK, N, D).transpose(1, 0, 3, 2, 4)
+
+
+def _within(total_ZBNC: jax.Array, segments_ZBC: jax.Array) -> jax.Array:
+    """Decay [Z, B, N, i, j] from position j to a later or equal i of the same document, else 0."""
+    later = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))[None, None]
+    seen = (later & (segments_ZBC[..., :, None] == segments_ZBC[..., None, :]))[:, :, None]
+    return jnp.exp(jnp.where(seen, total_ZBNC[..., :, None] - total_ZBNC[..., None, :], -jnp.inf))
+
+
+def _crossings(segments_ZBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """1.0 where a position reads the state before its chunk, where it writes the state behind it (both
+    [Z, B, 1, C, 1]), and where the state survives the chunk [Z, B, 1, 1, 1]: within one document each time.
+    """
+    last_ZB1 = segments_ZBC[..., -1:]
+    before_ZB1 = jnp.concatenate([last_ZB1[:1], last_ZB1[:-1]])  # the first state is 0, whatever reads it
+    reads, writes, survives = segments_ZBC == before_ZB1, segments_ZBC == last_ZB1, last_ZB1 == before_ZB1
+    return tuple(x.astype(jnp.float32)[:, :, None, :, None] for x in (reads, writes, survives))
