@@ -35,7 +35,7 @@ def delta_rule(
     within = _within(total, segments_ZBC)
     system = _dot("zbnid,zbnjd->zbnij", k * beta[..., None], k) * within
     both = jnp.concatenate([v, k * jnp.exp(total)[..., None]], -1) * beta[..., None]
-    solved = jax.scipy.linalg.solve_triangular(system, both, lower=True, unit_diagonal=True)
+    solved = _dot("zbnij,zbnje->zbnie", _inverse(system), both)
     new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reads, writes, survives = _crossings(segments_ZBC)
     steps = (
@@ -54,6 +54,23 @@ def delta_rule(
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, precision=_HIGHEST)
+
+
+def _inverse(system_ZBNij: jax.Array) -> jax.Array:
+    """Inverse of a lower triangle with ones on its diagonal, whatever is stored on and above it.
+
+    Blocks of the diagonal are inverted in ever larger sizes: that of [[P, 0], [R, Q]] is
+    [[P', 0], [-Q' R P', Q']]. All of it is matmuls, which a triangular solver is not.
+    """
+    i, j = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None]
+    inverse = jnp.broadcast_to(jnp.eye(CHUNK, dtype=jnp.float32), system_ZBNij.shape)
+    size = 1
+    while size < CHUNK:
+        below = (i // size == j // size + 1) & (i // (2 * size) == j // (2 * size))
+        corner = jnp.where(below[None, None, None], system_ZBNij, 0.0)
+        product = _dot("zbnij,zbnjk->zbnik", _dot("zbnij,zbnjk->zbnik", inverse, corner), inverse)
+        inverse, size = inverse - product, 2 * size
+    return inverse
 
 
 def _step(state_BNDE: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

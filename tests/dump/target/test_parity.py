@@ -80,6 +80,7 @@ def test_parity_with_transformers(name, tmp_path):
         ("gpt_oss", None),
         ("deepseek_v3", "ffn"),
         ("minimax_m2", "expert"),
+        ("qwen3_next", "ffn"),
     ],
 )
 def test_a_mesh_gives_the_same(name, experts, tmp_path):
