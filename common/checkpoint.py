@@ -216,5 +216,5 @@ def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
 
 def write(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file atomically; `metadata` gets format "pt", which loaders look for."""
-    data = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    data = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     files.write_bytes(path, safetensors.numpy.save(data, {"format": "pt"} | (metadata or {})))

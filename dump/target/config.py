@@ -4,6 +4,7 @@ from common import files
 from common.errors import EyasError
 from dump.target.families import FAMILIES, PUBLISHED_WITH_CODE
 from dump.target.fields import Fields
+from dump.target.quant import quantise
 from dump.target.spec import TargetConfig
 
 
@@ -28,11 +29,9 @@ def read_config(folder: str) -> TargetConfig:
         raise EyasError(
             f"{where}: architecture {found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise EyasError(f"{where}: quantisation {method!r} is not supported; use an unquantised checkpoint")
     fields = Fields(raw, where)
-    fields.skip("auto_map")
+    fields.skip("auto_map", "quantization_config")
     config = FAMILIES[found[0]](fields)
     fields.finish()
-    return config
+    quantisation = raw.get("quantization_config")
+    return quantise(config, quantisation, where) if quantisation else config

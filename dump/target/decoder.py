@@ -17,6 +17,7 @@ from common.errors import EyasError
 from common.layers import rms_norm
 from common.mesh import RULES, sharding, spec
 from dump.target.groups import Group, group
+from dump.target.quant import dequantised
 from dump.target.spec import Context, Layer, TargetConfig
 from dump.target.weights import parameters
 
@@ -142,6 +143,10 @@ def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int]
 
 
 def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context: Context) -> jax.Array:
+    if layer.quantised:
+        declared = layer.plain_weights(context.tp or 1)
+        w = dequantised(layer.quantised, declared, w, h_BTH.dtype, context)
+
     def norm(name: str, x: jax.Array) -> jax.Array:
         return rms_norm(x, w[name], layer.norm.eps, layer.norm.offset)
 

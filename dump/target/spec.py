@@ -100,7 +100,8 @@ class Norm:
 class Layer:
     """One layer: x += attention(norm(x)); x += feed_forward(norm(x)). `sandwich` norms the outputs as well.
 
-    `renames` are (canonical, own) pieces of weight names where a family has its own.
+    `renames` are (canonical, own) pieces of weight names where a family has its own. `quantised` are (local
+    name, scheme) of the matrices that the checkpoint holds quantised (see quant.py).
     """
 
     attention: Part
@@ -109,6 +110,28 @@ class Layer:
     hidden_size: int
     sandwich: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    quantised: tuple[tuple[str, Any], ...] = ()
+
+    def plain_weights(self, tp: int) -> dict[str, Weight]:
+        """The weights that the parts compute with, norms included."""
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if self.sandwich:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        norms = {n: Weight(f"layers.{{layer}}.{n}.weight", (self.hidden_size,), (None,)) for n in names}
+        return norms | self.attention.weights(tp) | self.feed_forward.weights(tp)
+
+    def weights(self, tp: int) -> dict[str, Weight]:
+        """The weights as they are held: quantised ones with their scales."""
+        declared = self.plain_weights(tp)
+        for name, scheme in self.quantised:
+            declared |= scheme.declare(name, declared[name])
+        return declared
+
+    def own_name(self, source: str) -> str:
+        """A weight's name in this family's checkpoints."""
+        for canonical, own in self.renames:
+            source = source.replace(canonical, own)
+        return source
 
 
 @dataclass(frozen=True)

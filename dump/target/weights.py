@@ -19,7 +19,7 @@ from common.mesh import RULES, sharding
 from common.params import Declaration, Param
 from common.progress import Progress
 from dump.target.groups import group
-from dump.target.spec import Layer, TargetConfig, Weight
+from dump.target.spec import TargetConfig, Weight
 
 _READERS = 8  # tensors read at once
 # Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
@@ -62,25 +62,10 @@ def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     for number, found in enumerate(group(cfg.layers)):
         for place, layer in enumerate(found.period):
             layers = found.layers_at(place)
-            for local, weight in layer_weights(layer, tp).items():
-                source = cfg.prefix + _renamed(weight.source, layer)
+            for local, weight in layer.weights(tp).items():
+                source = cfg.prefix + layer.own_name(weight.source)
                 declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers)
     return declared
-
-
-def layer_weights(layer: Layer, tp: int) -> dict[str, Weight]:
-    """The weights of one layer, norms included."""
-    names = ["input_layernorm", "post_attention_layernorm"]
-    if layer.sandwich:
-        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    norms = {n: Weight(f"layers.{{layer}}.{n}.weight", (layer.hidden_size,), (None,)) for n in names}
-    return norms | layer.attention.weights(tp) | layer.feed_forward.weights(tp)
-
-
-def _renamed(source: str, layer: Layer) -> str:
-    for canonical, own in layer.renames:
-        source = source.replace(canonical, own)
-    return source
 
 
 def _ends(cfg: TargetConfig, tp: int) -> dict[str, Stack]:

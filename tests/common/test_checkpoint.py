@@ -34,7 +34,7 @@ def test_slices_equal_the_arrays(tmp_path, remote):
     found = Checkpoint.open(folder)
     for name, value in TENSORS.items():
         read = found.read(name)
-        assert read.dtype == value.dtype
+        assert (read.dtype, read.shape) == (value.dtype, value.shape)
         np.testing.assert_array_equal(read, value)
     np.testing.assert_array_equal(found.read("a", (slice(2, 5), slice(1, 7))), TENSORS["a"][2:5, 1:7])
     np.testing.assert_array_equal(found.read("b", (slice(1, 2),)), TENSORS["b"][1:2])
