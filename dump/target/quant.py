@@ -1,6 +1,6 @@
-"""Float8 weights stay float8 in memory and are dequantised when their layer runs.
+"""Quantised weights stay quantised in memory and are dequantised when their layer runs.
 
-A scheme says how a matrix [out, in] of the checkpoint was scaled: by one number, one a row, or one a block.
+Float8 says how a matrix [out, in] of the checkpoint was scaled: by one number, one a row, or one a block.
 Formats: DeepSeek-V3 and Qwen ("fp8", blocks, `weight_scale_inv`), compressed-tensors and modelopt
 (`weight_scale`), fbgemm (`weight_scale`, one a row). Value = stored * scale in all of them.
 """
@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import EyasError
+from dump.target.mxfp4 import Mxfp4
 from dump.target.spec import Context, TargetConfig, Weight
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-METHODS = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt")
+METHODS = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _spread(scale: jax.Array, axis: int, block: int, size: int, context: Context
 
 
 def dequantised(
-    schemes: tuple[tuple[str, Float8], ...],
+    schemes: tuple[tuple[str, Float8 | Mxfp4], ...],
     declared: Mapping[str, Weight],
     w: Mapping[str, jax.Array],
     dtype: Any,
@@ -81,6 +82,7 @@ def dequantised(
 def quantise(cfg: TargetConfig, raw: dict[str, Any], where: str) -> TargetConfig:
     """The target with every linear matrix that `quantization_config` covers declared as quantised."""
     scheme, skipped = _scheme(raw, where)
+    dimensions = 3 if isinstance(scheme, Mxfp4) else 2  # MXFP4 is for experts that are one tensor a layer
     layers = []
     for number, layer in enumerate(cfg.layers):
         named = layer.plain_weights(1)
@@ -88,7 +90,7 @@ def quantise(cfg: TargetConfig, raw: dict[str, Any], where: str) -> TargetConfig
             (name, scheme)
             for name, weight in named.items()
             if weight.linear
-            and len(weight.shape) == 2
+            and len(weight.shape) == dimensions
             and not _skips(skipped, cfg.prefix + layer.own_name(weight.source), number)
         )
         layers.append(replace(layer, quantised=covered))
@@ -107,11 +109,13 @@ def _skips(skipped: list[str], source: str, layer: int) -> bool:
     return False
 
 
-def _scheme(raw: dict[str, Any], where: str) -> tuple[Float8, list[str]]:
+def _scheme(raw: dict[str, Any], where: str) -> tuple[Float8 | Mxfp4, list[str]]:
     """The scheme and the modules that it leaves out; EyasError for anything else than weights in float8."""
     method = raw.get("quant_method")
     if method not in METHODS:
         raise EyasError(f"{where}: quantisation {method!r} is not supported; supported: {', '.join(METHODS)}")
+    if method == "mxfp4":
+        return Mxfp4(), list(raw.get("modules_to_not_convert") or [])
     if method == "fp8":
         if raw.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
             raise EyasError(f"{where}: float8 format {raw['fmt']!r} is not supported; only e4m3 is")

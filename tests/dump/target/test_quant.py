@@ -11,6 +11,7 @@ from common.errors import EyasError
 from dump import target
 from tests.dump.target.test_parity import run
 from tests.goldens import golden
+from tests.goldens.values import tensor
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 COMPRESSED = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
@@ -76,6 +77,36 @@ def test_float8_equals_its_values(name, kind, tp, tmp_path):
     for key in ("aux", "last", "logits"):
         size = np.sqrt(np.mean(np.square(expected[key])))
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-4 * size)
+
+
+def test_mxfp4_equals_its_values(tmp_path):
+    made = golden.read("gpt_oss")
+    plain_folder = golden.write_folder(made, tmp_path / "plain")
+    found = checkpoint.Checkpoint.open(plain_folder)
+    plain = {name: found.read(name) for name in found.tensors}
+    stored = dict(plain)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    table = np.concatenate([table, -table])
+    for name in [n for n in plain if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, into, out = plain[name].shape
+        blocks = tensor(f"{name}_blocks", (experts, out, into // 32, 16), "U8")
+        scales = tensor(f"{name}_scales", (experts, out, into // 32), "U8")
+        values = np.stack([table[blocks & 15], table[blocks >> 4]], -1).reshape(experts, out, -1, 32)
+        values = np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(experts, out, into)
+        plain[name] = values.swapaxes(1, 2).astype(np.float32)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        del stored[name]
+    checkpoint.write(f"{plain_folder}/model.safetensors", plain)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config = made.config | {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    }
+    files.write_json(f"{tmp_path}/quantised/config.json", config)
+    checkpoint.write(f"{tmp_path}/quantised/model.safetensors", stored)
+    outcome, expected = run(made, f"{tmp_path}/quantised", 1, 2), run(made, plain_folder, 1, 1)
+    for key in ("aux", "last", "logits"):
+        size = np.sqrt(np.mean(np.square(expected[key])))
+        np.testing.assert_allclose(outcome[key], expected[key], rtol=1e-4, atol=1e-4 * size)
 
 
 def test_a_missing_scale_is_named(tmp_path):
