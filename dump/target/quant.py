@@ -5,6 +5,7 @@ Formats: DeepSeek-V3 and Qwen ("fp8", blocks, `weight_scale_inv`), compressed-te
 (`weight_scale`), fbgemm (`weight_scale`, one a row). Value = stored * scale in all of them.
 """
 
+import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -98,11 +99,12 @@ def quantise(cfg: TargetConfig, raw: dict[str, Any], where: str) -> TargetConfig
 
 
 def _skips(skipped: list[str], source: str, layer: int) -> bool:
-    """Whether a module is on the list of those that were left unquantised (exact, a parent, or `re:`)."""
+    """Whether a module is on the list of those that were left unquantised (exact, a parent, `*` or `re:`)."""
     module = source.format(layer=layer, expert=0).removesuffix(".weight")
     for pattern in skipped:
-        if pattern.startswith("re:"):
-            if re.match(pattern[3:], module):
+        if pattern.startswith("re:") or "*" in pattern:
+            expression = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+            if re.match(expression, module):
                 return True
         elif module == pattern or module.startswith(f"{pattern}.") or f".{pattern}." in f".{module}.":
             return True
@@ -129,7 +131,9 @@ def _scheme(raw: dict[str, Any], where: str) -> tuple[Float8 | Mxfp4, list[str]]
             raise EyasError(
                 f"{where}: modelopt quant_algo {raw.get('quant_algo')!r} is not supported; only FP8 is"
             )
-        return Float8((None, None), "weight_scale", scalar=True), list(raw.get("ignore") or [])
+        return Float8((None, None), "weight_scale", scalar=True), list(
+            raw.get("ignore") or raw.get("exclude_modules") or []
+        )
     groups = list((raw.get("config_groups") or {}).values())
     about = groups[0].get("weights") or {} if len(groups) == 1 else {}
     known = about.get("num_bits") == 8 and about.get("type") == "float" and about.get("symmetric", True)

@@ -35,6 +35,9 @@ def _minimax_m2(f: Fields) -> TargetConfig:
         raise EyasError(
             f"{f.where}: attn_type_list has a kind other than 1 (full attention); it is not supported"
         )
+    for part in ("full_attention", "linear_attention", "mlp"):
+        f.only(f"layernorm_{part}_beta", (1.0,), 1.0)
+    f.skip("shared_moe_mode")  # of shared experts, which shared_intermediate_size = 0 rules out
     f.skip("mtp_transformer_layers", "num_mtp_modules", "use_mtp", "rms_norm_type", "mlp_intermediate_size")
     attention = replace(gqa(f, rope=f.rope(head_dim, theta=5e6)), row_norm=norm(f))
     router = Router(

@@ -33,6 +33,7 @@ def _qwen3_moe(f: Fields) -> TargetConfig:
     if f.get("use_sliding_window", False):
         attention = replace(attention, window=window)
     f.skip("max_window_layers")
+    f.only("use_qk_norm", (True,), True)
     n = f.size("num_hidden_layers")
     f.only("layer_types", ([FULL] * n,), [FULL] * n)
     sparse = Layer(attention, Moe(softmax_router(f), gated_experts(f)), norm(f), f.size("hidden_size"))
