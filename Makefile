@@ -1,0 +1,70 @@
+# Needs Python 3.11+ and make; everything else goes into .venv. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+DATA ?= embedded
+STORE ?= stores/$(notdir $(MODEL))
+EXP ?= runs/$(notdir $(MODEL))
+HEAD ?= $(EXP)/best
+OUT ?= heads/$(notdir $(MODEL))
+ARGS ?=
+EYAS = .venv/bin/eyas
+READY = .venv/ready
+
+.PHONY: help demo test test-slow prepare dump train eval export bench targets lint lock clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD)"
+	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
+
+demo: $(READY) ## the whole way on the embedded model, in 10 minutes on 2 cores
+	@$(EYAS) demo $(ARGS)
+
+test: $(READY) ## the tests
+	@.venv/bin/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## also the tests that take minutes or download
+	@.venv/bin/python -m pytest -m 'slow or not slow' $(ARGS)
+
+prepare: $(READY) ## DATA -> packed rows in STORE
+	@$(EYAS) prepare --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data $(d)) $(ARGS)
+
+dump: $(READY) ## rows of STORE (prepared from DATA if there are none) -> features, by MODEL
+	@$(EYAS) dump --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data $(d)) $(ARGS)
+
+train: $(READY) ## STORE -> a head in EXP
+	@$(EYAS) train --model $(MODEL) --store $(STORE) --out $(EXP) $(ARGS)
+
+eval: $(READY) ## HEAD (EXP/best) on the held-out rows of STORE
+	@$(EYAS) eval --head $(HEAD) --store $(STORE) $(ARGS)
+
+export: $(READY) ## HEAD -> OUT, a checked folder that servers load
+	@$(EYAS) export --head $(HEAD) --store $(STORE) --out $(OUT) $(ARGS)
+
+bench: $(READY) ## speed and memory figures -> runs/bench.json
+	@.venv/bin/python -m pipelines.bench $(ARGS)
+
+targets: $(READY) ## the supported families and recipes
+	@$(EYAS) targets $(ARGS)
+
+lint: $(READY) ## style and format
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+lock: ## pins the newest versions anew (needs uv)
+	@uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --extra dev \
+	  --upgrade --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+
+clean: ## removes .venv; stores, runs and downloads stay
+	@rm -rf .venv
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); use make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up .venv (once; a few minutes)" >&2
+	@$(PYTHON) -m venv .venv || { echo "the venv module is missing; install python3-venv" >&2; exit 2; }
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

