@@ -257,7 +257,7 @@ def verify(store: str) -> None:
     show(found)
     if found["damaged"] or found["missing_blocks"]:
         raise EyasError(
-            f"{store}: {len(found['damaged'])} parts are damaged, {found['missing_blocks']} blocks are missing; "
+            f"{store}: {len(found['damaged'])} parts damaged, {found['missing_blocks']} blocks missing; "
             "the same dump command writes what is missing"
         )
 

@@ -98,7 +98,7 @@ def as_text(summary: dict[str, Any], out: str) -> str:
     lines = [
         "",
         f"Target      {summary['target']}",
-        f"Data        {rows['tokens']:,} tokens; {rows['train_rows']} train and {rows['test_rows']} test rows",
+        f"Data        {rows['tokens']:,} tokens; {rows['train_rows']} train, {rows['test_rows']} test rows",
         f"Time        {sum(seconds.values()):.0f} s: "
         + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         f"Held out    first token right {head['acc'][0]:.1%} (bigram {found['bigram']['acc'][0]:.1%}, "

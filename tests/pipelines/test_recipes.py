@@ -1,0 +1,72 @@
+"""Recipes are checked as they are read, and name only what their stages know."""
+
+from dataclasses import fields
+
+import pytest
+
+from common.errors import EyasError
+from dump.dump import DumpConfig
+from dump.prepare import PrepareConfig
+from dump.target.families import FAMILIES
+from pipelines import recipes
+
+GOOD = """
+model = "owner/name"
+architecture = "LlamaForCausalLM"
+layers = 8
+hidden_size = 64
+vocab_size = 100
+[dump]
+slice = "v6e-4"
+dp = 2
+tp = 2
+[train]
+slice = "cpu"
+"""
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_makes_the_configurations_of_its_stages(name):
+    recipe = recipes.load(name)
+    assert recipe.architecture in FAMILIES
+    assert recipe.layers >= 7, "the default aux layers need 7"
+    PrepareConfig(("data",), "model", "store", **recipe.prepare)
+    DumpConfig("model", "store", **recipe.dump).batch(recipe.prepare["length"])
+    assert (
+        recipe.train["batch_rows" if "dp" in recipe.train else "draft_vocab"] % recipe.train.get("dp", 1) == 0
+    )
+    assert recipe.train["draft_vocab"] <= recipe.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (GOOD.replace("layers = 8", "layers = '8'"), "layers='8' must be a int"),
+        (GOOD.replace("layers = 8", ""), "missing 1 required positional argument: 'layers'"),
+        (GOOD.replace("tp = 2", "tp = 4"), r"\[dump\] dp\*tp=8 must be the number of chips of slice='v6e-4'"),
+        (GOOD.replace("v6e-4", "h100"), "slice='h100' is unknown"),
+        ("colour = 1\n" + GOOD, "colour is no field of a recipe"),
+        (GOOD + "[", "recipe mine.toml: "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_field_that_is_wrong(wrong, message):
+    assert recipes.parse("mine", GOOD).dump == {"dp": 2, "tp": 2}
+    with pytest.raises(EyasError, match=message) as refused:
+        recipes.parse("mine", wrong)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(EyasError, match=r"'smollm3' is no folder and no recipe.* or one of .*smollm2-135m"):
+        recipes.find("smollm3")
+
+
+def test_folders_urls_and_hub_ids_are_no_recipes(tmp_path):
+    for model in (None, str(tmp_path), "gs://bucket/model", "owner/name"):
+        assert recipes.find(model) is None
+    assert recipes.folder(str(tmp_path), "cache") == str(tmp_path)
+    assert recipes.folder("gs://bucket/model", "cache") == "gs://bucket/model"
+
+
+def test_the_recipes_sections_are_those_of_the_stages():
+    assert {f.name for f in fields(recipes.Recipe)} >= set(recipes.STAGES)
