@@ -45,7 +45,7 @@ export: $(READY) ## HEAD -> OUT, a checked folder that servers load
 	@$(EYAS) export --head $(HEAD) --store $(STORE) --out $(OUT) $(ARGS)
 
 bench: $(READY) ## speed and memory figures -> runs/bench.json
-	@.venv/bin/python -m pipelines.bench $(ARGS)
+	@$(EYAS) bench $(ARGS)
 
 targets: $(READY) ## the supported families and recipes
 	@$(EYAS) targets $(ARGS)

@@ -66,9 +66,9 @@ def knob(name: str, kind: Any, default: Any, text: str) -> Callable:
     return click.option(name, type=kind, default=None, help=f"{text} (default: the recipe's, else {default})")
 
 
-def show(value: dict[str, Any], as_json: bool = True) -> None:
-    """Prints a stage's result to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else str(value))
+def show(value: dict[str, Any]) -> None:
+    """Prints a stage's result to stdout, as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 model_option = click.option(
@@ -138,7 +138,7 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
     """
     from dump.prepare import PrepareConfig, run
 
-    place = {"data": _data(data, cache), "model": recipes.folder(model, cache), "store": store}
+    place = {"model": recipes.folder(model, cache), "data": _data(data, cache), "store": store}
     show(run(configure(PrepareConfig, recipes.find(model), "prepare", given | place))["counts"])
 
 
@@ -225,7 +225,7 @@ def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     from train import evaluate as stage
 
     found = stage.run(configure(stage.EvaluateConfig, None, "", given | {"head": head, "store": store}))
-    click.echo(json.dumps(found, indent=2) if as_json else table(found))
+    show(found) if as_json else click.echo(table(found))
 
 
 @main.command()
@@ -242,6 +242,16 @@ def export(head: str, store: str, out: str) -> None:
 
     for line in copy_head(head, Store.open(store).target_config(), out):
         click.echo(line)
+
+
+@main.command()
+@click.option("--out", default="runs/bench.json", show_default=True, help="The file of figures to write.")
+@click.pass_obj
+def bench(cache: str, out: str) -> None:
+    """Measures speed and memory of every stage in one run, beside what each is compared with."""
+    from pipelines import bench as stage
+
+    show(stage.run(out, cache))
 
 
 @main.command()

@@ -1,0 +1,226 @@
+"""The command line: helps that tell the true defaults, exit codes, and one line for a user's mistake."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from common import files
+from common.errors import EyasError
+from dump.dump import DumpConfig
+from dump.prepare import PrepareConfig
+from pipelines import cli
+from pipelines.checks import require_same_target
+from tests.common import chats
+from tests.dump import tiny
+
+ROOT = Path(__file__).parents[2]
+CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.main, [str(a) for a in args])
+
+
+def refused(result, code=2):
+    """The one line of an error."""
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.stderr.rstrip().endswith(line), "the error comes last, and on one line"
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported():
+    code = (
+        "import sys, pipelines.cli; print({'jax', 'transformers', 'tensorstore', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("verb", sorted(cli.main.commands))
+def test_every_verb_has_a_help_with_words_for_every_option(verb):
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    assert all(getattr(option, "help", "") for option in cli.main.commands[verb].params)
+
+
+@pytest.mark.parametrize(("verb", "config"), [("prepare", PrepareConfig), ("dump", DumpConfig)])
+def test_the_defaults_in_the_help_are_those_of_the_configuration(verb, config):
+    defaults = {field.name: field.default for field in fields(config)}
+    options = {o.name: o.help for o in cli.main.commands[verb].params if "else " in (o.help or "")}
+    assert options.keys() <= defaults.keys()
+    for name, text in options.items():
+        if defaults[name] is not None:
+            assert text.endswith(f"else {defaults[name]})"), name
+
+
+def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_the_default():
+    recipe = cli.recipes.load("qwen3-32b")
+    given = {"model": "m", "store": "s", "tp": 4, "topk": None}
+    config = cli.configure(DumpConfig, recipe, "dump", given)
+    assert (config.tp, config.dp, config.topk) == (4, 2, 64)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder, a store with rows, and things that are wrong."""
+    here = tmp_path_factory.mktemp("cli")
+    model = tiny.write_model(str(here / "model"))
+    tiny.write_store(str(here / "rows"), model)
+    chats.write_model(here / "chat")
+    tiny.write_model(str(here / "shallow"), layers=6)
+    (here / "empty.jsonl").write_text("")
+    (here / "broken.jsonl").write_text('{"id": 1,\n' * 20)
+    (here / "no-answer.jsonl").write_text(
+        '{"id": "a", "messages": [{"role": "user", "content": "Hello?"}]}\n'
+    )
+    (here / "no-config").mkdir()
+    for name, change in {
+        "unknown": {"architectures": ["MambaForCausalLM"]},
+        "code": {"auto_map": {"AutoModel": "code.py"}},
+    }.items():
+        raw = files.read_json(f"{model}/config.json")
+        files.write_json(str(here / name / "config.json"), raw | change)
+    truncated = here / "truncated"
+    tiny.write_model(str(truncated))
+    data = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[: len(data) // 2])
+    outside = here / "outside"
+    tiny.write_model(str(outside))
+    os.remove(outside / "model.safetensors")
+    files.write_json(str(outside / "model.safetensors.index.json"), {"weight_map": {"a": "../x.safetensors"}})
+    manifest = files.read_json(str(here / "rows" / "manifest.json"))
+    files.write_json(str(here / "newer" / "manifest.json"), manifest | {"schema": 99})
+    files.write_bytes(str(here / "damaged" / "manifest.json"), b'{"schema": 1, ')
+    return here
+
+
+PREPARE = "prepare --model chat --store new --data"
+DUMP = "dump --store rows --model"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (f"{PREPARE} missing.jsonl", "missing.jsonl"),
+        (f"{PREPARE} empty.jsonl", "empty.jsonl"),
+        (f"{PREPARE} broken.jsonl", "broken.jsonl"),
+        (f"{PREPARE} no-answer.jsonl", "answer to learn from"),
+        ("prepare --model no-config --store new --data empty.jsonl", "config.json"),
+        ("prepare --model smollm3 --store new", "no recipe"),
+        (f"{DUMP} no-config", "config.json is missing"),
+        (f"{DUMP} unknown", "LlamaForCausalLM"),
+        (f"{DUMP} code", "auto_map"),
+        (f"{DUMP} shallow", "layers"),
+        (f"{DUMP} truncated", "model.safetensors"),
+        (f"{DUMP} outside", "outside"),
+        (f"{DUMP} model --tp 64 --block-rows 64", "devices"),
+        (f"{DUMP} model --block-rows 32 --batch-rows 5", "batch_rows=5"),
+        ("dump --store newer --model model", "schema"),
+        ("dump --store damaged --model model", "manifest.json"),
+        ("dump --store nothing --model model", "nothing"),
+        ("verify --store damaged", "manifest.json"),
+        ("export --head nowhere --store rows --out new", "config.json"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(place, monkeypatch, command, expected):
+    monkeypatch.chdir(place)
+    before = sorted(p for p in place.rglob("*"))
+    assert expected in refused(invoke(*command.split()))
+    assert sorted(p for p in place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["dump --model model", "dump --store s --topk 0", "fly"])
+def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
+    assert invoke(*command.split()).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "store/x"), 1, "Error: store/x: the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "store"), 1, "Error: store: permission denied"),
+        (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
+    ],
+)
+def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, raised, code, text):
+    def fail(name):
+        raise raised
+
+    monkeypatch.setattr(cli.recipes, "load", fail)
+    assert refused(invoke("targets"), code).startswith(text)
+
+
+def test_an_error_of_our_own_is_not_dressed_up_as_the_users(monkeypatch):
+    monkeypatch.setattr(cli.recipes, "names", lambda: 1 / 0)
+    assert isinstance(invoke("targets").exception, ZeroDivisionError)
+
+
+def test_ctrl_c_in_a_real_dump_exits_with_130_and_says_how_to_go_on(place, tmp_path):
+    store = tiny.write_store(str(tmp_path / "store"), str(place / "model"), rows=4000)
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "dump",
+        "--store",
+        store,
+        "--model",
+        str(place / "model"),
+    ]
+    command += ["--block-rows", "4"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commits = Path(store, "commits")
+    while process.poll() is None and not (commits.exists() and any(commits.iterdir())):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command" in err.splitlines()[-1]
+    left = 1000 - len(list(commits.iterdir()))
+    assert f"0 parts damaged, {left} blocks missing" in refused(invoke("verify", "--store", store))
+
+
+@pytest.fixture(scope="module")
+def dumped(place):
+    store = tiny.write_store(str(place.parent / "dumped"), str(place / "model"))
+    assert invoke("dump", "--store", store, "--model", place / "model").exit_code == 0
+    return store
+
+
+def test_a_flipped_bit_is_found(dumped, tmp_path):
+    store = shutil.copytree(dumped, tmp_path / "store")
+    chunk = max((store / "features" / "last_hidden").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 3] ^= 4
+    chunk.write_bytes(data)
+    assert "1 parts damaged, 0 blocks missing" in refused(invoke("verify", "--store", store))
+
+
+def test_a_store_of_another_model_is_refused(dumped, place):
+    other = tiny.write_model(str(place.parent / "other"), tied=True)
+    assert "target" in refused(invoke("dump", "--store", dumped, "--model", other))
+    with pytest.raises(EyasError, match="holds features of another model"):
+        require_same_target(dumped, other, None)
+    with pytest.raises(EyasError, match=r"another model \(model: layers 8\) than llama-3.1-8b \(layers 32\)"):
+        require_same_target(dumped, "llama-3.1-8b", cli.recipes.load("llama-3.1-8b"))
+    require_same_target(dumped, str(place / "model"), None)
+
+
+def test_targets_are_listed_for_people_and_programs():
+    found = json.loads(invoke("targets", "--json").stdout)
+    assert "LlamaForCausalLM" in found["families"]
+    assert {r["name"]: r["layers"] for r in found["recipes"]}["qwen3-32b"] == 64
+    assert "qwen3-32b" in invoke("targets").stdout

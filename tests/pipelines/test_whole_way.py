@@ -1,0 +1,73 @@
+"""Conversations to a checked head, through the command line, on a random target of eight layers."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from common import checkpoint, files
+from dump import target
+from dump.target.weights import stacks
+from pipelines import cli
+from tests.common import chats
+
+pytest.importorskip("train.run")
+
+CHATS = str(Path(__file__).parents[1] / "data" / "chats.jsonl")
+SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def write_target(folder):
+    """A random Llama that has the byte tokenizer and a chat template."""
+    chats.write_model(folder, **SIZES)
+    rng = np.random.default_rng(0)
+    shapes = {}
+    for stack in stacks(target.read_config(str(folder))).values():
+        shapes |= dict.fromkeys(stack.sources, stack.weight.shape)
+    tensors = {
+        name: rng.normal("norm" in name, 0.1, shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    checkpoint.write(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+def eyas(*args):
+    result = CliRunner().invoke(cli.main, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path):
+    model, store, run, head = (tmp_path / name for name in ("model", "store", "run", "head"))
+    write_target(model)
+    place = ("--model", model, "--store", store)
+    counts = json.loads(eyas("prepare", *place, "--data", CHATS, "--length", 256, "--holdout", 0.2))
+    assert counts["read"] == counts["kept"] + sum(n for name, n in counts.items() if "dropped_" in name)
+    dumped = json.loads(eyas("dump", *place, "--data", CHATS, "--block-rows", 4))
+    assert dumped["blocks_before"] == 0
+    assert json.loads(eyas("dump", *place, "--block-rows", 4))["blocks_before"] == dumped["blocks"]
+    assert json.loads(eyas("verify", "--store", store))["missing_blocks"] == 0
+    few = ("--steps", 4, "--batch-rows", 2, "--draft-vocab", 64, "--ttt-steps", 3)
+    eyas("train", *place, "--out", run, *few)
+    found = json.loads(eyas("eval", "--head", run / "best", "--store", store, "--ttt-steps", 3, "--json"))
+    assert len(found["head"]["acc"]) == 3
+    assert 1 <= found["head"]["length_greedy"] <= 4
+    assert "bigram" in eyas("eval", "--head", run / "best", "--store", store, "--ttt-steps", 3)
+    assert "target: hidden size" in eyas("export", "--head", run / "best", "--store", store, "--out", head)
+    assert sorted(os.listdir(head)) == ["README.md", "config.json", "model.safetensors"]
+    assert files.read_json(str(head / "config.json"))["draft_vocab_size"] == 64
