@@ -114,6 +114,24 @@ def test_losses_are_the_references(packed, compat):
 
 
 @pytest.mark.parametrize("compat", COMPATS)
+def test_a_row_that_is_one_document_does_not_run_into_the_next(packed, compat):
+    """Both rows' segment is 1, so only the rows' ends tell them apart."""
+    B, T = packed.tokens.shape
+    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    whole = replace(packed, segments=np.ones_like(packed.segments), positions=positions)
+    whole = replace(whole, mask=np.ones_like(packed.mask))
+    expected = whole.losses(STEPS, compat=compat)
+    (total, sums), gradients = trained(whole, compat)
+    np.testing.assert_array_equal(sums.counted, expected.counted)
+    np.testing.assert_allclose(total, expected.total, rtol=1e-5)
+    direction = directions(whole, 0)
+    found = directional_derivative(
+        lambda params: whole.losses(STEPS, params, compat).total, whole.params, direction
+    )
+    np.testing.assert_allclose(slope(gradients, direction), found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
 def test_gradients_are_the_references(packed, compat):
     """Every parameter along a direction of its own, then all of them along several together."""
     _, gradients = trained(packed, compat)
