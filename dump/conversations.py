@@ -84,13 +84,17 @@ class DataFile:
 @contextmanager
 def _opened(url: str) -> Iterator[BinaryIO]:
     try:
-        with fsspec.open(url if files.is_remote(url) else files.local_path(url), "rb") as file:
+        place = fsspec.open(url if files.is_remote(url) else files.local_path(url), "rb")
+    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is missing
+        raise EyasError(f"{url} cannot be read: {error}") from None
+    try:
+        with place as file:
             yield file
     except FileNotFoundError:
         raise EyasError(f"the data file {url} does not exist; check the path") from None
     except IsADirectoryError:
         raise EyasError(f"{url} is a folder; name the data files in it") from None
-    except (OSError, ImportError) as error:
+    except OSError as error:
         raise EyasError(f"{url} cannot be read: {error}") from None
 
 

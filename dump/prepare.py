@@ -83,12 +83,12 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     A store that already holds the same configuration and data is left alone. EyasError, with nothing
     written, for unusable data or model, and for a store or folder that holds something else.
     """
-    config_json = files.read_json(f"{config.model.rstrip('/')}/config.json")
+    vocab_size = _vocab_size(config.model)
     chat = Chat.load(config.model)
     sources = _open(config)
     identity = {
         "length": config.length,
-        "vocab_size": _vocab_size(config.model, config_json),
+        "vocab_size": vocab_size,
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
         "data": [source.identity() for source in sources],
@@ -101,10 +101,10 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         return read_manifest(config.store)["rows"]
     conversations, counts = _read(config, sources)
     conversations, encoded = _encode(chat, conversations, config.length, counts)
-    _require_tokens(conversations, encoded, identity["vocab_size"], counts, config)
+    _require_tokens(conversations, encoded, vocab_size, counts, config)
     held_out = split([c.base for c in conversations], config.holdout, config.seed)
     ids = [c.id for c in conversations]
-    packed = pack(ids, encoded, held_out, config.length, identity["vocab_size"], config.seed)
+    packed = pack(ids, encoded, held_out, config.length, vocab_size, config.seed)
     rows = len(packed.arrays["tokens"])
     tokens = int((packed.arrays["segment_ids"] > 0).sum())
     manifest = identity | {
@@ -136,8 +136,9 @@ def _open(config: PrepareConfig) -> list[DataFile]:
         return [DataFile.open(url, bar.update) for url in config.data]
 
 
-def _vocab_size(model: str, config: dict[str, Any]) -> int:
+def _vocab_size(model: str) -> int:
     """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
+    config = files.read_json(f"{model.rstrip('/')}/config.json")
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(size, int):
         raise EyasError(f"{model}/config.json has no vocab_size; it is not the folder of a language model")

@@ -1,0 +1,235 @@
+"""The whole of prepare, on the chat file and on unusable input."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.chat import Chat
+from common.errors import EyasError
+from common.store import Store
+from dump.prepare import PrepareConfig, run
+from tests.common.chats import CHATML, write_model
+
+CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    return PrepareConfig((str(CHATS),), model, str(tmp_path / "store"), length=256, holdout=0.2)
+
+
+def contents(folder):
+    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(p, folder): hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+
+
+def test_the_store_holds_the_answers_of_the_chat_file(config, capfd):
+    rows = run(config)
+    store = Store.open(config.store)
+    arrays = store.read(["tokens", "segment_ids", "positions", "loss_mask"], np.arange(store.rows))
+    chat = Chat.load(config.model)
+    found = {}
+    for line in store.index().to_pylist():
+        place = (line["row"], slice(line["start"], line["start"] + line["length"]))
+        kept = arrays["loss_mask"][place] == 1
+        assert kept.sum() == line["counted"] > 0
+        found[line["id"]] = chat.decode(arrays["tokens"][place][kept].tolist())
+    assert (
+        found["alias01_0"]
+        == "Jupiter, with eleven times the diameter of the Earth.<|im_end|>Mercury.<|im_end|>"
+    )
+    assert found["chats.jsonl#9"] == "Se dice «puente».<|im_end|>「橋」（はし）です。🌉<|im_end|>"
+    assert found["garden1_1"].startswith("Mostly the carrot fly.")
+    assert rows["counted"] == arrays["loss_mask"].sum()
+    assert rows["tokens"] == (arrays["segment_ids"] > 0).sum()
+    assert rows["fill"] == rows["tokens"] / arrays["tokens"].size
+    assert rows["counts"]["kept"] == len(found)
+    lost = sum(n for name, n in rows["counts"].items() if name.startswith("dropped_"))
+    assert rows["counts"]["read"] == rows["counts"]["kept"] + lost == 31
+    assert rows["counts"]["dropped_special_token"] == 1
+    assert rows["counts"]["truncated"] > 0
+    printed = capfd.readouterr().err
+    assert "conversations: 31 read" in printed
+    assert "dropped_duplicate 1" in printed
+
+
+def test_splits_are_kept_apart_and_counted_tokens_are_of_train(config):
+    run(config)
+    store = Store.open(config.store)
+    train, test = store.split_rows("train"), store.split_rows("test")
+    assert len(train) > 0
+    assert len(test) > 0
+    assert sorted([*train, *test]) == list(range(store.rows))
+    chunks = [line for line in store.index().to_pylist() if line["id"].startswith("garden1_")]
+    assert len(chunks) == 3
+    assert len({line["split"] for line in chunks}) == 1
+    arrays = store.read(["tokens", "loss_mask"], train)
+    counted = np.bincount(
+        arrays["tokens"][arrays["loss_mask"] == 1], minlength=store.manifest["rows"]["vocab_size"]
+    )
+    np.testing.assert_array_equal(store.token_counts(), counted)
+
+
+def test_the_same_input_gives_the_same_bytes_elsewhere_on_one_core(config, tmp_path):
+    run(config)
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    (copy / "chats.jsonl").write_bytes(CHATS.read_bytes())
+    arguments = (
+        (str(copy / "chats.jsonl"),),
+        config.model,
+        str(copy / "store"),
+        config.length,
+        config.holdout,
+    )
+    code = (
+        "import sys; from dump.prepare import PrepareConfig, run; "
+        f"run(PrepareConfig(*{arguments!r})); assert not {{'jax', 'torch'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"RAYON_NUM_THREADS": "1"})
+    first = contents(config.store)
+    assert first == contents(copy / "store")
+    assert len(first) > 6
+
+
+def test_nothing_of_the_conversations_or_of_this_machine_is_in_the_manifest(config, tmp_path):
+    run(config)
+    manifest = (Path(config.store) / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest
+    assert "carrot" not in manifest
+
+
+def test_a_prepared_store_is_left_alone_and_another_configuration_is_refused(config, tmp_path, capfd):
+    first = run(config)
+    before = contents(config.store)
+    assert run(config) == first
+    assert "already prepared" in capfd.readouterr().err
+    for field, value in (("length", 128), ("seed", 1), ("holdout", 0.3), ("max_conversations", 5)):
+        with pytest.raises(EyasError, match=f"{field}: .* there, {value} here"):
+            run(replace(config, **{field: value}))
+    changed = tmp_path / "chats.jsonl"
+    changed.write_bytes(CHATS.read_bytes() + b"\n{}\n")
+    with pytest.raises(EyasError, match=r"prepared in another way: data"):
+        run(replace(config, data=(str(changed),)))
+    other = write_model(tmp_path / "other", CHATML.replace("assistant", "model"))
+    with pytest.raises(EyasError, match="template_hash"):
+        run(replace(config, model=str(other)))
+    assert contents(config.store) == before
+
+
+def test_an_interrupted_prepare_is_run_again(config):
+    run(config)
+    before = contents(config.store)
+    os.unlink(os.path.join(config.store, "manifest.json"))
+    run(config)
+    assert contents(config.store) == before
+
+
+def test_max_conversations_counts_usable_ones(config):
+    rows = run(replace(config, max_conversations=20))
+    assert rows["counts"]["read"] == 23
+    assert rows["counts"]["kept"] == 20
+
+
+def test_several_files_are_one_data_set(config, tmp_path):
+    lines = CHATS.read_text().splitlines()
+    for name, part in (("a.jsonl", lines[:10]), ("b.jsonl", lines[10:])):
+        (tmp_path / name).write_text("\n".join(part))
+    rows = run(replace(config, data=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))))
+    assert rows["counts"]["read"] == 31
+    assert [source["name"] for source in rows["data"]] == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_template_that_refuses_some_conversations_says_why_once(config, tmp_path, capfd):
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    )
+    rows = run(replace(config, model=str(write_model(tmp_path / "model", template))))
+    assert rows["counts"]["dropped_template_refused"] == 1
+    assert capfd.readouterr().err.count("no system role") == 1
+
+
+def chat(*turns):
+    return json.dumps({"conversations": [{"from": role, "value": text} for role, text in turns]})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.jsonl", "\n\n", "no conversations found"),
+        ("none.json", "[]", "no conversations found"),
+        (
+            "asked.jsonl",
+            chat(("human", "a secret?")),
+            "none of 1 conversations has an answer .*1 no_assistant",
+        ),
+        ("other.jsonl", '{"text": "a secret"}\n' * 3, "none of 3 conversations .*3 malformed"),
+        ("bad.jsonl", chat(("human", "q"), ("gpt", "a")) + "\n{a secret\n", "1 of 2 lines .* line 2"),
+        ("late.jsonl", chat(("human", "secret " * 99), ("gpt", "a")), "none of 1 .*1 nothing_counted"),
+        ("one.jsonl", chat(("human", "q"), ("gpt", "a")), "one conversation cannot be split"),
+    ],
+)
+def test_data_without_anything_to_learn_is_refused_before_a_store_is_made(
+    config, tmp_path, name, text, message
+):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(EyasError, match=message) as error:
+        run(replace(config, data=(str(tmp_path / name),)))
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not os.path.exists(config.store)
+
+
+def test_a_folder_that_is_no_store_is_not_written_into(config, tmp_path):
+    os.mkdir(config.store)
+    (Path(config.store) / "thesis.txt").write_text("years of work")
+    with pytest.raises(EyasError, match=r"no store and not empty \(it has thesis\.txt\)"):
+        run(config)
+    assert os.listdir(config.store) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"vocab_size": 100}, "do not belong together"), ({"vocab_size": None}, "has no vocab_size")],
+)
+def test_a_tokenizer_of_another_model_is_refused(config, tmp_path, settings, message):
+    model = write_model(tmp_path / "model", **settings)
+    with pytest.raises(EyasError, match=message):
+        run(replace(config, model=str(model)))
+    assert not os.path.exists(config.store)
+
+
+def test_a_model_without_config_is_refused(config, tmp_path):
+    with pytest.raises(EyasError, match=r"config\.json is missing"):
+        run(replace(config, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data", ()),
+        ("data", "chats.jsonl"),
+        ("model", ""),
+        ("store", ""),
+        ("length", 4),
+        ("holdout", 1.0),
+        ("holdout", -0.1),
+        ("seed", -1),
+        ("max_conversations", 0),
+    ],
+)
+def test_the_configuration_names_the_field_that_is_wrong(config, field, value):
+    with pytest.raises(ValueError, match=f"^{field} is .*give"):
+        replace(config, **{field: value})

@@ -1,0 +1,105 @@
+"""Reads an exported head back and says whether the servers will load it, and as what it was trained to be."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from common import params as declared
+from common.errors import EyasError
+from common.files import join, list_names, local_path, read_json
+from common.params import Param
+from train.head import HeadConfig, parameters
+from train.servers import AUX_KEY, canonical_rope, limits, read_serving_config, require_fit
+
+WEIGHTS = "model.safetensors"
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]:
+    """What was found, a line each; EyasError, in one line, for the first thing a server would stumble over.
+
+    Compares names, shapes, dtypes and values of the tensors with config.json, d2t with t2d, and, when the
+    target's HF config.json is given, sizes, RoPE and aux layers with the target's. A line that says `cannot`
+    names a server that does not take such a head.
+    """
+    _check_files(folder)
+    path = join(folder, "config.json")
+    config = read_json(path)
+    text = (target_config or {}).get("text_config", target_config or {})
+    # Without its target only the number of default layers matters; 7 is the smallest target that has them.
+    head = read_serving_config(path, config, text.get("num_hidden_layers", 7))
+    if target_config is not None:
+        require_fit(head, target_config, folder)
+    scaling, default = canonical_rope(head.rope) or {"rope_type": "no"}, "the servers' default"
+    facts = [
+        *_check_weights(folder, head, config["torch_dtype"]),
+        f"RoPE: theta {head.rope_theta:g}, {scaling['rope_type']} scaling",
+        f"aux layers: {config.get(AUX_KEY, default)}",
+    ]
+    if target_config is not None:
+        facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
+    return facts + limits(head)
+
+
+def _check_files(folder: str) -> None:
+    for name in list_names(folder):
+        if name.endswith(_PICKLES):
+            raise EyasError(
+                f"{folder} holds {name}, a pickle that some servers run in place of {WEIGHTS}; remove it"
+            )
+        if name.endswith(".py"):
+            raise EyasError(f"{folder} holds {name}, code that a server may run; remove it")
+        if name.endswith(".safetensors") and name != WEIGHTS:
+            raise EyasError(f"{folder} holds {name} beside {WEIGHTS}, and servers load both; remove it")
+
+
+def _check_weights(folder: str, head: HeadConfig, dtype: str) -> list[str]:
+    path = join(folder, WEIGHTS)
+    expected = parameters(head)
+    types = dict.fromkeys(expected, _DTYPES[dtype])
+    N, V = head.draft_vocab_size, head.vocab_size
+    if N < V:
+        expected = expected | {"d2t": Param((N,), (None,)), "t2d": Param((V,), (None,))}
+        types |= {"d2t": "I64", "t2d": "BOOL"}
+    try:
+        with safe_open(local_path(path), framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            found = {name: SimpleNamespace(shape=s.get_shape()) for name, s in slices.items()}
+            declared.check(expected, found, f"{path}, beside its config.json,")
+            for name, s in slices.items():
+                if s.get_dtype() != types[name]:
+                    raise EyasError(
+                        f"{path}: {name} is {s.get_dtype()}, expected {types[name]}; export it again"
+                    )
+                if not np.isfinite(file.get_tensor(name)).all():
+                    raise EyasError(
+                        f"{path}: {name} has values that are not finite; export another checkpoint"
+                    )
+            if N < V:
+                _check_maps(path, file.get_tensor("d2t"), file.get_tensor("t2d"))
+    except FileNotFoundError:
+        raise EyasError(f"{path} is missing; check the path") from None
+    except SafetensorError as error:
+        raise EyasError(f"{path} cannot be read ({error}); copy or export it again") from error
+    count = sum(int(np.prod(p.shape)) for p in parameters(head).values())
+    return [
+        f"{WEIGHTS}: {len(expected)} tensors, {count:,} parameters, {dtype}, all finite",
+        f"draft vocabulary: {N:,} of {V:,} tokens" + (", d2t and t2d agree" if N < V else ""),
+    ]
+
+
+def _check_maps(path: str, d2t_N: np.ndarray, t2d_V: np.ndarray) -> None:
+    """EyasError unless d2t's offsets give ascending ids, and just those that t2d marks."""
+    N, V = len(d2t_N), len(t2d_V)
+    ids = d2t_N + np.arange(N)
+    if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= V:
+        raise EyasError(
+            f"{path}: d2t + [0..{N - 1}] are no ascending ids below {V} (d2t holds offsets); export it again"
+        )
+    if t2d_V.sum() != N or not np.array_equal(np.flatnonzero(t2d_V), ids):
+        raise EyasError(f"{path}: t2d marks {int(t2d_V.sum())} ids, not the {N} of d2t; export it again")

@@ -1,0 +1,107 @@
+"""The EAGLE3 draft head: one transformer block between the target's hidden states and a draft vocabulary.
+
+Parameters are named and laid out as the servers' checkpoints have them: linear weights are [out, in].
+Source: EAGLE-3 (arXiv 2503.01840) and SafeAILab/EAGLE `eagle/model/cnets.py`.
+
+Dimensions: H hidden size, A aux states, F feed-forward width, V draft vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import EyasError
+from common.params import Declaration, Param
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes of a head. `aux_layers` are in h_k terms: h_k is the residual stream that enters layer k."""
+
+    hidden_size: int
+    target_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    draft_vocab_size: int
+    vocab_size: int
+    rms_eps: float
+    rope_theta: float
+    rope: dict[str, Any] | None
+    max_position: int
+    aux_layers: tuple[int, ...]
+    num_target_layers: int
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn", "draft_vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}; "
+                "each key/value head serves a whole group of heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; RoPE turns pairs of dimensions")
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} exceeds the target's vocab_size={self.vocab_size}"
+            )
+        if self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must equal target_hidden_size={self.target_hidden_size}: "
+                "the head takes the target's frozen embeddings"
+            )
+
+
+def head_config(
+    target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], ffn: int | None = None
+) -> HeadConfig:
+    """The head that fits a target: a Llama block of the target's sizes. `target` is its HF config.json."""
+    text = target.get("text_config", target)
+    for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if field not in text:
+            raise EyasError(f"the store's target/config.json has no {field}; dump the store again")
+    heads = text["num_attention_heads"]
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    theta = text.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0
+    rope.pop("rope_theta", None)
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return HeadConfig(
+        hidden_size=text["hidden_size"],
+        target_hidden_size=text["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        ffn=ffn or text["intermediate_size"],
+        draft_vocab_size=draft_vocab_size,
+        vocab_size=text["vocab_size"],
+        rms_eps=text.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        rope=rope if scaled else None,
+        max_position=text.get("max_position_embeddings", 2048),
+        aux_layers=tuple(aux_layers),
+        num_target_layers=text["num_hidden_layers"],
+    )
+
+
+def parameters(c: HeadConfig) -> Declaration:
+    """Every trained parameter; the embedding is the target's and frozen."""
+    H, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = "midlayer"
+    norm = Param((H,), (None,), "ones")
+    return {
+        "fc.weight": Param((H, len(c.aux_layers) * c.target_hidden_size), (None, None)),
+        f"{layer}.hidden_norm.weight": norm,
+        f"{layer}.input_layernorm.weight": norm,
+        f"{layer}.self_attn.q_proj.weight": Param((q, 2 * H), (None, None)),
+        f"{layer}.self_attn.k_proj.weight": Param((kv, 2 * H), (None, None)),
+        f"{layer}.self_attn.v_proj.weight": Param((kv, 2 * H), (None, None)),
+        f"{layer}.self_attn.o_proj.weight": Param((H, q), (None, None)),
+        f"{layer}.post_attention_layernorm.weight": norm,
+        f"{layer}.mlp.gate_proj.weight": Param((c.ffn, H), (None, None)),
+        f"{layer}.mlp.up_proj.weight": Param((c.ffn, H), (None, None)),
+        f"{layer}.mlp.down_proj.weight": Param((H, c.ffn), (None, None)),
+        "norm.weight": norm,
+        "lm_head.weight": Param((c.draft_vocab_size, H), (None, None)),
+    }

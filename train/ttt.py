@@ -1,0 +1,241 @@
+"""The TTT rollout of an EAGLE3 head over one shard of packed rows, and its loss.
+
+At step k index i takes token i+1+k and the block's own output of step k-1; its query sees step 0's keys of
+its document up to i and its own keys of steps 1..k. Source: EAGLE-3 (arXiv 2503.01840), section 3.
+
+Queries, MLP and loss run on the compacted indices of `train/plan.py`; keys and values of step 0 on all. The
+embedding's half of the q, k, v projections depends on the token alone, so it is computed once for all steps.
+
+Dimensions: B rows, T positions, n = B * T, C live indices, M targets, K steps, H hidden, A aux states,
+N query heads, J key/value heads, G = N // J, D head_dim, V draft vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
+from common.rope import inverse_frequencies
+from train.attention import attend
+from train.head import HeadConfig
+from train.loss import Scores, Teacher, score, weighted_loss
+
+Params = dict[str, jax.Array]
+
+
+class Batch(NamedTuple):
+    """One shard's rows as the store has them, and their plan (see train/plan.py)."""
+
+    tokens: jax.Array  # int32 [B, T]
+    segment_ids: jax.Array  # int32 [B, T]; 0 is padding
+    positions: jax.Array  # int32 [B, T]
+    aux_hidden: jax.Array  # [B, T, A, H]
+    aux_scale: jax.Array | None  # float32 [B, T, A] where aux_hidden is float8
+    last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
+    last_scale: jax.Array | None  # float32 [B, T]
+    draft_logits: jax.Array | None  # [B, T, V]
+    argmax: jax.Array  # int32 [B, T], target ids
+    logsumexp: jax.Array  # float32 [B, T]
+    live: jax.Array  # int32 [C], flat indices; n where free
+    targets: jax.Array  # int32 [M], flat positions; n where free
+    count: jax.Array  # int32 [1], how many targets are real
+
+
+class Frozen(NamedTuple):
+    """What the head takes from the target and never trains."""
+
+    embed: jax.Array  # [vocabulary, H]
+    lm_head: jax.Array | None  # [V, H], the draft vocabulary's rows; None where stored logits teach
+    draft_index: jax.Array  # int32 [vocabulary]: a token's place in the draft vocabulary, or -1
+
+
+@jax.custom_vjp
+def rearrange(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:
+    """x[there], zeros where `there` is out of range. `there` uses a row once at most and `back` is its
+    inverse, so that the gradient is a gather too."""
+    return x.at[there].get(mode="fill", fill_value=0)
+
+
+rearrange.defvjp(
+    lambda x, there, back: (rearrange(x, there, back), back),
+    lambda back, g: (g.at[back].get(mode="fill", fill_value=0), None, None),
+)
+
+
+def slots(live_C: jax.Array, n: int) -> jax.Array:
+    """int32 [n]: where in `live` a flat index stands; C where it does not."""
+    C = live_C.shape[0]
+    return jnp.full((n,), C, jnp.int32).at[live_C].set(jnp.arange(C, dtype=jnp.int32), mode="drop")
+
+
+def _ahead(x: jax.Array, by: int, fill: int) -> jax.Array:
+    """y[i] = x[i - by], `fill` before."""
+    return jnp.concatenate([jnp.full((min(by, len(x)),), fill, x.dtype), x[: max(len(x) - by, 0)]])
+
+
+def _rope(x_cND: jax.Array, positions_c: jax.Array, c: HeadConfig) -> jax.Array:
+    inverse, factor = inverse_frequencies(c.head_dim, c.rope_theta, c.rope)
+    return apply_rope(x_cND[None], rope_tables(positions_c[None], inverse, factor))[0]
+
+
+def _join(base_CND, lse_CN, q_CND, keys, values, scale: float) -> jax.Array:
+    """Attention over step 0's keys (already summed up as `base` and its logsumexp) and the own later ones."""
+    C, N, D = q_CND.shape
+    if not keys:
+        return base_CND
+    k, v = jnp.stack(keys, 1), jnp.stack(values, 1)  # [C, k, J, D]
+    J = k.shape[2]
+    q = q_CND.reshape(C, 1, J, N // J, D).astype(jnp.float32)
+    s = (q * k[:, :, :, None].astype(jnp.float32)).sum(-1) * scale  # [C, k, J, G]
+    lse = lse_CN.reshape(C, J, N // J)
+    total = jnp.logaddexp(lse, jax.nn.logsumexp(s, axis=1))
+    out = base_CND.reshape(C, J, N // J, D).astype(jnp.float32) * jnp.exp(lse - total)[..., None]
+    share = jnp.exp(s - total[:, None])
+    out = out + (share[..., None] * v[:, :, :, None].astype(jnp.float32)).sum(1)
+    return out.reshape(C, N, D).astype(base_CND.dtype)
+
+
+def _aux(batch: Batch, dtype: Any) -> jax.Array:
+    """Aux states side by side, [n, A * H]."""
+    aux = batch.aux_hidden
+    if batch.aux_scale is not None:
+        aux = aux.astype(jnp.float32) * batch.aux_scale[..., None]
+    return aux.astype(dtype).reshape(aux.shape[0] * aux.shape[1], -1)
+
+
+def rollout(c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
+    """The final-normed states of every live index at every step, [K, C, H] in `dtype`."""
+    B, T = batch.tokens.shape
+    n, live, N, J, D = B * T, batch.live, c.num_heads, c.num_kv_heads, c.head_dim
+    C, scale = live.shape[0], D**-0.5
+    p = {name: w.astype(dtype) if w.ndim > 1 else w for name, w in params.items()}  # norms stay float32
+    layer = "midlayer.self_attn."
+    qkv = jnp.concatenate([p[f"{layer}{x}_proj.weight"] for x in "qkv"])
+    by_token, by_state = qkv[:, : c.hidden_size], qkv[:, c.hidden_size :]
+    slot = slots(live, n)
+
+    def normed(x, name):
+        return rms_norm(x, p[name], c.rms_eps)
+
+    embedded = frozen.embed[batch.tokens.reshape(n)].astype(dtype)
+    token_nX = linear(normed(embedded, "midlayer.input_layernorm.weight"), by_token)
+    fused_nH = linear(_aux(batch, dtype), p["fc.weight"])
+    kv_n = linear(normed(fused_nH, "midlayer.hidden_norm.weight"), by_state[N * D :])
+    kv_n = kv_n + jnp.concatenate([token_nX[1:, N * D :], token_nX[-1:, N * D :]])
+    positions_n = batch.positions.reshape(n)
+    k_n, v_n = (x.reshape(n, J, D) for x in jnp.split(kv_n, 2, axis=1))
+    k_BTJD, v_BTJD = _rope(k_n, positions_n, c).reshape(B, T, J, D), v_n.reshape(B, T, J, D)
+
+    state = rearrange(fused_nH, live, slot)
+    positions_C = positions_n.at[live].get(mode="fill", fill_value=0)
+    keys, values, out = [], [], []
+    for step in range(steps):
+        width = N * D if step == 0 else qkv.shape[0]  # step 0 has its keys
+        token_CX = rearrange(token_nX, live + 1 + step, _ahead(slot, 1 + step, C))[:, :width]
+        own = linear(normed(state, "midlayer.hidden_norm.weight"), by_state[:width]) + token_CX
+        q_CND = _rope(own[:, : N * D].reshape(C, N, D), positions_C + step, c)
+        if step:
+            k_C, v_C = (x.reshape(C, J, D) for x in jnp.split(own[:, N * D :], 2, axis=1))
+            keys.append(_rope(k_C, positions_C + step, c))
+            values.append(v_C)
+        everywhere = rearrange(q_CND, slot, live).reshape(B, T, N, D)
+        base, lse = attend(everywhere, k_BTJD, v_BTJD, batch.segment_ids, scale)
+        base_CND = rearrange(base.reshape(n, N, D), live, slot)
+        mixed = _join(base_CND, rearrange(lse.reshape(n, N), live, slot), q_CND, keys, values, scale)
+        state = state + linear(mixed.reshape(C, N * D), p[f"{layer}o_proj.weight"])
+        wide = normed(state, "midlayer.post_attention_layernorm.weight")
+        state = state + swiglu(wide, *(p[f"midlayer.mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
+        out.append(normed(state, "norm.weight"))
+    return jnp.stack(out)
+
+
+def at_targets(z_KCH: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(z [M, K, H] of the index that predicts each target at each step, valid bool [M, K]).
+
+    Target j at step k is predicted by index j-1-k, valid if that is in j's document and j is a real target.
+    """
+    K, C, H = z_KCH.shape
+    n = batch.tokens.size
+    slot, segments = slots(batch.live, n), batch.segment_ids.reshape(n)
+    rows = jnp.arange(n, dtype=jnp.int32) // batch.tokens.shape[1]
+    M = batch.targets.shape[0]
+    target_slot = slots(batch.targets, n)
+    states, valids = [], []
+    for step in range(K):
+        index = batch.targets - 1 - step
+        inside = (batch.targets < n) & (index >= 0)
+        i, j = jnp.clip(index, 0, n - 1), jnp.clip(batch.targets, 0, n - 1)
+        valid = inside & (segments[i] == segments[j]) & (rows[i] == rows[j])
+        # the inverse: live index i at this step is read by target i+1+step
+        reader = batch.live + 1 + step
+        same = (reader < n) & (
+            segments[jnp.clip(reader, 0, n - 1)] == segments[jnp.clip(batch.live, 0, n - 1)]
+        )
+        same &= rows[jnp.clip(reader, 0, n - 1)] == rows[jnp.clip(batch.live, 0, n - 1)]
+        back = jnp.where(same, target_slot[jnp.clip(reader, 0, n - 1)], M)
+        states.append(rearrange(z_KCH[step], jnp.where(valid, slot[i], C), back))
+        valids.append(valid)
+    return jnp.stack(states, 1), jnp.stack(valids, 1)
+
+
+def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
+    """The teacher of every target; free places hold zeros."""
+    n = batch.tokens.size
+
+    def pick(x):
+        return x.reshape(n, *x.shape[2:]).at[batch.targets].get(mode="fill", fill_value=0)
+
+    index = frozen.draft_index[pick(batch.argmax)]
+    if frozen.lm_head is None:
+        return Teacher(None, None, pick(batch.draft_logits), pick(batch.logsumexp), index)
+    hidden = pick(batch.last_hidden)
+    if batch.last_scale is not None:
+        hidden = hidden.astype(jnp.float32) * pick(batch.last_scale)[:, None]
+    return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, pick(batch.logsumexp), index)
+
+
+class StepSums(NamedTuple):
+    """Sums over a shard's counted positions, float32 [K]; divide the first two by the third."""
+
+    loss: jax.Array
+    correct: jax.Array
+    counted: jax.Array
+
+
+def shard_loss(
+    c: HeadConfig,
+    params: Params,
+    frozen: Frozen,
+    batch: Batch,
+    weight_K: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, StepSums]:
+    """(sum over this shard of weight_k * loss, sums): the loss is the shard's part of the batch's.
+
+    `weight_K` float32 is decay^k over the number of counted positions of step k in the whole batch.
+    """
+    z_MKH, valid_MK = at_targets(rollout(c, params, frozen, batch, weight_K.shape[0], dtype), batch)
+    taught = teacher(frozen, batch, dtype)
+    counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
+    loss, per_MK, correct_MK = weighted_loss(
+        z_MKH, params["lm_head.weight"].astype(dtype), counts_MK * weight_K[None], taught, batch.count[0]
+    )
+    return loss, StepSums((per_MK * counts_MK).sum(0), (correct_MK * counts_MK).sum(0), counts_MK.sum(0))
+
+
+def shard_counts(frozen: Frozen, batch: Batch, steps: int) -> jax.Array:
+    """float32 [K]: this shard's counted positions of every step, from indices alone."""
+    empty = jnp.zeros((steps, batch.live.shape[0], 0))
+    _, valid_MK = at_targets(empty, batch)
+    known = frozen.draft_index[batch.argmax.reshape(-1).at[batch.targets].get(mode="fill", fill_value=0)] >= 0
+    return (valid_MK & known[:, None]).sum(0).astype(jnp.float32)
+
+
+def shard_scores(
+    c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+) -> tuple[Scores, jax.Array]:
+    """(Scores [M, K], valid [M, K]) of a shard's targets, those outside of the draft vocabulary included."""
+    z_MKH, valid_MK = at_targets(rollout(c, params, frozen, batch, steps, dtype), batch)
+    lm_head = params["lm_head.weight"].astype(dtype)
+    return score(z_MKH, lm_head, teacher(frozen, batch, dtype), batch.count[0]), valid_MK
