@@ -55,8 +55,7 @@ def _scores(q_BKGQD, k_BKSD, segments_BT, start: int, scale: float) -> jax.Array
 
 
 def _forward(q_BTND, k_BTKD, v_BTKD, segments_BT, scale):
-    B, T, N, D = q_BTND.shape
-    K = k_BTKD.shape[2]
+    B, T, K, D = k_BTKD.shape
     q = _grouped(q_BTND, K)
     k, v = k_BTKD.transpose(0, 2, 1, 3), v_BTKD.transpose(0, 2, 1, 3)
     outs, lses = [], []

@@ -155,7 +155,7 @@ def at_targets(z_KCH: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
     Target j at step k is predicted by index j-1-k, valid if that is in j's document and j is a real target.
     """
-    K, C, H = z_KCH.shape
+    K, C, _ = z_KCH.shape
     n = batch.tokens.size
     slot, segments = slots(batch.live, n), batch.segment_ids.reshape(n)
     rows = jnp.arange(n, dtype=jnp.int32) // batch.tokens.shape[1]

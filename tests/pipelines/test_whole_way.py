@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 from click.testing import CliRunner
 
 from common import checkpoint, files
@@ -13,8 +12,6 @@ from dump import target
 from dump.target.weights import stacks
 from pipelines import cli
 from tests.common import chats
-
-pytest.importorskip("train.run")
 
 CHATS = str(Path(__file__).parents[1] / "data" / "chats.jsonl")
 SIZES = {

@@ -1,0 +1,137 @@
+"""A head on the held-out rows, offline from the store, beside predictors that anyone could build.
+
+Dimensions: B rows a batch, T positions, K steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from common import files
+from common.checkpoint import Checkpoint
+from common.errors import EyasError
+from common.mesh import make_mesh, sharding
+from common.progress import Progress, note
+from common.store import Store
+from train import check_head, ngram
+from train.experiment import frozen
+from train.head import HeadConfig, parameters
+from train.metrics import Sums, add, summarise
+from train.servers import read_serving_config
+from train.step import score_step
+from train.stream import Plan, Stream
+from train.ttt import Frozen, Params
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate: `head`, a folder that a server loads, on the test rows of `store`.
+
+    ttt_steps: K, the tokens drafted a step; ngrams: measure the unigram and bigram predictors as well;
+    dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); dp: chips.
+    """
+
+    head: str
+    store: str
+    ttt_steps: int = 7
+    batch_rows: int = 4
+    ngrams: bool = True
+    dtype: str | None = None
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("ttt_steps", "batch_rows", "dp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_rows % self.dp:
+            raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp={self.dp}")
+
+
+class Evaluator:
+    """Scores heads of one shape on fixed rows; compiles once."""
+
+    def __init__(
+        self,
+        store: Store,
+        rows: np.ndarray,
+        head: HeadConfig,
+        draft_ids: np.ndarray,
+        mesh: Mesh,
+        ttt_steps: int,
+        batch_rows: int,
+        dtype: Any,
+        teacher: str = "recompute",
+    ):
+        size = max(mesh.size, min(batch_rows, -(-len(rows) // mesh.size) * mesh.size))
+        filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
+        filled[: len(rows)] = rows
+        self._batches = filled.reshape(-1, size)
+        self._tokens = size * store.length
+        # The default mask, whatever the training's was: figures of different runs compare.
+        plan = Plan(store, rows, ttt_steps)
+        self.counted = plan.counted
+        capacity = plan.capacity(np.maximum(self._batches, rows[0]), mesh.size)
+        self._stream = Stream(store, plan, capacity, mesh, teacher, draft_ids)
+        self._score: Callable = jax.jit(score_step(head, mesh, ttt_steps, dtype))
+
+    def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
+        """The metrics of train/metrics.py."""
+        sums: Sums | None = None
+        with Progress(label, len(self._batches) * self._tokens, "tok") as progress:
+            for batch in self._stream.batches(self._batches):
+                sums = add(sums, self._score(params, taught, batch))
+                progress.update(self._tokens)
+        return summarise(sums)
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """{"head", "unigram", "bigram": metrics, "rows", "store"}.
+
+    EyasError for a head that is not sound or not this store's target's, a store that is partial, and one
+    without test rows.
+    """
+    store = Store.open(config.store)
+    store.require_complete()
+    rows = store.split_rows("test")
+    if not len(rows):
+        raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")
+    head, params, draft_ids = load_head(config.head, store)
+    try:
+        mesh = make_mesh(config.dp)
+    except ValueError as error:
+        raise EyasError(str(error)) from None
+    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
+    evaluator = Evaluator(store, rows, head, draft_ids, mesh, config.ttt_steps, config.batch_rows, dtype)
+    if not evaluator.counted:
+        raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
+    taught = frozen(store, draft_ids, "recompute", mesh, dtype)
+    found = {"head": evaluator(jax.device_put(params, sharding(mesh, ())), taught)}
+    if config.ngrams:
+        found |= ngram.evaluate(store, config.ttt_steps)
+    return found | {"rows": len(rows), "store": store.hash}
+
+
+def load_head(folder: str, store: Store) -> tuple[HeadConfig, Params, np.ndarray]:
+    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
+    target = store.target_config()
+    check_head.check(folder, target)
+    text = target.get("text_config", target)
+    place = files.join(folder, "config.json")
+    head = read_serving_config(place, files.read_json(place), text["num_hidden_layers"])
+    if list(head.aux_layers) != store.features["aux_layers"]:
+        raise EyasError(
+            f"{folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
+            f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
+        )
+    tensors = Checkpoint.open(folder)
+    params = {name: tensors.read(name).astype(np.float32) for name in parameters(head)}
+    ids = np.arange(head.draft_vocab_size)
+    if "d2t" in tensors.tensors:
+        ids = ids + tensors.read("d2t")
+    return head, params, ids.astype(np.int32)
