@@ -1,6 +1,7 @@
 """Small files by path or URL (fsspec): whole reads, atomic writes, joins that cannot leave a folder."""
 
 import json
+import logging
 import os
 import posixpath
 import tempfile
@@ -9,6 +10,10 @@ from typing import Any
 import fsspec
 
 from common.errors import EyasError
+
+# gcsfs logs a stack trace beside each error that it raises; the error alone is told, in one line.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
+logging.getLogger("gcsfs").propagate = False
 
 
 def is_remote(url: str) -> bool:
@@ -80,6 +85,19 @@ def write_bytes(url: str, data: bytes) -> None:
 def write_json(url: str, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_bytes(url, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def require_folder(url: str) -> None:
+    """EyasError if a local `url` cannot be a folder to write into: it, or a part of its path, is a file."""
+    if is_remote(url):
+        return
+    path = os.path.abspath(local_path(url))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise EyasError(f"{url} cannot be a folder: {path} is a file; name another place")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise EyasError(f"{url} cannot be written: {path} is read-only for you; name another place")
 
 
 def list_names(url: str) -> list[str]:

@@ -99,7 +99,7 @@ class Cleaner:
             return None
         self._seen.add(key)
         given = record.get("id")
-        found = str(given) if isinstance(given, (str, int)) and str(given) else f"{name}#{number}"
+        found = _repaired(str(given)) if isinstance(given, (str, int)) and str(given) else f"{name}#{number}"
         chunk = _CHUNK.fullmatch(found)
         return Conversation(found, chunk[1] if chunk else found, messages)
 
@@ -122,10 +122,10 @@ class Cleaner:
     def _message(self, turn: Any) -> dict[str, str]:
         if not isinstance(turn, dict):
             raise _DropError("dropped_malformed")
-        given = turn.get("from", turn.get("role"))
+        given = _first(turn, "from", "role")
         if not isinstance(given, str) or given.lower() not in ROLES:
             raise _DropError("dropped_unknown_role")
-        content = _text(turn.get("value", turn.get("content")))
+        content = _text(_first(turn, "value", "content"))
         if turn.get("tool_calls"):
             raise _DropError("dropped_unknown_role")
         reasoning = turn.get("reasoning_content")
@@ -173,6 +173,11 @@ def _turns(record: Any) -> list[Any]:
             if isinstance(record.get(key), list):
                 return record[key]
     raise _DropError("dropped_malformed")
+
+
+def _first(turn: dict[str, Any], *keys: str) -> Any:
+    """The first of `keys` that is set; a Parquet struct has every key, and null where a turn has none."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def _text(content: Any) -> str:

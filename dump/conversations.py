@@ -120,10 +120,11 @@ def _read_json(source: DataFile, file: BinaryIO, advance: Advance) -> Iterator[A
             record, text.at = decoder.raw_decode(text.text, text.at)
         except RecursionError:
             raise EyasError(f"{source.url}: record {count + 1} is nested too deeply") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also a number of more digits than Python reads
             if not _may_go_on(error, text):
                 where = f"record {count + 1}, which begins at byte {text.byte()}"
-                raise EyasError(f"{source.url}: {where}, is not JSON ({error.msg})") from None
+                reason = getattr(error, "msg", "a number is too long")
+                raise EyasError(f"{source.url}: {where}, is not JSON ({reason})") from None
             if text.more():
                 continue
             source.cut_off = True
@@ -136,8 +137,10 @@ def _read_json(source: DataFile, file: BinaryIO, advance: Advance) -> Iterator[A
         yield record
 
 
-def _may_go_on(error: json.JSONDecodeError, text: "_Text") -> bool:
+def _may_go_on(error: ValueError, text: "_Text") -> bool:
     """True if the error can come from the text's end: a string left open, or a fault at the very end."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text.text) - 12
 
 

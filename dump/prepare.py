@@ -155,6 +155,7 @@ def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
                 f"{store} was prepared in another way: {'; '.join(different)}; name a new store, or delete it"
             )
         return True
+    files.require_folder(store)
     ours = ("rows", INDEX, f".{INDEX}.", f".{MANIFEST}.")  # and what an interrupted prepare leaves
     foreign = [name for name in files.list_names(store) if not name.startswith(ours)]
     if foreign:

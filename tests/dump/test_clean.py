@@ -74,6 +74,22 @@ def test_records_of_other_shapes_are_counted(record):
     assert cleaner.counts["dropped_malformed"] == 1
 
 
+def test_an_id_that_is_no_text_is_repaired():
+    record = {"id": "a\ud800_3", "conversations": [{"from": r, "value": t} for r, t in (Q, A)]}
+    found = Cleaner().clean(record, 0, "f.json")
+    assert (found.id, found.base) == ("a\ufffd_3", "a\ufffd")
+
+
+def test_a_key_without_a_value_is_not_there():
+    """Parquet gives every turn every key of the column's struct."""
+    roles, texts = ("user", "assistant"), ("why?", "because")
+    turns = [
+        {"from": None, "value": None, "role": r, "content": t} for r, t in zip(roles, texts, strict=True)
+    ]
+    found = Cleaner().clean({"messages": turns}, 0, "f.parquet")
+    assert [(m["role"], m["content"]) for m in found.messages] == [USER, ASSISTANT]
+
+
 def test_a_duplicate_is_what_is_equal_after_cleaning():
     cleaner = Cleaner()
     first = {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]}

@@ -92,6 +92,12 @@ def test_a_fault_inside_a_json_array_is_refused_with_its_place(tmp_path):
     assert str(broken.index('{"id" "c7"')) in str(error.value)
 
 
+def test_a_number_of_too_many_digits_is_a_fault_and_no_crash(tmp_path):
+    (tmp_path / "chats.json").write_text(json.dumps(RECORDS)[:-1] + ', {"id": ' + "9" * 5000 + "}]")
+    with pytest.raises(EyasError, match=r"record 41, .* is not JSON \(a number is too long\)"):
+        read(tmp_path / "chats.json")
+
+
 def test_json_lines_named_json_are_read(tmp_path):
     (tmp_path / "chats.json").write_text("\n".join(map(json.dumps, RECORDS)))
     assert read(tmp_path / "chats.json")[0] == RECORDS

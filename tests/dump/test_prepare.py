@@ -200,6 +200,15 @@ def test_a_folder_that_is_no_store_is_not_written_into(config, tmp_path):
     assert os.listdir(config.store) == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("place", ["", "/sub/store"])
+def test_a_file_where_the_store_should_go_is_refused_before_reading(config, capfd, place):
+    Path(config.store).write_text("years of work")
+    with pytest.raises(EyasError, match="is a file; name another place"):
+        run(replace(config, store=config.store + place))
+    assert "read and clean" not in capfd.readouterr().err
+    assert Path(config.store).read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"vocab_size": 100}, "do not belong together"), ({"vocab_size": None}, "has no vocab_size")],
