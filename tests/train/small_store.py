@@ -1,0 +1,109 @@
+"""A complete feature store of a made-up target, whose next state follows from the current token alone.
+
+Two train rows for each test row; a row holds two documents and some padding.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from common import arrays, checkpoint, files
+from common.store import CHECKSUMS
+from common.store_writer import FeatureWriter, describe_arrays, write_rows
+
+V, H, T, ROWS = 64, 16, 24, 15
+AUX_LAYERS = (2, 4, 5)
+TARGET = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": H,
+    "intermediate_size": 32,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+def write_store(
+    url: str,
+    codec: str = "none",
+    precision: str = "float32",
+    blocks: int = 4,
+    mask: int = 1,
+    test: bool = True,
+) -> str:
+    """The store at `url`. `blocks`: how many of four are committed; `mask` 0: no answers at all."""
+    rng = np.random.default_rng(5)
+    columns = _rows(rng, mask)
+    tokens = columns["tokens"]
+    train = np.arange(ROWS) % 3 != 2 if test else np.ones(ROWS, bool)
+    split = [side for row in train for side in [["test", "train"][int(row)]] * 2]
+    index = pa.table(
+        {"id": [str(n) for n in range(2 * ROWS)], "split": split, "row": np.repeat(np.arange(ROWS), 2)}
+    )
+    counted = tokens[train][columns["loss_mask"][train] > 0]
+    counts = np.bincount(counted, minlength=V).astype(np.int64)
+    write_rows(url, columns, counts, index, {"rows": ROWS, "length": T, "vocab_size": V})
+    embed, lm_head = rng.normal(size=(2, V, H)).astype(np.float32)
+    values = _features(rng, embed[tokens], lm_head, counts, codec, precision)
+    ids = values.pop("ids")
+    features = {
+        "target": {"name": "made-up", "architecture": "LlamaForCausalLM", "config_hash": "0" * 64}
+        | {"hidden_size": H, "vocab_size": V, "layers": 8},
+        "aux_layers": list(AUX_LAYERS),
+        "codec": {"name": codec, "size": {"draft": 32, "full": V}.get(codec, 0)},
+        "precision": precision,
+        "block_rows": 4,
+        "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}),
+    }
+    with FeatureWriter(url, features, ids) as writer:
+        for block in range(blocks):
+            rows = writer.store.block_range(block)
+            part = {name: np.ascontiguousarray(x[rows.start : rows.stop]) for name, x in values.items()}
+            writer.write(block, part, 0, 0)
+    checkpoint.write(f"{url}/target/model.safetensors", {"embed_tokens": embed, "lm_head": lm_head})
+    files.write_json(f"{url}/target/config.json", TARGET)
+    sums = {"embed_tokens": arrays.crc32(embed), "lm_head": arrays.crc32(lm_head)}
+    files.write_json(f"{url}/target/{CHECKSUMS}", sums)
+    return url
+
+
+def _rows(rng: np.random.Generator, mask: int) -> dict[str, np.ndarray]:
+    segments, positions = np.zeros((2, ROWS, T), np.int32)
+    for row in range(ROWS):
+        cut, end = int(rng.integers(4, T - 8)), T - int(rng.integers(0, 4))
+        segments[row, :cut], segments[row, cut:end] = 1, 2
+        positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
+    # Frequent and rare tokens, so that a draft vocabulary has something to choose.
+    tokens = np.where(segments > 0, rng.geometric(0.08, (ROWS, T)) % V, 0).astype(np.int32)
+    answers = ((segments > 0) & (positions > 1)).astype(np.uint8) * np.uint8(mask)
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": answers}
+
+
+def _features(rng, embedded, lm_head, counts, codec: str, precision: str) -> dict[str, Any]:
+    last = np.tanh(embedded)
+    logits = last @ lm_head.T
+    ids = np.sort(np.argsort(-counts, kind="stable")[:32]).astype(np.int32) if codec == "draft" else None
+    found: dict[str, Any] = {
+        "ids": ids,
+        "aux_hidden": rng.normal(size=(ROWS, T, 3, H)).astype(np.float32),
+        "last_hidden": last.astype(np.float32),
+        "argmax": logits.argmax(-1).astype(np.int32),
+        "logsumexp": np.log(np.exp(logits).sum(-1)).astype(np.float32),
+    }
+    if precision == "float8_e4m3fn":
+        for name in ("aux", "last"):
+            scale = np.abs(found[f"{name}_hidden"]).max(-1) / 448
+            found[f"{name}_hidden"] = (found[f"{name}_hidden"] / scale[..., None]).astype(jnp.float8_e4m3fn)
+            found[f"{name}_scale"] = scale
+    if codec == "draft":
+        found["draft_logits"] = logits[..., ids].astype(np.float32)
+    if codec == "full":
+        found["full_logits"] = logits.astype(np.float32)
+    return found
