@@ -11,6 +11,8 @@ import fsspec
 
 from common.errors import EyasError
 
+_PARTIAL = ".partial"  # how the name of a file that is being written ends
+
 # gcsfs logs a stack trace beside each error that it raises; the error alone is told, in one line.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 logging.getLogger("gcsfs").propagate = False
@@ -69,7 +71,7 @@ def write_bytes(url: str, data: bytes) -> None:
     path = local_path(url)
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -80,6 +82,17 @@ def write_bytes(url: str, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_partial(folder: str) -> None:
+    """Removes what killed writers left in a local folder. Not while another process writes there."""
+    if is_remote(folder):
+        return
+    for name in list_names(folder):
+        if name.startswith(".") and name.endswith(_PARTIAL):
+            path = os.path.join(local_path(folder), name)
+            if os.path.isfile(path):
+                os.unlink(path)
 
 
 def write_json(url: str, value: Any) -> None:

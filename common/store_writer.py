@@ -60,6 +60,7 @@ def write_rows(
         raise EyasError(f"{url} is a store already; name a new one, or delete it first")
     described = {}
     with readable_errors(url):
+        files.remove_partial(url)
         for name, value in (columns | {"token_counts": token_counts}).items():
             rows = arrays.shard_rows(value.shape, value.dtype)
             place = f"{url}/rows/{name}"

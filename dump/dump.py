@@ -6,10 +6,8 @@ computed. Blocks are committed one by one, so a dump that was stopped or killed 
 ones, and, batches being cut from blocks, ends with the same bytes.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any, Protocol
@@ -19,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from common import files
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import Progress, note
+from common.stopping import Stop
 from common.store import Store
 from common.store_writer import FeatureWriter
 from dump import target
@@ -55,11 +55,11 @@ def run(config: DumpConfig) -> dict[str, Any]:
     written where it can be known before, and after Ctrl-C or SIGTERM.
     """
     start = time.monotonic()
-    with _stoppable(config):
+    with _resumable(config) as check:
         note(f"dump: checking {config.model} and {config.store}")
         plan = make_plan(config)
         note(_announce(plan))
-        _run(plan)
+        _run(plan, check)
     seconds = time.monotonic() - start
     tokens = sum(len(_block_rows(plan, block)) for block in plan.blocks) * plan.store.length
     total = -(-plan.store.rows // config.block_rows)
@@ -75,14 +75,17 @@ def run(config: DumpConfig) -> dict[str, Any]:
     }
 
 
-def _run(plan: Plan) -> None:
+def _run(plan: Plan, check: Callable[[], None]) -> None:
+    if jax.process_count() == 1:
+        for folder in ("", "commits", "target"):
+            files.remove_partial(f"{plan.config.store.rstrip('/')}/{folder}")
     if not plan.blocks:
         return write_target(plan)
     weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.dtype))
     prefill = Prefill(plan, weights)
     with FeatureWriter(plan.config.store, plan.features, plan.draft_ids) as writer:
         write_target(plan)
-        run_blocks(plan, prefill, writer)
+        run_blocks(plan, prefill, writer, check)
 
 
 def _announce(plan: Plan) -> str:
@@ -187,10 +190,13 @@ class _Block:
         writer.write(self.number, self.values, tokens, int(self.inputs["loss_mask"].sum(dtype=np.int64)))
 
 
-def run_blocks(plan: Plan, prefill: Prefill, writer: Writer) -> None:
+def run_blocks(
+    plan: Plan, prefill: Prefill, writer: Writer, check: Callable[[], None] = lambda: None
+) -> None:
     """Computes the plan's missing blocks and hands each to `writer`, with progress in tokens.
 
-    `writer` is a `FeatureWriter`, or `Discard` to time the forward passes alone.
+    `writer` is a `FeatureWriter`, or `Discard` to time the forward passes alone. `check` is called between
+    batches and may raise.
     """
     T = plan.store.length
     blocks = own_blocks(plan.blocks, jax.process_index(), jax.process_count())
@@ -198,6 +204,7 @@ def run_blocks(plan: Plan, prefill: Prefill, writer: Writer) -> None:
     with Progress("dump", total, "tok") as progress:
         # A pair comes once its second batch is dispatched: the device has work while we fetch the first.
         for (block, start, found), _ in pairwise(chain(_dispatch(plan, blocks, prefill), [None])):
+            check()
             count = block.fill(start, found)
             progress.update(count * T)
             if start + count == len(block.rows):
@@ -215,21 +222,13 @@ def _dispatch(
 
 
 @contextmanager
-def _stoppable(config: DumpConfig) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a dump with one line, after what is being written has been committed."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+def _resumable(config: DumpConfig) -> Iterator[Callable[[], None]]:
+    """Turns a request to stop into one line, after what is being written has been committed."""
     try:
-        yield
+        with Stop(at_once=True) as stop:
+            yield stop.check
     except KeyboardInterrupt:
         done = len(Store.open(config.store).committed())
         raise EyasError(
             f"dump stopped; {done} blocks of {config.store} are committed: continue with the same command"
         ) from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)

@@ -63,3 +63,21 @@ def test_a_file_is_no_folder_to_write_into(tmp_path):
     for place in ("file", "file/store"):
         with pytest.raises(EyasError, match=f"{tmp_path}/file is a file"):
             files.require_folder(f"{tmp_path}/{place}")
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    def killed(old, new):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "unlink", lambda path: None)
+        with pytest.raises(KeyboardInterrupt):
+            files.write_bytes(f"{tmp_path}/a.json", b"1")
+    for name in (".hidden", "b.partial"):
+        (tmp_path / name).touch()
+    assert len(os.listdir(tmp_path)) == 3
+    files.remove_partial(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "b.partial"]
+    files.remove_partial(f"{tmp_path}/nothing")
+    files.remove_partial("memory://bucket/store")

@@ -33,6 +33,16 @@ def made(tmp_path_factory):
     return model, tiny.write_store(f"{folder}/store", model, ROWS)
 
 
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """Every file of an uninterrupted dump in blocks of one row."""
+    model, rows = made
+    store = f"{tmp_path_factory.mktemp('whole')}/store"
+    os.system(f"cp -r {rows} {store}")
+    run(DumpConfig(model, store, topk=4, block_rows=1))
+    return contents(store)
+
+
 @pytest.fixture
 def config(tmp_path, made):
     """A model folder and a store of rows of the test's own."""
@@ -42,14 +52,9 @@ def config(tmp_path, made):
 
 
 def contents(folder: str) -> dict[str, bytes]:
-    """Every file by its path, temporary ones of a killed writer left out."""
-    found = {}
-    for where, _, names in os.walk(folder):
-        for name in names:
-            if not name.startswith("."):
-                path = os.path.join(where, name)
-                found[os.path.relpath(path, folder)] = files.read_bytes(path)
-    return found
+    """Every file by its path, hidden ones too."""
+    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): files.read_bytes(path) for path in paths}
 
 
 def expected(config: DumpConfig, rows: np.ndarray):
@@ -132,18 +137,17 @@ def test_forward_passes_can_be_timed_without_writing(config):
 
 
 def script(config: DumpConfig) -> list[str]:
-    """A process that dumps block by block, not faster than a test can follow."""
+    """The command itself, not faster than a test can follow."""
     code = (
         "import time\n"
-        "from common.errors import EyasError\n"
         "from common.store_writer import FeatureWriter\n"
-        "from dump.dump import DumpConfig, run\n"
+        "from pipelines.cli import main\n"
         "write = FeatureWriter.write\n"
         "FeatureWriter.write = lambda self, *a: (time.sleep(0.1), write(self, *a))\n"
-        f"try: run({config!r})\n"
-        "except EyasError as error: raise SystemExit(f'Error: {error}')\n"
+        "main()\n"
     )
-    return [sys.executable, "-c", code]
+    options = ["--model", config.model, "--store", config.store, "--topk", "4", "--block-rows", "1"]
+    return [sys.executable, "-c", code, "dump", *options]
 
 
 def start_and_wait_for_a_commit(config: DumpConfig) -> subprocess.Popen:
@@ -156,27 +160,26 @@ def start_and_wait_for_a_commit(config: DumpConfig) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_stopped_dump_continues_to_the_same_bytes(config, tmp_path, kind):
+def test_stopped_dump_continues_to_the_same_bytes(config, whole, kind):
     config = replace(config, block_rows=1)
-    whole = replace(config, store=f"{tmp_path}/whole")
-    os.system(f"cp -r {config.store} {whole.store}")
-    run(whole)
     process = start_and_wait_for_a_commit(config)
     process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
+    for name in (".manifest.json.abc.partial", "commits/.000003.json.abc.partial"):  # killed in mid-write
+        files.write_bytes(f"{config.store}/{name}", b"cut")
     left = ROWS - len(Store.open(config.store).committed())
     assert 0 < left < ROWS, errors
     if kind == signal.SIGKILL:
         assert process.returncode == -kind
     else:
-        assert process.returncode == 1
+        assert process.returncode == 130
         assert errors.strip().splitlines()[-1].startswith("Error: dump stopped; ")
         assert "same command" in errors
         assert "Traceback" not in errors
     with pytest.raises(EyasError, match=f"{left} of {ROWS} blocks are missing"):
         Store.open(config.store).require_complete()
     assert run(config)["blocks_before"] == ROWS - left
-    assert contents(config.store) == contents(whole.store)
+    assert contents(config.store) == whole
 
 
 def test_damaged_block_is_written_anew(config):
