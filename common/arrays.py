@@ -61,7 +61,7 @@ def shard_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def create(url: str, shape: tuple[int, ...], dtype: np.dtype, rows: int) -> ts.TensorStore:
     """A new array at `url`, sharded every `rows` rows; whatever was there is deleted.
 
-    EyasError if the place cannot be written.
+    TensorStore's ValueError if the place cannot be written.
     """
     codec = {
         "name": "sharding_indexed",
@@ -79,7 +79,10 @@ def create(url: str, shape: tuple[int, ...], dtype: np.dtype, rows: int) -> ts.T
 
 def open_array(url: str, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
     """The array at `url`; EyasError if it is missing, damaged, or not of this shape and dtype."""
-    array = _open(url, {})
+    try:
+        array = _open(url, {})
+    except ValueError as error:
+        raise EyasError(f"the array {url} could not be opened: {reason(error)}") from error
     found = (array.shape, array.dtype.name)
     if found != (shape, np.dtype(dtype).name):
         raise EyasError(
@@ -97,10 +100,7 @@ def _open(url: str, extra: dict, **options: bool) -> ts.TensorStore:
         "store_data_equal_to_fill_value": True,
         "recheck_cached_data": "open",  # shards never change
     }
-    try:
-        return ts.open(spec | extra, context=_context(), **options).result()
-    except ValueError as error:
-        raise EyasError(f"the array {url} could not be opened: {reason(error)}") from error
+    return ts.open(spec | extra, context=_context(), **options).result()
 
 
 def reason(error: Exception) -> str:

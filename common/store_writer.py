@@ -32,13 +32,13 @@ def readable_errors(what: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) and not _STATUS.match(str(error)):
             raise  # not TensorStore's
-        text = arrays.reason(error)
         code = error.errno if isinstance(error, OSError) else None
         full = code in _FULL or any(f"os_error_code='{n}'" in str(error) for n in _FULL)
-        cause = "the disk is full" if full else "writing failed"
+        cause = (
+            "the disk is full; make room" if full else f"writing failed ({arrays.reason(error)}); mend that"
+        )
         raise EyasError(
-            f"{what}: {cause} ({text}); what is committed is safe: make room and run the same command again, "
-            "it continues where it stopped"
+            f"{what}: {cause} and run the same command again; what is complete is kept"
         ) from error
 
 

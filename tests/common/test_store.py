@@ -1,6 +1,7 @@
 """The store gives back what was written, or an error of one line; never a number that was not written."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,32 @@ def test_verify_finds_what_reading_cannot(full):
     assert f"{full}: argmax rows 3 to 5 are not what was written" in verify(full)["damaged"]
 
 
+def test_a_disk_that_is_full_when_the_arrays_are_made_is_one_line(tmp_path, url):
+    place = f"{tmp_path}/other"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+    try:
+        with pytest.raises(EyasError, match="other: the disk is full; make room") as rows_error:
+            make_rows(place)
+        with pytest.raises(EyasError, match="store: the disk is full; make room") as features_error:
+            write_blocks(url, features())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in f"{rows_error.value}{features_error.value}"
+    assert "features" not in Store.open(url).manifest
+    make_rows(place)
+    assert contents(place) == contents(url)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {
+        os.path.relpath(path, folder): files.read_bytes(path)
+        for where, _, names in os.walk(folder)
+        if "features" not in where
+        for path in (os.path.join(where, name) for name in names)
+    }
+
+
 def test_full_disk_is_one_line_and_resumable(url):
     """A limit on the size of a file stands in for a full disk: TensorStore sees a failing write."""
     script = (
@@ -256,8 +283,7 @@ def test_full_disk_is_one_line_and_resumable(url):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert "EyasError" in last
-    assert "the disk is full" in last
-    assert "continues where it stopped" in last
+    assert "the disk is full; make room and run the same command again" in last
     assert 0 not in Store.open(url).committed()
     write_blocks(url, features())
     Store.open(url).require_complete()
