@@ -1,10 +1,18 @@
 """Every test runs on four virtual CPU devices, with strict dtype and rank promotion."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests compile, also those in processes of their own, are compiled once a run.
+_CACHE = tempfile.mkdtemp(prefix="eyas-test-programs-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-import jax
+import jax  # noqa: E402 (it reads the environment)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

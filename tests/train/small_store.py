@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import arrays, checkpoint, files
+from common.config import digest
 from common.store import CHECKSUMS
 from common.store_writer import FeatureWriter, describe_arrays, write_rows
 
@@ -54,7 +55,7 @@ def write_store(
     values = _features(rng, embed[tokens], lm_head, counts, codec, precision)
     ids = values.pop("ids")
     features = {
-        "target": {"name": "made-up", "architecture": "LlamaForCausalLM", "config_hash": "0" * 64}
+        "target": {"name": "made-up", "architecture": "LlamaForCausalLM", "config_hash": digest(TARGET)}
         | {"hidden_size": H, "vocab_size": V, "layers": 8},
         "aux_layers": list(AUX_LAYERS),
         "codec": {"name": codec, "size": {"draft": 32, "full": V}.get(codec, 0)},

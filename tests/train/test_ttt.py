@@ -10,14 +10,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common.mesh import make_mesh
+from tests.train.on_device import STEPS, batch_of, f32, frozen_of, parameters_of
 from tests.train.problem import Problem, head_config, problem
 from tests.train.reference import directional_derivative
 from train import attention, loss
-from train.plan import compact, counted_targets, live_queries, round_up
-from train.ttt import Batch, Frozen, shard_counts, shard_loss, shard_scores
+from train.ttt import shard_counts, shard_loss, shard_scores
 
 CONFIG = head_config()
-STEPS, DECAY = 3, 0.8
+DECAY = 0.8
 COMPATS = (None, "specforge")
 
 
@@ -31,44 +31,6 @@ def small_blocks(monkeypatch):
 @pytest.fixture(scope="module")
 def packed() -> Problem:
     return problem()
-
-
-def f32(x):
-    return jnp.asarray(x, jnp.float32)
-
-
-def parameters_of(p: Problem) -> dict:
-    return {name: f32(array) for name, array in p.params.items()}
-
-
-def frozen_of(p: Problem) -> Frozen:
-    index = np.full(p.config.vocab_size, -1, np.int32)
-    index[p.draft_ids] = np.arange(len(p.draft_ids))
-    return Frozen(f32(p.embed), f32(p.target_head[p.draft_ids]), jnp.asarray(index))
-
-
-def batch_of(p: Problem, compat=None, shards=1, taught=None) -> Batch:
-    """The problem's rows with their plan; `taught` [B, T] restricts the targets, not the live queries."""
-    counted = counted_targets(p.segments, p.mask, compat)
-    live = live_queries(p.segments, counted, STEPS)
-    targets = counted if taught is None else counted & taught
-    size = round_up(p.tokens.size)
-    logits = p.target_logits
-    return Batch(
-        tokens=jnp.asarray(p.tokens),
-        segment_ids=jnp.asarray(p.segments),
-        positions=jnp.asarray(p.positions),
-        aux_hidden=f32(p.aux),
-        aux_scale=None,
-        last_hidden=f32(p.last),
-        last_scale=None,
-        draft_logits=None,
-        argmax=jnp.asarray(logits.argmax(-1), jnp.int32),
-        logsumexp=f32(np.log(np.exp(logits).sum(-1))),
-        live=jnp.asarray(compact(live, shards, size)),
-        targets=jnp.asarray(compact(targets, shards, size)),
-        count=jnp.asarray(targets.reshape(shards, -1).sum(1), jnp.int32),
-    )
 
 
 def weights_of(p: Problem, compat) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""Metrics and the meshed steps against the float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from common.mesh import make_mesh, sharding
+from tests.train.on_device import STEPS, batch_of, frozen_of, parameters_of
+from tests.train.problem import head_config, problem
+from train import attention, loss, optimizer
+from train.metrics import add, summarise
+from train.step import State, gradient, score_step, train_step
+
+CONFIG = head_config()
+DECAY = 0.8
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setattr(attention, "BLOCK", 16)
+
+
+def on_mesh(p, mesh, compat=None):
+    everywhere = jax.device_put((parameters_of(p), frozen_of(p)), sharding(mesh, ()))
+    rows = jax.tree.map(
+        lambda x: jax.device_put(x, sharding(mesh, ("row",) + (None,) * (x.ndim - 1))),
+        batch_of(p, compat, shards=mesh.size),
+    )
+    return *everywhere, rows
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+def test_metrics_are_the_references(chips):
+    p, mesh = problem(), make_mesh(chips)
+    score = jax.jit(score_step(CONFIG, mesh, STEPS, jnp.float32))
+    found, expected = summarise(add(None, score(*on_mesh(p, mesh)))), p.metrics(STEPS)
+    for name in ("acc", "cond_acc", "full_acc", "alpha", "length_greedy", "length_sampled", "coverage"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(found["loss"], p.losses(STEPS).steps, rtol=1e-5)
+    assert found["counted"] == expected["counted"][0]
+    assert 0 < found["full_acc"][-1] < found["acc"][-1] < 1  # the figures could have differed
+
+
+def test_sums_of_batches_add_up_to_the_sums_of_all():
+    p, mesh = problem(B=4), make_mesh()
+    score = jax.jit(score_step(CONFIG, mesh, STEPS, jnp.float32))
+    params, frozen, batch = on_mesh(p, mesh)
+    once = add(None, score(params, frozen, batch))
+    np.testing.assert_allclose(add(once, once), 2 * np.array(once))
+
+
+@pytest.mark.parametrize("compat", [None, "specforge"])
+@pytest.mark.parametrize("chips", [1, 2])
+def test_a_step_minimises_the_references_loss_on_any_mesh(chips, compat):
+    """Plain SGD, so that the step shows the gradient itself; every chip holds other rows."""
+    p, mesh = problem(), make_mesh(chips)
+    params, frozen, batch = on_mesh(p, mesh, compat)
+    gradients = gradient(CONFIG, mesh, STEPS, DECAY, jnp.float32, compat)
+    sgd = optax.sgd(1e-4)
+    state = State(params, sgd.init(params), jnp.int32(0))
+    new, metrics = jax.jit(train_step(gradients, sgd))(state, frozen, batch)
+    expected = p.losses(STEPS, compat=compat)
+    np.testing.assert_allclose(metrics.loss, expected.total, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss_K, expected.steps, rtol=1e-5)
+    moved = {n: np.asarray(x, np.float64) - p.params[n] for n, x in new.params.items()}
+    # First order: the loss falls by |gradient|^2 * rate.
+    after = p.losses(STEPS, {n: p.params[n] + x for n, x in moved.items()}, compat).total
+    fall = float(metrics.gradient_norm) ** 2 * 1e-4
+    np.testing.assert_allclose(expected.total - after, fall, rtol=0.02)
+    assert int(new.step) == 1
+
+
+def test_warm_up_starts_above_zero_and_the_cosine_ends_at_zero():
+    rate = optimizer.schedule(1e-3, warmup=0.1, steps=100)
+    rates = np.array([float(rate(step)) for step in range(101)])
+    assert 0 < rates[0] < rates[9] < 1e-3 == pytest.approx(rates[10])
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert float(optimizer.schedule(1e-3, 0.02, 1)(0)) > 0
+
+
+def test_weight_decay_spares_norms():
+    params = {"w": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    made = optimizer.make(optax.constant_schedule(0.1), 1.0, (0.9, 0.999), 0.5)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = made.update(jax.tree.map(jnp.zeros_like, params), made.init(params), params)
+    assert (updates["w"] < 0).all()
+    assert (updates["norm"] == 0).all()

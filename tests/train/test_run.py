@@ -1,0 +1,286 @@
+"""A run learns, goes on after any end with the same weights, and refuses what it cannot do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common import files
+from common.errors import EyasError
+from common.store import Store
+from tests.train import small_store
+from tests.train.served import read_tensors
+from train import evaluate, experiment
+from train.evaluate import EvaluateConfig
+from train.run import TrainConfig, run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return small_store.write_store(str(tmp_path_factory.mktemp("run") / "store"))
+
+
+@pytest.fixture(scope="module")
+def config(store, tmp_path_factory):
+    """Small enough for a step in milliseconds; eleven steps, so that no interval divides them."""
+    return TrainConfig(
+        store=store,
+        out=str(tmp_path_factory.mktemp("runs") / "whole"),
+        steps=11,
+        batch_rows=2,
+        ttt_steps=3,
+        draft_vocab=32,
+        learning_rate=3e-2,
+        log_every=1,
+        eval_every=4,
+        save_every=3,
+        lm_head_init="normal",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """What an uninterrupted run returns."""
+    return run(config)
+
+
+def lines_of(out):
+    with open(f"{out}/metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def weights_of(out):
+    return read_tensors(f"{out}/last/model.safetensors")
+
+
+def assert_same_run(out, other):
+    """Same weights and same metrics, but for the time they took."""
+    for name, weight in weights_of(other).items():
+        np.testing.assert_array_equal(weights_of(out)[name], weight, err_msg=name)
+    timeless = [
+        [{n: x for n, x in line.items() if n != "seconds"} for line in lines_of(o)] for o in (out, other)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_learns_and_leaves_what_it_says(config, whole):
+    lines = lines_of(config.out)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 12))
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    measured = [line for line in lines if "evaluation" in line]
+    assert [line["step"] for line in measured] == [4, 8, 11]
+    best = max((line["evaluation"] for line in measured), key=lambda found: found["length_greedy"])
+    assert whole["best"] == best
+    assert whole["last"]["step"] == whole["steps"] == 11
+    assert whole["best"]["length_greedy"] > measured[0]["evaluation"]["length_greedy"] > 1
+    assert sorted(os.listdir(config.out)) == ["best", "experiment.json", "last", "metrics.jsonl", "state"]
+    kept = files.read_json(f"{config.out}/experiment.json")
+    assert kept["config"]["learning_rate"] == 3e-2
+    assert kept["identity"]["config"]["store"] == Store.open(config.store).hash
+
+
+def test_evaluating_best_gives_what_training_said(config, whole, store):
+    found = evaluate.run(EvaluateConfig(f"{config.out}/best", store, ttt_steps=3, batch_rows=4))
+    # The folder holds bfloat16, so a near tie may fall the other way.
+    np.testing.assert_allclose(found["head"]["acc"], whole["best"]["acc"], atol=0.03)
+    np.testing.assert_allclose(found["head"]["alpha"], whole["best"]["alpha"], atol=0.02)
+    assert found["head"]["counted"] == whole["best"]["counted"] == found["bigram"]["counted"]
+    assert found["head"]["length_greedy"] > found["unigram"]["length_greedy"]
+    meshed = evaluate.run(
+        EvaluateConfig(f"{config.out}/best", store, ttt_steps=3, batch_rows=4, dp=2, ngrams=False)
+    )
+    np.testing.assert_allclose(meshed["head"]["alpha"], found["head"]["alpha"], rtol=1e-4)
+
+
+def test_a_finished_run_is_left_alone(config, whole):
+    before = files.read_bytes(f"{config.out}/best/model.safetensors")
+    again = run(config)
+    assert (again["steps_before"], again["best"], again["last"]) == (11, whole["best"], whole["last"])
+    assert files.read_bytes(f"{config.out}/best/model.safetensors") == before
+
+
+def start(config, out):
+    """The same run by the command line, in a process of its own."""
+    options = {
+        "store": config.store,
+        "out": out,
+        "steps": 400,
+        "batch-rows": 2,
+        "ttt-steps": 3,
+        "draft-vocab": 32,
+        "learning-rate": 3e-2,
+        "eval-every": 150,
+        "save-every": 7,
+        "lm-head-init": "normal",
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "train",
+        "--model",
+        f"{config.store}/target",
+        *arguments,
+    ]
+    log = open(f"{out}.log", "w", encoding="utf-8")  # noqa: SIM115 (the process writes it)
+    process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"})
+    log.close()
+    return process
+
+
+def wait_for_state(process, out, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, files.read_bytes(f"{out}.log").decode()[-2000:]
+        if any(name.isdigit() and int(name) >= step for name in files.list_names(f"{out}/state")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(files.read_bytes(f"{out}.log").decode()[-2000:])
+
+
+@pytest.fixture(scope="module")
+def long(config, tmp_path_factory):
+    long = replace(config, out=str(tmp_path_factory.mktemp("long") / "whole"), steps=400, log_every=10)
+    long = replace(long, eval_every=150, save_every=7)
+    run(long)
+    return long
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(long, tmp_path):
+    out = str(tmp_path / "killed")
+    process = start(long, out)
+    wait_for_state(process, out, 14)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = run(replace(long, out=out))
+    assert 14 <= result["steps_before"] < 400
+    assert_same_run(out, long.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_its_state_and_says_so_in_one_line(long, tmp_path, number):
+    out = str(tmp_path / "stopped")
+    process = start(long, out)
+    wait_for_state(process, out, 7)
+    process.send_signal(number)
+    assert process.wait() == 130
+    said = files.read_bytes(f"{out}.log").decode()
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("Error: train stopped; step ")
+    step = int(last.split("step ")[1].split()[0])
+    result = run(replace(long, out=out))
+    assert result["steps_before"] == step
+    assert_same_run(out, long.out)
+
+
+def test_another_experiment_in_the_folder_is_refused(config, whole):
+    with pytest.raises(EyasError, match=r"config.learning_rate: 0.03 there, 0.001 here"):
+        run(replace(config, learning_rate=1e-3))
+    with pytest.raises(EyasError, match=r"steps: 11 there, 12 here"):
+        run(replace(config, steps=12))
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(EyasError, match=r"already holds mine.txt"):
+        run(replace(config, out=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def refused(config, tmp_path, match, **changed):
+    out = str(tmp_path / "out")
+    with pytest.raises(EyasError, match=match):
+        run(replace(config, out=out, **changed))
+    assert not os.path.exists(out)
+
+
+def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(config, tmp_path):
+    def made(name, **options):
+        return small_store.write_store(str(tmp_path / name), **options)
+
+    refused(config, tmp_path, "is no feature store", store=str(tmp_path))
+    refused(config, tmp_path, "partial: 1 of 4 blocks", store=made("partial", blocks=3))
+    refused(config, tmp_path, "nothing to learn from", store=made("silent", mask=0))
+    refused(config, tmp_path, "no logits to teach with", teacher="stored")
+    refused(config, tmp_path, "the target has 64", draft_vocab=65)
+    refused(
+        config,
+        tmp_path,
+        "logits of 32 tokens",
+        store=made("draft", codec="draft"),
+        teacher="stored",
+        draft_vocab=8,
+    )
+    refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
+    with pytest.raises(EyasError, match="not a local folder"):
+        run(replace(config, out="gs://bucket/run"))
+
+
+def test_impossible_options_name_the_field():
+    for changed, match in (
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"batch_rows": 3, "dp": 2}, "batch_rows=3 must be a multiple of dp=2"),
+        ({"lm_head_init": "zeros"}, "use one of target, normal"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"ttt_steps": 0}, "ttt_steps=0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TrainConfig(store="s", out="o", **changed)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(config, tmp_path):
+    with pytest.raises(EyasError, match="lower --learning-rate"):
+        run(replace(config, out=str(tmp_path / "out"), learning_rate=1e30, clip=1e30, steps=30))
+
+
+def test_without_held_out_rows_best_is_the_last(config, tmp_path):
+    url = small_store.write_store(str(tmp_path / "store"), test=False)
+    found = run(replace(config, store=url, out=str(tmp_path / "out"), steps=2))
+    assert found["best"]["step"] == 2
+    with pytest.raises(EyasError, match="no held-out rows"):
+        evaluate.run(EvaluateConfig(str(tmp_path / "out/best"), url))
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"codec": "draft"}, {"teacher": "stored", "draft_vocab": None}),
+        ({"codec": "full"}, {"teacher": "stored"}),
+        ({}, {"dp": 2}),
+    ],
+)
+def test_stored_logits_and_meshes_give_the_same_losses(config, whole, tmp_path, options, changed):
+    url = small_store.write_store(str(tmp_path / "store"), **options)
+    out = str(tmp_path / "out")
+    run(replace(config, store=url, out=out, steps=3, **changed))
+    # The learning rate's schedule depends on the number of steps, so only the first losses compare.
+    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=1e-4)
+
+
+def test_float8_features_train(config, whole, tmp_path):
+    url = small_store.write_store(str(tmp_path / "store"), precision="float8_e4m3fn")
+    out = str(tmp_path / "out")
+    run(replace(config, store=url, out=out, steps=2))
+    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=0.05)
+
+
+def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
+    opened = Store.open(store)
+    opened.features["aux_layers"] = [1, 4, 6]
+    with pytest.raises(EyasError, match="takes aux layers"):
+        evaluate.load_head(f"{config.out}/best", opened)
+
+
+def test_the_targets_rows_start_the_lm_head(config, store):
+    made = experiment.make(replace(config, lm_head_init="target"))
+    expected = Store.open(store).target_tensor("lm_head")[made.draft_ids]
+    np.testing.assert_array_equal(made.initial()["lm_head.weight"], expected)
