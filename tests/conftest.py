@@ -6,6 +6,8 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests are tiny and wait for compiling only; without LLVM's optimisations it takes half as long.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 # Programs that several tests compile, also those in processes of their own, are compiled once a run.
 _CACHE = tempfile.mkdtemp(prefix="eyas-test-programs-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)

@@ -44,7 +44,7 @@ def loss(
     inverse, factor = inverse_frequencies(D, c.rope_theta, c.rope)
     attention = "midlayer.self_attn."
     segments = batch.segment_ids
-    see = (segments[:, :, None] == segments[:, None]) & jnp.tri(T, dtype=bool)
+    see = (segments[:, :, None] == segments[:, None]) & jnp.tri(T, dtype=bool)[None]
     teacher_BTV = batch.last_hidden @ frozen.lm_head.T
     p_BTV = jax.nn.softmax(teacher_BTV, -1)
     taught = mask_BT & (frozen.draft_index[batch.argmax] >= 0)

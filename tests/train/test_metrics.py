@@ -52,8 +52,7 @@ def test_sums_of_batches_add_up_to_the_sums_of_all():
     np.testing.assert_allclose(add(once, once), 2 * np.array(once))
 
 
-@pytest.mark.parametrize("compat", [None, "specforge"])
-@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize(("chips", "compat"), [(1, None), (2, "specforge")])
 def test_a_step_minimises_the_references_loss_on_any_mesh(chips, compat):
     """Plain SGD, so that the step shows the gradient itself; every chip holds other rows."""
     p, mesh = problem(), make_mesh(chips)

@@ -174,18 +174,6 @@ def scores_of(params, frozen, batch):
     return shard_scores(CONFIG, params, frozen, batch, STEPS, jnp.float32)
 
 
-def test_scores_are_the_references(packed):
-    batch, frozen = batch_of(packed), frozen_of(packed)
-    scores, valid_MK = scores_of(parameters_of(packed), frozen, batch)
-    expected = packed.metrics(STEPS)
-    valid = np.asarray(valid_MK)
-    np.testing.assert_array_equal(valid.sum(0), expected["counted"])
-    for name, found in (("acc", scores.correct), ("alpha", scores.alpha)):
-        np.testing.assert_allclose(
-            (np.asarray(found) * valid).sum(0) / valid.sum(0), expected[name], rtol=1e-5
-        )
-
-
 def of_document(p: Problem, row: int, segment: int) -> np.ndarray:
     return (p.segments == segment) & (np.arange(len(p.segments)) == row)[:, None]
 
