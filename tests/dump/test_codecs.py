@@ -62,6 +62,23 @@ def test_logits_codecs(name, size, chunk):
         assert not found
 
 
+def test_the_vocabulary_is_never_sorted():
+    last, head = map(jnp.asarray, inputs())
+
+    def encode(last, head):
+        return codecs.encode_logits(
+            codecs.Codec("topk", K, "float32"),
+            lambda part: jnp.einsum("bch,vh->bcv", part, head),
+            last,
+            None,
+            2,
+        )
+
+    compiled = jax.jit(encode).lower(last, head).compile().as_text()
+    assert "TopK" in compiled
+    assert " sort(" not in compiled
+
+
 def test_a_mesh_gives_the_same():
     codec = codecs.Codec("topk", K, "float32")
     alone, split = run(codec, 2), run(codec, 2, make_mesh(2, 2))
