@@ -84,7 +84,21 @@ data_option = click.option(
     f"`{EMBEDDED}` is ShareGPT V3 from its wheel.",
 )
 store_option = click.option("--store", required=True, help="The feature store: a folder or gs:// prefix.")
+DTYPE = "float32 on CPU, bfloat16 on accelerators"
+PRECISIONS = ["float32", "bfloat16", "float8_e4m3fn"]
 count, share = click.IntRange(min=1), click.FloatRange(min=0)
+
+
+class Layers(click.ParamType):
+    """Comma-separated layer numbers."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        try:
+            return tuple(int(number) for number in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} are no layers; write, say, 2,16,29", param, ctx)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -149,8 +163,11 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
 @knob("--logits", click.Choice(["topk", "draft", "full", "none"]), "topk", "Which logits to keep.")
 @knob("--topk", count, 64, "The k of topk.")
 @knob("--draft-vocab", count, 32000, "Size of the vocabulary of --logits draft.")
-@knob("--precision", str, "--dtype", "What states are stored in: float32, bfloat16 or float8_e4m3fn.")
-@knob("--dtype", str, "float32 on CPU, bfloat16 on accelerators", "What the target computes in.")
+@knob("--precision", click.Choice(PRECISIONS), "--dtype", "What states are stored in.")
+@knob("--dtype", click.Choice(["float32", "bfloat16"]), DTYPE, "What the target computes in.")
+@knob(
+    "--aux-layers", Layers(), "2,n/2,n-3, as servers have it", "Layers whose input the head reads: 2,16,29."
+)
 @knob("--block-rows", count, 32, "Rows written and resumed as one.")
 @knob("--batch-rows", count, "about 2,048 tokens a chip", "Rows of a forward pass.")
 @knob("--dp", count, 1, "Chips along the batch.")
@@ -185,16 +202,20 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 @knob("--steps", count, "from --epochs", "Optimiser steps; overrides --epochs.")
 @knob("--batch-rows", count, 4, "Rows a step.")
 @knob("--ttt-steps", count, 7, "Steps K of the rollout.")
-@knob("--draft-vocab", count, 32000, "Size of the draft vocabulary.")
+@knob("--decay", share, 0.8, "Step k's loss weighs decay^k.")
+@knob("--draft-vocab", count, "32000, or a smaller target's all", "Size of the draft vocabulary.")
+@knob("--ffn", count, "the target's", "Width of the head's feed-forward part.")
 @knob("--learning-rate", share, "1e-4", "Peak learning rate.")
 @knob("--warmup", share, 0.02, "Share of the steps that warms up.")
 @knob("--weight-decay", share, 0.0, "Decoupled weight decay.")
 @knob("--clip", share, 0.5, "Largest norm of the gradient.")
 @knob("--lm-head-init", click.Choice(["target", "normal"]), "target", "Start of the head's lm_head.")
 @knob("--compat", click.Choice(["specforge"]), "none", "Reproduce another trainer's losses.")
-@knob("--dtype", str, "float32 on CPU, bfloat16 on accelerators", "What the head computes in.")
+@knob("--dtype", click.Choice(["float32", "bfloat16"]), DTYPE, "What the head computes in.")
+@knob("--teacher", click.Choice(["recompute", "stored"]), "recompute", "Logits from states, or stored ones.")
 @knob("--eval-every", count, "chosen from the steps", "Steps between evaluations.")
 @knob("--save-every", count, "chosen from the steps", "Steps between checkpoints.")
+@knob("--log-every", count, 10, "Steps between lines of metrics.jsonl.")
 @knob("--dp", count, 1, "Chips along the batch.")
 def train(model: str, store: str, out: str, **given: Any) -> None:
     """Trains a head from the store; the target's checkpoint is not needed.
@@ -215,6 +236,10 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
 @store_option
 @click.option("--ttt-steps", type=count, default=7, show_default=True, help="Tokens drafted a step.")
 @click.option("--batch-rows", type=count, default=4, show_default=True, help="Rows of a forward pass.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help=f"What to compute in; else {DTYPE}."
+)
+@click.option("--dp", type=count, default=1, show_default=True, help="Chips along the batch.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     """Measures a head on the held-out rows, beside a unigram and a bigram predictor.

@@ -31,7 +31,7 @@ _CHOICES = {
     "lm_head_init": ("target", "normal"),
     "compat": (None, "specforge"),
     "dtype": (None, "float32", "bfloat16"),
-    "teacher": ("auto", "recompute", "stored"),
+    "teacher": ("recompute", "stored"),
 }
 
 
@@ -42,8 +42,8 @@ class TrainConfig:
     epochs: passes over the train split (steps overrides it); ttt_steps: K; decay: step k weighs decay^k;
     draft_vocab: None is 32,000, or the whole vocabulary of a smaller target; warmup: share of the steps;
     lm_head_init: the target's rows or N(0, 0.02); compat "specforge": its mask and divisor, to compare
-    losses; dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); teacher: recompute from
-    last_hidden and lm_head (auto), or read from stored logits; ffn: width (None: the target's);
+    losses; dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); teacher: recompute it from
+    last_hidden and lm_head, or take stored logits; ffn: width (None: the target's);
     eval_every, save_every: steps (None: chosen so that they cost little); dp: chips.
     """
 
@@ -64,7 +64,7 @@ class TrainConfig:
     lm_head_init: str = "target"
     compat: str | None = None
     dtype: str | None = None
-    teacher: str = "auto"
+    teacher: str = "recompute"
     ffn: int | None = None
     eval_every: int | None = None
     save_every: int | None = None
@@ -103,7 +103,6 @@ class Experiment:
     draft_ids: np.ndarray
     mesh: Mesh
     dtype: Any
-    teacher: str
     order: np.ndarray
     plan: Plan
     capacity: Capacity
@@ -118,7 +117,7 @@ class Experiment:
 
     def stream(self) -> Stream:
         """The train split's batches."""
-        return Stream(self.store, self.plan, self.capacity, self.mesh, self.teacher, self.draft_ids)
+        return Stream(self.store, self.plan, self.capacity, self.mesh, self.config.teacher, self.draft_ids)
 
     def initial(self) -> Params:
         """The untrained head in float32, on every chip."""
@@ -150,9 +149,8 @@ def make(config: TrainConfig) -> Experiment:
     store = Store.open(config.store)
     features = store.features
     store.require_complete()
-    teacher = "stored" if config.teacher == "stored" else "recompute"
-    teaching_arrays(store, teacher)
-    draft_ids = _draft_ids(config, store, teacher)
+    teaching_arrays(store, config.teacher)
+    draft_ids = _draft_ids(config, store, config.teacher)
     head = head_config(store.target_config(), len(draft_ids), tuple(features["aux_layers"]), config.ffn)
     mesh = _mesh(config)
     rows, test_rows = store.split_rows("train"), store.split_rows("test")
@@ -174,7 +172,6 @@ def make(config: TrainConfig) -> Experiment:
         draft_ids=draft_ids,
         mesh=mesh,
         dtype=jnp.dtype(dtype),
-        teacher=teacher,
         order=wanted,
         plan=plan,
         capacity=plan.capacity(wanted, mesh.size),

@@ -35,7 +35,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
     claim(experiment)
     note(_announce(experiment))
     with Stop() as stop:
-        return _Run(experiment, stop).go(start)
+        training = _Run(experiment, stop)
+        try:
+            return training.go(start)
+        except KeyboardInterrupt:
+            saved = training.saved.step() or 0
+            raise EyasError(
+                f"train stopped; step {saved} of {experiment.steps} is saved in {config.out}/state: continue "
+                "with the same command"
+            ) from None
 
 
 def _announce(e: Experiment) -> str:
@@ -57,7 +65,7 @@ class _Run:
         self.rate = optimizer.schedule(c.learning_rate, c.warmup, experiment.steps)
         self.optimizer = optimizer.make(self.rate, c.clip, c.betas, c.weight_decay)
         e = experiment
-        self.taught = frozen(e.store, e.draft_ids, e.teacher, e.mesh, e.dtype)
+        self.taught = frozen(e.store, e.draft_ids, e.config.teacher, e.mesh, e.dtype)
         self.saved = Saved(c.out)
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] = {"step": 0}
@@ -85,7 +93,7 @@ class _Run:
             return None
         c = e.config
         return Evaluator(
-            e.store, e.test_rows, e.head, e.draft_ids, e.mesh, c.ttt_steps, c.batch_rows, e.dtype, e.teacher
+            e.store, e.test_rows, e.head, e.draft_ids, e.mesh, c.ttt_steps, c.batch_rows, e.dtype, c.teacher
         )
 
     def go(self, start: float) -> dict[str, Any]:
@@ -152,12 +160,9 @@ class _Run:
         return step > 0 and (step % self.e.eval_every == 0 or step == self.e.steps)
 
     def _end(self, step: int) -> None:
+        """KeyboardInterrupt, once the state is on disk."""
         self.saved.finish()
-        stopped = EyasError(
-            f"train stopped; step {step} of {self.e.steps} is saved in {self.e.config.out}/state: continue "
-            "with the same command"
-        )
-        raise stopped from KeyboardInterrupt()
+        self.stop.check()
 
     def _log(self, step: int, metrics: Metrics, tokens: int, seconds: float, progress: Progress) -> None:
         loss = float(metrics.loss)
