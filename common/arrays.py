@@ -2,9 +2,11 @@
 
 The shard (`sharding_indexed`) is the unit of writing: it is written whole and once, because a partial write
 rewrites all of it. The inner chunk is the unit of reading; it holds one row, or an equal part of the row's
-positions where a row is larger than `CHUNK_BYTES`. Chunks are raw little-endian bytes and their crc32c:
-uncompressed (states hardly shrink), and a flipped bit is an error and never a number. The index of a shard
-has a crc32c as well, and chunks that equal the fill value are stored, so that a missing one is an error too.
+positions where a row is larger than `CHUNK_BYTES`. Chunks are raw little-endian bytes, uncompressed: states
+hardly shrink. A flipped bit is an error and never a number: rows and the indices of shards have zarr's own
+crc32c; features have a crc32c a row in their block's commit marker instead, because TensorStore computes its
+own at 2 GB/s and `google_crc32c` in hardware at 9. Chunks that equal the fill value are stored, so that a
+missing one is an error too.
 
 Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html
 """
@@ -15,6 +17,7 @@ import math
 import zlib
 from collections.abc import Iterator
 
+import google_crc32c
 import numpy as np
 import tensorstore as ts
 
@@ -23,7 +26,8 @@ from common.errors import EyasError
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
 SHARD_BYTES = 64 << 20  # of arrays that have no blocks
-_BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
+_CHECKED = [*_BYTES, {"name": "crc32c"}]
 
 
 @functools.cache
@@ -58,14 +62,21 @@ def shard_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return max(1, min(shape[0], SHARD_BYTES // row))
 
 
-def create(url: str, shape: tuple[int, ...], dtype: np.dtype, rows: int) -> ts.TensorStore:
+def create(
+    url: str, shape: tuple[int, ...], dtype: np.dtype, rows: int, checked: bool = True
+) -> ts.TensorStore:
     """A new array at `url`, sharded every `rows` rows; whatever was there is deleted.
 
-    TensorStore's ValueError if the place cannot be written.
+    `checked`: its chunks carry their crc32c; otherwise the caller keeps `row_sums`. TensorStore's ValueError
+    if the place cannot be written.
     """
     codec = {
         "name": "sharding_indexed",
-        "configuration": {"chunk_shape": chunk_shape(shape, dtype), "codecs": _BYTES, "index_codecs": _BYTES},
+        "configuration": {
+            "chunk_shape": chunk_shape(shape, dtype),
+            "codecs": _CHECKED if checked else _BYTES,
+            "index_codecs": _CHECKED,
+        },
     }
     metadata = {
         "shape": shape,
@@ -148,6 +159,11 @@ def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) ->
             bad, error = [*bad, row], found
     named = f"row {rows[0]}" if len(rows) == 1 else f"rows {bad or list(rows)}"
     raise EyasError(f"{name} {named}: missing or damaged on disk ({reason(error)})") from error
+
+
+def row_sums(array: np.ndarray) -> list[int]:
+    """The crc32c of every row's raw bytes."""
+    return [google_crc32c.value(np.ascontiguousarray(row).reshape(-1).view(np.uint8)) for row in array]
 
 
 def crc32(array: np.ndarray, before: int = 0) -> int:

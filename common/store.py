@@ -14,7 +14,6 @@ import hashlib
 import io
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
@@ -34,6 +33,10 @@ INDEX = "index.parquet"
 CHECKSUMS = "checksums.json"  # of the tensors in target/; written last there
 _MARKER = re.compile(r"(\d{6})\.json")
 _READERS = 32  # small files read at once
+_REPAIR = (
+    "to write a block anew, delete its file in commits/ and run the same dump command; damaged rows must be "
+    "prepared anew"
+)
 
 
 def read_manifest(url: str) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class Store:
         self.rows: int = manifest["rows"]["rows"]
         self.length: int = manifest["rows"]["length"]
         self._open: dict[str, ts.TensorStore] = {}
+        self._sums: dict[int, dict[str, list[int]]] = {}  # of the blocks that are known to be committed
 
     @classmethod
     def open(cls, url: str) -> "Store":
@@ -112,12 +116,19 @@ class Store:
             raise EyasError(
                 f"{place} was written under another manifest: {MANIFEST} was edited since; restore it"
             )
+        if not isinstance(marker.get("crc32c"), dict):
+            raise EyasError(f"{place} has no checksums; delete it and run the same dump command")
         return marker
 
     def commits(self) -> list[dict[str, Any]]:
         """Every commit marker, in the order of the blocks."""
+        return self._commits(self.committed())
+
+    def _commits(self, blocks: set[int]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.commit, sorted(self.committed())))
+            markers = list(pool.map(self.commit, sorted(blocks)))
+        self._sums |= {marker["block"]: marker["crc32c"] for marker in markers}
+        return markers
 
     def require_complete(self) -> None:
         """EyasError unless every block is committed under this manifest."""
@@ -180,36 +191,44 @@ class Store:
         outside = rows[(rows < 0) | (rows >= self.rows)]
         if len(outside):
             raise EyasError(f"{self.url} has rows 0 to {self.rows - 1}; row {outside[0]} was asked for")
-        if len(rows) and not self.manifest["rows"]["arrays"].keys() >= set(names):
+        features = [name for name in names if name not in self.manifest["rows"]["arrays"]]
+        if len(rows) and features:
             self._require_committed(rows)
-        return self.read_unchecked(names, rows)
+        found = self.read_unchecked(names, rows)
+        for name in features:
+            self._require_sums(name, rows, found[name])
+        return found
 
     def _require_committed(self, rows: np.ndarray) -> None:
-        blocks = set(np.unique(rows // self.features["block_rows"]).tolist())
-        missing = blocks - self._committed
-        if missing:  # a running dump may have written them since
-            self.__dict__["_committed"] = self.committed()
-            missing = blocks - self._committed
+        unknown = set(np.unique(rows // self.features["block_rows"]).tolist()) - self._sums.keys()
+        if not unknown:
+            return
+        missing = unknown - self.committed()
         if missing:
             raise EyasError(
                 f"{self.url} is partial: block {min(missing)} is not committed; run the same dump command "
                 "again, it continues where it stopped"
             )
+        self._commits(unknown)
 
-    @cached_property
-    def _committed(self) -> set[int]:
-        return self.committed()
+    def _require_sums(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        size = self.features["block_rows"]
+        sums = arrays.row_sums(values)
+        bad = [
+            row
+            for row, found in zip(rows.tolist(), sums, strict=True)
+            if found != self._sums[row // size][name][row % size]
+        ]
+        if bad:
+            raise EyasError(f"{self.url}: {name} rows {bad}: damaged on disk (checksums differ); {_REPAIR}")
 
     def read_unchecked(self, names: list[str] | tuple[str, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`read` without the look at rows and commits; also of `token_counts`, whose rows are tokens."""
+        """`read` without commits and their checksums; also of `token_counts`, whose rows are tokens."""
         opened = {name: self._array(name) for name in names}
         try:
             return arrays.read_rows(opened, rows)
         except EyasError as error:
-            raise EyasError(
-                f"{self.url}: {error}; to write a block anew, delete its file in commits/ and run "
-                "the same dump command; damaged rows must be prepared anew"
-            ) from error
+            raise EyasError(f"{self.url}: {error}; {_REPAIR}") from error
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open:

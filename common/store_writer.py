@@ -112,7 +112,9 @@ def _create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray |
     with readable_errors(url):
         for name, a in features["arrays"].items():
             place = f"{url}/features/{name}"
-            arrays.create(place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"])
+            arrays.create(
+                place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"], checked=False
+            )
         if draft_ids is not None:
             place = f"{url}/features/draft_ids"
             arrays.create(place, draft_ids.shape, draft_ids.dtype, len(draft_ids)).write(
@@ -181,7 +183,7 @@ class FeatureWriter:
                 ]
                 for request in writes:
                     request.commit.force()
-                sums = {name: arrays.crc32(value) for name, value in values.items()}
+                sums = {name: arrays.row_sums(value) for name, value in values.items()}
                 for request in writes:
                     request.commit.result()
                 marker = {
@@ -190,7 +192,7 @@ class FeatureWriter:
                     "rows": [rows.start, rows.stop],
                     "tokens": tokens,
                     "counted": counted,
-                    "crc32": sums,
+                    "crc32c": sums,
                 }
                 files.write_json(f"{self.store.url}/commits/{block:06d}.json", marker)
         except EyasError as error:

@@ -48,9 +48,11 @@ def described(values: dict[str, np.ndarray]) -> dict:
     }
 
 
-def make_rows(url) -> None:
+def make_rows(url, seed: int = 0) -> None:
     index = pa.table({"id": ["a", "b", "c"], "split": ["train", "train", "test"], "row": [0, 4, 6]})
-    write_rows(url, rows(), np.arange(V, dtype=np.int64), index, {"rows": R, "length": T, "vocab_size": V})
+    write_rows(
+        url, rows(seed), np.arange(V, dtype=np.int64), index, {"rows": R, "length": T, "vocab_size": V}
+    )
 
 
 def write_blocks(url, values, blocks=None) -> None:
@@ -142,11 +144,11 @@ def test_missing_shard_names_array_and_rows(full):
     assert "last_hidden" in verify(full)["damaged"][-1]
 
 
-@pytest.mark.parametrize("byte", [5, T * H * 4 + 2, -10])  # data, its crc32c, the index
+@pytest.mark.parametrize("byte", [5, T * H * 4 - 1, -10])  # data, its end, the index
 def test_flipped_bit_is_refused(full, byte):
     path = f"{full}/features/last_hidden/c/0/0/0"
     flip(path, byte % os.path.getsize(path))
-    with pytest.raises(EyasError, match=r"last_hidden row 0: missing or damaged.*[Dd]igest mismatch"):
+    with pytest.raises(EyasError, match=r"last_hidden rows? \[?0.*damaged on disk .*delete its file"):
         Store.open(full).read(["last_hidden"], [0])
 
 
@@ -183,9 +185,11 @@ def test_cut_and_edited_manifests(full):
     with pytest.raises(EyasError, match="written under another manifest"):
         Store.open(full).require_complete()
     files.write_bytes(place, text)
-    edit(place, lambda m: m["features"]["arrays"]["argmax"].update(dtype="int64"))
-    with pytest.raises(EyasError, match="holds int32"):
+    edit(place, lambda m: m["rows"]["arrays"]["tokens"].update(dtype="int64"))
+    with pytest.raises(EyasError, match="written under another manifest"):
         Store.open(full).read(["argmax"], [0])
+    with pytest.raises(EyasError, match="holds int32"):
+        Store.open(full).read(["tokens"], [0])
     files.write_bytes(place, text[:200])
     with pytest.raises(EyasError, match="is not JSON"):
         Store.open(full)
@@ -239,11 +243,17 @@ def test_unknown_names_and_rows(full):
         Store.open(full).read(["argmax"], [0, 7])
 
 
-def test_verify_finds_what_reading_cannot(full):
+def test_whole_shards_of_other_numbers_are_refused(full):
     assert verify(full)["damaged"] == [f"{full}/target/checksums.json is missing; check the path"] * 2
-    # A whole shard of other numbers has a valid crc32c; only the marker's checksum knows.
     shutil.copy(f"{full}/features/argmax/c/0/0", f"{full}/features/argmax/c/1/0")
-    assert f"{full}: argmax rows 3 to 5 are not what was written" in verify(full)["damaged"]
+    with pytest.raises(EyasError, match=r"argmax rows \[4, 3\]: damaged on disk \(checksums differ\)"):
+        Store.open(full).read(["argmax"], [4, 0, 3])
+    # Rows have a valid crc32c in the place of others; only the manifest's checksum knows.
+    make_rows(f"{full}2", seed=1)
+    shutil.copy(f"{full}2/rows/tokens/c/0/0", f"{full}/rows/tokens/c/0/0")
+    found = verify(full)["damaged"]
+    assert f"{full}: tokens is not what was written; prepare a new store" in found
+    assert any("argmax rows [3, 4, 5]: damaged on disk" in line for line in found)
 
 
 def test_a_disk_that_is_full_when_the_arrays_are_made_is_one_line(tmp_path, url):
