@@ -199,6 +199,12 @@ def test_cut_and_edited_manifests(full):
             Store.open(full)
 
 
+def test_a_marker_without_checksums_is_refused(full):
+    edit(f"{full}/commits/000001.json", lambda m: m.pop("crc32c"))
+    with pytest.raises(EyasError, match=r"000001\.json has no checksums; delete it"):
+        Store.open(full).read(["argmax"], [4])
+
+
 def test_newer_schema_is_refused(full):
     edit(f"{full}/manifest.json", lambda m: m.update(schema=2))
     with pytest.raises(EyasError, match="schema 2, newer than 1"):

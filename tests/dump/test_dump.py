@@ -94,6 +94,20 @@ def test_store_holds_what_the_target_computes(config):
     store.require_target(store.features["target"]["config_hash"])
 
 
+def test_a_packed_document_gives_what_it_gives_alone(config, tmp_path):
+    run(config)
+    alone = replace(config, store=tiny.write_store(f"{tmp_path}/alone", config.model, ROWS, alone=True))
+    run(alone)
+    packed, apart = Store.open(config.store), Store.open(alone.store)
+    names = list(packed.features["arrays"])
+    got, wanted = packed.read(names, np.arange(ROWS)), apart.read(names, np.arange(2 * ROWS))
+    cut, end = tiny.T // 2 - 3, tiny.T - 2
+    for name in names:
+        near = {"rtol": 2e-3, "atol": 2e-3} if name == "topk_logits" else {"rtol": 1e-5, "atol": 1e-5}
+        np.testing.assert_allclose(got[name][:, :cut], wanted[name][:ROWS, :cut], **near)
+        np.testing.assert_allclose(got[name][:, cut:end], wanted[name][ROWS:, : end - cut], **near)
+
+
 def test_mesh_precision_and_other_codecs(config, tmp_path):
     """A (2, 2) mesh, float8 states and draft logits, against f32 of one device."""
     mixed = replace(config, dp=2, tp=2, precision="float8_e4m3fn", logits="draft", draft_vocab=10)

@@ -41,8 +41,8 @@ def write_model(folder: str, seed: int = 0, layers: int = LAYERS, tied: bool = F
     return folder
 
 
-def write_store(url: str, model: str, rows: int = 11) -> str:
-    """Rows of two documents and some padding each."""
+def write_store(url: str, model: str, rows: int = 11, alone: bool = False) -> str:
+    """Rows of two documents and some padding each; `alone` gives every document a row of its own."""
     rng = np.random.default_rng(1)
     cut, end = T // 2 - 3, T - 2
     segments, positions = np.zeros((2, rows, T), np.int32)
@@ -52,7 +52,16 @@ def write_store(url: str, model: str, rows: int = 11) -> str:
     columns = {"tokens": tokens, "segment_ids": segments, "positions": positions}
     columns["loss_mask"] = ((segments > 0) & (positions > 3)).astype(np.uint8)
     counts = np.bincount(tokens[columns["loss_mask"] > 0], minlength=V).astype(np.int64)
+    if alone:
+        columns, rows = {name: _unpacked(column, cut, end) for name, column in columns.items()}, 2 * rows
     index = pa.table({"id": ["a"], "split": ["train"], "row": [0]})
     manifest = {"rows": rows, "length": T, "vocab_size": V, "tokenizer_hash": tokenizer_hash(model)}
     write_rows(url, columns, counts, index, manifest)
     return url
+
+
+def _unpacked(column: np.ndarray, cut: int, end: int) -> np.ndarray:
+    """[2R, T]: the first documents of all rows, then the second ones, each from position 0 on."""
+    first, second = np.zeros_like(column), np.zeros_like(column)
+    first[:, :cut], second[:, : end - cut] = column[:, :cut], column[:, cut:end]
+    return np.concatenate((first, second))
