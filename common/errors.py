@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The exceptions for what a user can put right."""
 
 
 class EyasError(ValueError):
@@ -6,3 +6,7 @@ class EyasError(ValueError):
 
     The command line prints its text as one line and exits with 2; a library caller sees a ValueError.
     """
+
+
+class MachineError(EyasError):
+    """The machine failed, a full disk say: the command line exits with 1."""

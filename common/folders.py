@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from common.files import is_remote, join, local_path, write_bytes
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
@@ -33,7 +33,7 @@ def write_folder(folder: str, files: dict[str, bytes]) -> None:
         _put(partial, place)
         _flush(parent)
     except OSError as error:
-        raise EyasError(
+        raise MachineError(
             f"{folder} could not be written ({error.strerror}); make room or name another folder"
         ) from error
     finally:

@@ -1,14 +1,10 @@
 """The feature store, write side: rows once, then features block by block, each committed by its marker."""
 
-import errno
 import hashlib
 import io
 import math
-import re
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,29 +13,9 @@ import pyarrow.parquet
 
 from common import arrays, files
 from common.config import differences
+from common.disk import readable_errors
 from common.errors import EyasError
 from common.store import INDEX, MANIFEST, SCHEMA, Store, read_manifest
-
-_STATUS = re.compile(r"[A-Z_]+: ")  # how TensorStore's errors begin
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def readable_errors(what: str) -> Iterator[None]:
-    """Turns what the file system or TensorStore refuses into one line: a full disk, or what else it was."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not _STATUS.match(str(error)):
-            raise  # not TensorStore's
-        code = error.errno if isinstance(error, OSError) else None
-        full = code in _FULL or any(f"os_error_code='{n}'" in str(error) for n in _FULL)
-        cause = (
-            "the disk is full; make room" if full else f"writing failed ({arrays.reason(error)}); mend that"
-        )
-        raise EyasError(
-            f"{what}: {cause} and run the same command again; what is complete is kept"
-        ) from error
 
 
 def write_rows(

@@ -1,9 +1,9 @@
 """STORE/target: all that a train job needs of the target, so that it never reads the target's checkpoint."""
 
 from common import arrays, checkpoint, files
+from common.disk import readable_errors
 from common.progress import note
 from common.store import CHECKSUMS
-from common.store_writer import readable_errors
 from dump.plan import Plan
 from dump.target.weights import stacks
 

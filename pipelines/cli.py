@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from common import files
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from pipelines import recipes
 
 EMBEDDED = recipes.EMBEDDED
@@ -33,10 +33,10 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except EyasError as error:
+            code = 1 if isinstance(error, MachineError) else 2
             # A stage that is stopped says itself how far it came.
-            raise _failure(
-                str(error), 130 if isinstance(error.__context__, KeyboardInterrupt) else 2
-            ) from None
+            code = 130 if isinstance(error.__context__, KeyboardInterrupt) else code
+            raise _failure(str(error), code) from None
         except KeyboardInterrupt:
             raise _failure(STOPPED, 130) from None
         except OSError as error:

@@ -8,8 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from common import files
+from common.disk import readable_errors
 from common.errors import EyasError
-from common.store_writer import readable_errors
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before

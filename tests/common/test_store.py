@@ -298,7 +298,7 @@ def test_full_disk_is_one_line_and_resumable(url):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert "EyasError" in last
+    assert "MachineError" in last
     assert "the disk is full; make room and run the same command again" in last
     assert 0 not in Store.open(url).committed()
     write_blocks(url, features())

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from common import files
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from dump.dump import DumpConfig
 from dump.prepare import PrepareConfig
 from pipelines import cli
@@ -151,6 +151,7 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
     [
         (OSError(errno.ENOSPC, "No space left on device", "store/x"), 1, "Error: store/x: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "store"), 1, "Error: store: permission denied"),
+        (MachineError("store/x: the disk is full"), 1, "Error: store/x: the disk is full"),
         (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
     ],
 )
