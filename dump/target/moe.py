@@ -20,6 +20,9 @@ from dump.target.routing import Router
 from dump.target.spec import Context, TargetConfig, Weight
 
 EXPERTS = "mlp.experts"
+SORTED_VALUES = 1 << 29  # of sorted rows at a time (S * H): 1 GiB in bf16, results three times as much
+_BLOCKS = 8  # of rows that a chip with its share of all rows computes: what is wasted is a part of one
+LEAST_ROWS = 512  # of a block: smaller ones would leave the matrix units waiting for weights
 
 
 class Experts(Protocol):
@@ -137,8 +140,7 @@ class Moe:
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        ids_Mk, weights_Mk = self.router(w, x_MH)
-        y_MH = self._routed(w, x_MH, ids_Mk, weights_Mk, context)
+        y_MH = self._routed(w, x_MH, *self._choice(w, x_MH, context), context)
         if self.shared:
             shared = self.shared.partial(w, x_MH)
             if self.shared_gate:
@@ -146,24 +148,79 @@ class Moe:
             y_MH = y_MH + shared
         return context.total(y_MH).reshape(x_BTH.shape)
 
+    def _choice(self, w, x_MH, context: Context) -> tuple[jax.Array, jax.Array]:
+        """(ids, weights) [M, k]; chips that hold the same tokens route a part of them each."""
+        M = x_MH.shape[0]
+        if not context.splits(M):
+            return self.router(w, x_MH)
+        own = jax.lax.dynamic_slice_in_dim(x_MH, context.chip() * (M // context.tp), M // context.tp)
+        ids, weights = self.router(w, own)
+        return context.gather(ids), context.gather(weights)
+
     def _routed(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
-        """This chip's share of the chosen experts' weighted sum."""
-        k = self.router.top_k
-        held = self.router.experts
-        first = jnp.int32(0)
+        """This chip's share of the chosen experts' weighted sum, so many tokens at a time that they fit."""
+        M, H = x_MH.shape
+        parts = -(-M * self.router.top_k * H // SORTED_VALUES)
+        if parts == 1:
+            return self._part(w, x_MH, ids_Mk, weights_Mk, context)
+        size = -(-M // parts)
+
+        def cut(x: jax.Array, fill: int) -> jax.Array:
+            padded = jnp.pad(x, ((0, parts * size - M), (0, 0)), constant_values=fill)
+            return padded.reshape(parts, size, -1)
+
+        nobody = self.router.experts  # the number of no expert: what is filled in goes nowhere
+        cuts = cut(x_MH, 0), cut(ids_Mk, nobody), cut(weights_Mk, 0)
+        y_PMH = jax.lax.map(lambda part: self._part(w, *part, context), cuts)
+        return y_PMH.reshape(-1, H)[:M]
+
+    def _part(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
+        """`_routed` of some tokens: sorted by expert, multiplied, brought back and summed."""
+        held, first, spread = self.router.experts, jnp.int32(0), 1
         if context.tp and self.split == "expert":
-            held //= context.tp
+            held, spread = held // context.tp, context.tp
             first = context.chip() * held
         # Experts of other chips get the number `held`: their rows come behind ours and belong to no group.
-        local_S = jnp.where((ids_Mk >= first) & (ids_Mk < first + held), ids_Mk - first, held).reshape(-1)
+        ours_Mk = (ids_Mk >= first) & (ids_Mk < first + held)
+        local_S = jnp.where(ours_Mk, ids_Mk - first, held).reshape(-1)
         order_S = jnp.argsort(local_S, stable=True)
-        sorted_S = local_S[order_S]
         sizes_E = (local_S[:, None] == jnp.arange(held)[None]).sum(0, dtype=jnp.int32)
-        y_SH = self.experts(w, x_MH[order_S // k], sorted_S, sizes_E)
-        weighted = y_SH.astype(jnp.float32) * weights_Mk.reshape(-1)[order_S][:, None]
-        ours = jnp.where((sorted_S < held)[:, None], weighted, 0.0)
-        back_S = jnp.argsort(order_S)
-        return ours[back_S].reshape(-1, k, x_MH.shape[-1]).sum(1).astype(x_MH.dtype)
+        y_SH = self._sorted(w, x_MH, order_S, local_S[order_S], sizes_E, spread)
+        back_Mk = jnp.argsort(order_S).reshape(ids_Mk.shape)
+
+        def add(total_MH, step):
+            back_M, weights_M, ours_M = step
+            chosen = y_SH[back_M].astype(jnp.float32) * weights_M[:, None]
+            return total_MH + jnp.where(ours_M[:, None], chosen, 0.0), None
+
+        start = jnp.zeros_like(y_SH, jnp.float32, shape=x_MH.shape)
+        total_MH, _ = jax.lax.scan(add, start, (back_Mk.T, weights_Mk.T, ours_Mk.T))
+        return total_MH.astype(x_MH.dtype)
+
+    def _sorted(self, w, x_MH, order_S, sorted_S, sizes_E, spread: int) -> jax.Array:
+        """The experts' results [S or more, H] of sorted rows; those of no expert of ours are undefined.
+
+        Where only about 1 / `spread` of the rows is ours, blocks of rows are computed until ours are done:
+        any number of them may be, and the usual number is what is paid for.
+        """
+        k = self.router.top_k
+        if spread == 1:
+            return self.experts(w, x_MH[order_S // k], sorted_S, sizes_E)
+        size = max(LEAST_ROWS, -(-order_S.shape[0] // (spread * _BLOCKS)))
+        behind = (0, -order_S.shape[0] % size)
+        order_S = jnp.pad(order_S, behind)
+        sorted_S = jnp.pad(sorted_S, behind, constant_values=sizes_E.shape[0])
+        stops_E = jnp.cumsum(sizes_E)
+
+        def block(i: jax.Array, y_SH: jax.Array) -> jax.Array:
+            low = i * size
+            inside_E = jnp.clip(stops_E - low, 0, size) - jnp.clip(stops_E - sizes_E - low, 0, size)
+            rows, ids = (jax.lax.dynamic_slice_in_dim(a, low, size) for a in (order_S, sorted_S))
+            y = self.experts(w, x_MH[rows // k], ids, inside_E)
+            return jax.lax.dynamic_update_slice_in_dim(y_SH, y, low, 0)
+
+        empty = jnp.zeros_like(sorted_S, x_MH.dtype, shape=(sorted_S.shape[0], x_MH.shape[1]))
+        return jax.lax.fori_loop(0, -(-stops_E[-1] // size), block, empty)
 
 
 def split_experts(cfg: TargetConfig, split: str) -> TargetConfig:

@@ -62,6 +62,10 @@ class Context:
         """Sum over the chips that hold parts of a layer (heads, feed-forward width, experts)."""
         return jax.lax.psum(x, RULES["heads"]) if self.tp else x
 
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The parts [M / tp, ...] of the chips that share each layer, one behind the other."""
+        return jax.lax.all_gather(x, RULES["heads"], tiled=True)
+
     def splits(self, size: int) -> bool:
         """True where a dimension of `size` is divided over the chips, False where each has all of it."""
         return self.tp is not None and size % self.tp == 0

@@ -8,6 +8,7 @@ import pytest
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
 from dump import target
+from dump.target import moe
 from tests.goldens import golden
 from tests.goldens.values import DOCUMENTS
 
@@ -87,6 +88,14 @@ def test_a_mesh_gives_the_same(name, experts, tmp_path):
     made = golden.read(name)
     dp, tp = (4, 1) if name == "mistral_window" else (2, 2)
     check(run(made, golden.write_folder(made, tmp_path), dp, tp, experts), made)
+
+
+@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", "expert"), ("deepseek_v3", "ffn")])
+def test_experts_give_the_same_a_few_tokens_and_rows_at_a_time(name, experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(moe, "SORTED_VALUES", 1 << 12)
+    monkeypatch.setattr(moe, "LEAST_ROWS", 8)
+    made = golden.read(name)
+    check(run(made, golden.write_folder(made, tmp_path), 2, 2, experts), made)
 
 
 def test_key_heads_that_the_mesh_cannot_divide_are_repeated(tmp_path):
