@@ -90,11 +90,15 @@ class Checkpoint:
             raise EyasError(f"{self.folder} lacks the tensor {name} {list(shape)}; fetch the model again")
         if found.shape != shape:
             raise EyasError(
-                f"{self.folder}: {name} has shape {list(found.shape)}, but config.json asks for {list(shape)}"
+                f"{self.folder}: {name} has shape {list(found.shape)}, but config.json asks for "
+                f"{list(shape)}; the two are not of one model: fetch both again"
             )
         if found.dtype not in dtypes:
             kinds = ", ".join(d.name for d in dtypes)
-            raise EyasError(f"{self.folder}: {name} is {found.dtype.name}, expected one of {kinds}")
+            raise EyasError(
+                f"{self.folder}: {name} is {found.dtype.name}, but config.json asks for {kinds}; "
+                "its quantization_config is of another model: fetch both again"
+            )
         return found
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:

@@ -39,7 +39,9 @@ class DumpConfig:
     frequent counted tokens of the train split); dtype: what the target computes in (None: float32 on CPU,
     bfloat16 on accelerators); precision: what states are stored in (None: dtype); aux_layers: h_k terms
     (None: the default of every server); block_rows: rows of a shard, the unit of resuming; batch_rows: rows
-    of a forward pass (None: about 2,048 tokens a chip); dp, tp: the mesh.
+    of a forward pass (None: about 2,048 tokens a chip); dp, tp: the mesh; experts: what of them is divided
+    over tp, `ffn` their columns or `expert` whole ones (None: the family's own); dequantise: float8 and
+    MXFP4 weights become plain at load (twice to four times the memory, the same results).
     """
 
     model: str
@@ -54,12 +56,15 @@ class DumpConfig:
     batch_rows: int | None = None
     dp: int = 1
     tp: int = 1
+    experts: str | None = None
+    dequantise: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("logits", CODECS),
             ("precision", (None, *PRECISIONS)),
             ("dtype", (None, *_DTYPES)),
+            ("experts", (None, "ffn", "expert")),
         ):
             if getattr(self, field) not in allowed:
                 known = ", ".join(str(value) for value in allowed if value)
@@ -106,7 +111,7 @@ class Plan:
 def make_plan(config: DumpConfig) -> Plan:
     """Checks everything; writes nothing. EyasError names what is wrong."""
     store = Store.open(config.store)
-    cfg = target.read_config(config.model)
+    cfg = target.read_config(config.model, config.experts, config.dequantise)
     _check_rows_fit(config, store, cfg)
     aux_layers = config.aux_layers or target.default_aux_layers(cfg.num_layers)
     target.check_aux_layers(cfg, aux_layers)

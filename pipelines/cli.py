@@ -172,6 +172,10 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
 @knob("--batch-rows", count, "about 2,048 tokens a chip", "Rows of a forward pass.")
 @knob("--dp", count, 1, "Chips along the batch.")
 @knob("--tp", count, 1, "Chips that share each layer.")
+@knob("--experts", click.Choice(["ffn", "expert"]), "the family's", "Experts over tp: by columns or whole.")
+@click.option(
+    "--dequantise", is_flag=True, default=None, help="Quantised weights become plain at load: faster, larger."
+)
 @click.pass_obj
 def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
     """Runs the frozen target over the rows and writes the feature store.

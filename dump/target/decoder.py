@@ -143,9 +143,11 @@ def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int]
 
 
 def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context: Context) -> jax.Array:
-    if layer.quantised:
-        declared = layer.plain_weights(context.tp or 1)
-        w = dequantised(layer.quantised, declared, w, h_BTH.dtype, context)
+    held = tuple(
+        found for found in layer.quantised if f"{found[0]}.scale" in w
+    )  # others became plain at load
+    if held:
+        w = dequantised(held, layer.plain_weights(context.tp or 1), w, h_BTH.dtype, context)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         return rms_norm(x, w[name], layer.norm.eps, layer.norm.offset)

@@ -152,6 +152,7 @@ class TargetConfig:
     max_length: int | None = None  # longest row that is computed exactly; None: any
     max_length_reason: str = ""
     prefix: str = "model."  # of every name in the checkpoint but the output head's
+    dequantise: bool = False  # quantised weights become plain when they are loaded, not when they are used
     surplus: tuple[str, ...] = ()  # patterns of tensors in the folder that the forward pass does without
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 

@@ -5,8 +5,10 @@ A stacked weight of group g, place p of its period is named "g.p.LOCAL", [repeat
 
 import itertools
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,11 +17,11 @@ from jax.sharding import Mesh
 
 from common.checkpoint import FLOATS, Checkpoint
 from common.errors import EyasError
-from common.mesh import RULES, sharding
+from common.mesh import RULES, sharding, spec
 from common.params import Declaration, Param
 from common.progress import Progress
 from dump.target.groups import group
-from dump.target.spec import TargetConfig, Weight
+from dump.target.spec import Context, TargetConfig, Weight
 
 _READERS = 8  # tensors read at once
 # Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
@@ -62,7 +64,8 @@ def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     for number, found in enumerate(group(cfg.layers)):
         for place, layer in enumerate(found.period):
             layers = found.layers_at(place)
-            for local, weight in layer.weights(tp).items():
+            held = layer.plain_weights(tp) if cfg.dequantise else layer.weights(tp)
+            for local, weight in held.items():
                 source = cfg.prefix + layer.own_name(weight.source)
                 declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers)
     return declared
@@ -102,7 +105,7 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
     All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
     """
     checkpoint = Checkpoint.open(folder)
-    declared = stacks(cfg, mesh.shape[RULES["heads"]])
+    declared = stacks(replace(cfg, dequantise=False), mesh.shape[RULES["heads"]])
     for stack in declared.values():
         for source in stack.sources:
             stored = stack.weight.stored
@@ -111,10 +114,48 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
     total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
     weights = {}
     with Progress("reading weights", total, "B") as progress, ThreadPoolExecutor(_READERS) as pool:
-        for name, stack in declared.items():
-            weights[name] = _place(checkpoint, stack, mesh, np.dtype(stack.param.dtype or dtype), pool)
+
+        def place(name: str) -> jax.Array:
+            stack = declared[name]
+            placed = _place(checkpoint, stack, mesh, np.dtype(stack.param.dtype or dtype), pool)
             progress.update(sum(checkpoint.tensors[s].nbytes for s in stack.sources))
+            return placed
+
+        late = _quantised(cfg, mesh) if cfg.dequantise else {}
+        for name in declared:
+            if name in late:
+                weights[name] = late[name](place(name), place(f"{name}.scale"), dtype)
+            elif name.removesuffix(".scale") not in late:
+                weights[name] = place(name)
     return weights
+
+
+def _quantised(cfg: TargetConfig, mesh: Mesh) -> dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]]:
+    """{name: (stored, scale, dtype) -> plain} of the quantised weights, computed where they lie."""
+    tp = mesh.shape[RULES["heads"]]
+    held, plain = stacks(replace(cfg, dequantise=False), tp), stacks(replace(cfg, dequantise=True), tp)
+    found = {}
+    for number, part in enumerate(group(cfg.layers)):
+        for place, layer in enumerate(part.period):
+            weights = layer.plain_weights(tp)
+            for local, scheme in layer.quantised:
+                name = f"{number}.{place}.{local}"
+                specs = [spec(held[n].param.axes) for n in (name, f"{name}.scale")]
+                at = partial(_plain, scheme, weights[local], tp if tp > 1 else None)
+                out = spec(plain[name].param.axes)
+                found[name] = partial(_on_chips, at, mesh, tuple(specs), out)
+    return found
+
+
+def _on_chips(at: Callable, mesh: Mesh, specs: tuple, out: Any, value, scale, dtype: Any) -> jax.Array:
+    local = jax.shard_map(partial(at, dtype), mesh=mesh, in_specs=specs, out_specs=out)
+    return jax.jit(local)(value, scale)
+
+
+def _plain(scheme: Any, weight: Weight, tp: int | None, dtype: Any, value, scale) -> jax.Array:
+    """All layers of a stack [repeats, ...] in `dtype`: each as it would be when it runs."""
+    context = Context(None, None, tp)
+    return jax.lax.map(lambda pair: scheme.apply(*pair, weight, dtype, context), (value, scale))
 
 
 def _refuse_surplus(checkpoint: Checkpoint, cfg: TargetConfig, used: set[str]) -> None:

@@ -49,10 +49,9 @@ def check(found: dict[str, np.ndarray], made: golden.Golden) -> None:
 
 
 def run(
-    made: golden.Golden, folder: str, dp: int, tp: int, experts: str | None = None
+    made: golden.Golden, folder: str, dp: int, tp: int, experts: str | None = None, dequantise: bool = False
 ) -> dict[str, jax.Array]:
-    cfg = target.read_config(folder)
-    cfg = target.split_experts(cfg, experts) if experts else cfg
+    cfg = target.read_config(folder, experts, dequantise)
     mesh = make_mesh(dp, tp)
     weights = target.load(folder, cfg, mesh, jnp.float32)
     rows = [jax.device_put(x, sharding(mesh, ("batch", None))) for x in packed_and_alone(made.tokens)]

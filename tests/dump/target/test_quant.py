@@ -1,87 +1,52 @@
-"""A float8 checkpoint gives what the same weights give when they are dequantised outside of the project."""
+"""A quantised checkpoint gives what its values give when they are dequantised outside of the project."""
 
-import re
+from dataclasses import replace
 
-import ml_dtypes
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common import checkpoint, files
 from common.errors import EyasError
+from common.mesh import make_mesh
 from dump import target
+from tests.dump.target.quantised import FLOAT8, SCHEMES, compressed, folders
 from tests.dump.target.test_parity import run
 from tests.goldens import golden
 from tests.goldens.values import tensor
 
-FLOAT8 = ml_dtypes.float8_e4m3fn
-COMPRESSED = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-SCHEMES = {
-    "block": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 8]},
-    "tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-    "channel": {
-        "quant_method": "compressed-tensors",
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": COMPRESSED | {"strategy": "channel"}}
-        },
-        "ignore": ["lm_head", "re:.*mlp.gate$", "model.layers.1.self_attn.o_proj"],
-    },
-}
-MATRIX = re.compile(r"layers\..*(?<!norm)(?<!(?:mlp|moe)\.gate)(?<!conv1d)\.weight$")
 
-
-def scales(value: np.ndarray, kind: str) -> np.ndarray:
-    rows, columns = {"block": (16, 8), "channel": (1, value.shape[1]), "tensor": value.shape}[kind]
-    padded = np.pad(np.abs(value), [(0, -value.shape[0] % rows), (0, -value.shape[1] % columns)])
-    return padded.reshape(-1, rows, padded.shape[1] // columns, columns).max((1, 3)) / 448
-
-
-def spread(scale: np.ndarray, kind: str, shape: tuple[int, int]) -> np.ndarray:
-    rows, columns = {"block": (16, 8), "channel": (1, shape[1]), "tensor": shape}[kind]
-    return np.repeat(np.repeat(scale, rows, 0), columns, 1)[: shape[0], : shape[1]]
-
-
-def folders(name: str, kind: str, path) -> tuple[str, str]:
-    """The quantised model, and the same values in float32."""
-    whole = golden.write_folder(golden.read(name), path / "whole")
-    found = checkpoint.Checkpoint.open(whole)
-    stored, plain = {}, {}
-    kept = "model.layers.1.self_attn.o_proj.weight" if kind == "channel" else None
-    suffix = "_scale_inv" if kind == "block" else "_scale"
-    for key in found.tensors:
-        stored[key] = plain[key] = value = found.read(key)
-        if MATRIX.search(key) and key != kept:
-            scale = scales(value, kind)
-            stored[key] = (value / spread(scale, kind, value.shape)).astype(FLOAT8)
-            plain[key] = stored[key].astype(np.float32) * spread(scale, kind, value.shape)
-            stored[key + suffix] = scale.reshape(()) if kind == "tensor" else scale
-    checkpoint.write(f"{whole}/model.safetensors", plain)
-    config = files.read_json(f"{whole}/config.json") | {"quantization_config": SCHEMES[kind]}
-    files.write_json(f"{path}/quantised/config.json", config)
-    checkpoint.write(f"{path}/quantised/model.safetensors", stored)
-    return f"{path}/quantised", whole
+def assert_same(found, expected, tolerance: float = 1e-4) -> None:
+    for key in ("aux", "last", "logits"):
+        size = np.sqrt(np.mean(np.square(expected[key])))
+        np.testing.assert_allclose(found[key], expected[key], rtol=tolerance, atol=tolerance * size)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "tp"),
+    ("name", "scheme", "tp"),
     [
-        ("llama", "tensor", 1),
-        ("glm4_moe", "channel", 2),
+        ("llama", "modelopt", 1),
+        ("llama", "whole", 1),
+        ("qwen3", "fbgemm", 2),
+        ("qwen2", "ct_tensor", 1),
+        ("glm4_moe", "ct_channel", 2),
+        ("qwen3_moe", "ct_block", 2),
         ("deepseek_v3", "block", 1),
         ("minimax_m2", "block", 2),
     ],
 )
-def test_float8_equals_its_values(name, kind, tp, tmp_path):
-    quantised, plain = folders(name, kind, tmp_path)
+def test_float8_equals_its_values_kept_and_dequantised_at_load(name, scheme, tp, tmp_path):
+    quantised, plain = folders(name, scheme, tmp_path)
     made = golden.read(name)
-    found, expected = run(made, quantised, 1, tp), run(made, plain, 1, 1)
-    for key in ("aux", "last", "logits"):
-        size = np.sqrt(np.mean(np.square(expected[key])))
-        np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-4 * size)
+    kept = run(made, quantised, 1, tp)
+    assert_same(kept, run(made, plain, 1, 1))
+    assert_same(run(made, quantised, 1, tp, dequantise=True), kept, 1e-6)
 
 
-def test_mxfp4_equals_its_values(tmp_path):
-    made = golden.read("gpt_oss")
-    plain_folder = golden.write_folder(made, tmp_path / "plain")
+def write_mxfp4(made: golden.Golden, path) -> tuple[str, str]:
+    """gpt-oss with 4-bit experts, and the same values in float32."""
+    plain_folder = golden.write_folder(made, path / "plain")
     found = checkpoint.Checkpoint.open(plain_folder)
     plain = {name: found.read(name) for name in found.tensors}
     stored = dict(plain)
@@ -98,27 +63,94 @@ def test_mxfp4_equals_its_values(tmp_path):
         del stored[name]
     checkpoint.write(f"{plain_folder}/model.safetensors", plain)
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config = made.config | {
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    }
-    files.write_json(f"{tmp_path}/quantised/config.json", config)
-    checkpoint.write(f"{tmp_path}/quantised/model.safetensors", stored)
-    outcome, expected = run(made, f"{tmp_path}/quantised", 1, 2), run(made, plain_folder, 1, 1)
-    for key in ("aux", "last", "logits"):
-        size = np.sqrt(np.mean(np.square(expected[key])))
-        np.testing.assert_allclose(outcome[key], expected[key], rtol=1e-4, atol=1e-4 * size)
+    about = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    files.write_json(f"{path}/quantised/config.json", made.config | {"quantization_config": about})
+    checkpoint.write(f"{path}/quantised/model.safetensors", stored)
+    return f"{path}/quantised", plain_folder
 
 
-def test_a_missing_scale_is_named(tmp_path):
-    quantised, _ = folders("llama", "tensor", tmp_path)
-    found = checkpoint.Checkpoint.open(quantised)
-    gone = "model.layers.4.mlp.up_proj.weight_scale"
-    checkpoint.write(f"{quantised}/model.safetensors", {k: found.read(k) for k in found.tensors if k != gone})
-    with pytest.raises(EyasError, match=gone):
-        run(golden.read("llama"), quantised, 1, 1)
+def test_mxfp4_equals_its_values_kept_and_dequantised_at_load(tmp_path):
+    made = golden.read("gpt_oss")
+    quantised, plain = write_mxfp4(made, tmp_path)
+    kept = run(made, quantised, 1, 2)
+    assert_same(kept, run(made, plain, 1, 1))
+    assert_same(run(made, quantised, 1, 2, dequantise=True), kept, 1e-6)
 
 
-def test_float8_stays_float8_in_memory(tmp_path):
-    quantised, _ = folders("llama", "tensor", tmp_path)
-    declared = target.parameters(target.read_config(quantised))
-    assert declared["0.0.q_proj"].dtype == FLOAT8
+def test_weights_stay_as_they_lie_in_memory_unless_dequantised(tmp_path):
+    quantised, _ = folders("llama", "modelopt", tmp_path)
+    cfg = target.read_config(quantised)
+    assert target.parameters(cfg)["0.0.q_proj"].dtype == FLOAT8
+    plain = replace(cfg, dequantise=True)
+    assert target.parameters(plain).keys() == {n for n in target.parameters(cfg) if not n.endswith(".scale")}
+    weights = target.load(quantised, plain, make_mesh(), jnp.bfloat16)
+    assert {w.dtype.name for w in weights.values()} == {"bfloat16"}
+
+
+def test_older_modelopt_checkpoints_describe_themselves_in_their_own_file(tmp_path):
+    quantised, _ = folders("llama", "modelopt", tmp_path)
+    config = files.read_json(f"{quantised}/config.json")
+    described = target.read_config(quantised)
+    del config["quantization_config"]
+    files.write_json(f"{quantised}/config.json", config)
+    about = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    files.write_json(f"{quantised}/hf_quant_config.json", about)
+    assert target.read_config(quantised) == described
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"quant_method": "gptq"}, ["'gptq'", "compressed-tensors, fbgemm_fp8, fp8, modelopt, mxfp4"]),
+        ({}, ["None", "fbgemm_fp8"]),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, ["e5m2", "e4m3"]),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, ["NVFP4", "FP8"]),
+        (compressed("channel", type="int"), ["8-bit floats"]),
+        (compressed("channel", num_bits=4), ["8-bit floats"]),
+        (compressed("group"), ["8-bit floats"]),
+        (compressed("block"), ["8-bit floats"]),
+        (compressed("channel") | {"config_groups": {}}, ["8-bit floats"]),
+    ],
+)
+def test_an_unknown_quantisation_is_refused(about, words, tmp_path):
+    folder = golden.write_folder(golden.read("llama"), tmp_path)
+    path = f"{folder}/config.json"
+    files.write_json(path, files.read_json(path) | {"quantization_config": about or {"quant_method": None}})
+    with pytest.raises(EyasError) as error:
+        target.read_config(folder)
+    assert "\n" not in str(error.value)
+    for word in ["config.json", *words]:
+        assert word in str(error.value)
+
+
+def damaged(folder: str, name: str, change) -> None:
+    """Rewrites the checkpoint with `name` changed, or gone where `change` gives None."""
+    found = checkpoint.Checkpoint.open(folder)
+    tensors = {key: found.read(key) for key in found.tensors}
+    tensors[name] = change(tensors[name])
+    kept = {key: value for key, value in tensors.items() if value is not None}
+    checkpoint.write(f"{folder}/model.safetensors", kept)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("what", "change", "words"),
+    [
+        ("scale", lambda x: None, ["lacks", "fetch"]),
+        ("scale", lambda x: np.ones((3, 3), np.float32), ["[3, 3]", "config.json asks for"]),
+        ("scale", lambda x: np.ones(x.shape, np.int32), ["int32", "float32"]),
+        ("weight", lambda x: x.astype(np.float32), ["float32", "float8_e4m3fn", "quantization_config"]),
+        ("weight", lambda x: x[:-1], ["config.json asks for"]),
+    ],
+)
+def test_damage_is_named_before_a_device_holds_anything(scheme, what, change, words, tmp_path, monkeypatch):
+    quantised, _ = folders("qwen3", scheme, tmp_path)
+    name = "model.layers.4.mlp.up_proj.weight"
+    name = f"{name}_scale{SCHEMES[scheme][2]}" if what == "scale" else name
+    damaged(quantised, name, change)
+    monkeypatch.setattr(jax, "make_array_from_callback", None)
+    with pytest.raises(EyasError) as error:
+        target.load(quantised, target.read_config(quantised), make_mesh(), jnp.float32)
+    assert "\n" not in str(error.value)
+    for word in [f" {name} ", *words]:
+        assert word in str(error.value)
