@@ -58,11 +58,14 @@ _SIZES = ("layers", "hidden_size", "vocab_size")
 
 
 def chips(slice_name: str) -> int:
-    """The chips of a slice as the recipes name them: 16 of `v6e-16`, 1 of `cpu`. ValueError for others."""
-    found = re.fullmatch(r"(?:v6e|v5e|v5p|v4)-(\d+)", slice_name)
+    """The chips of a slice by its cloud name, 1 of `cpu`. ValueError for others.
+
+    v6e-16 has 16; the names of v4 and v5p count cores, two a chip: v5p-32 has 16.
+    """
+    found = re.fullmatch(r"(v6e|v5e|v5p|v4)-(\d+)", slice_name)
     if slice_name != "cpu" and not found:
         raise ValueError(f"slice={slice_name!r} is unknown; write cpu or, say, v6e-16")
-    return int(found[1]) if found else 1
+    return int(found[2]) // (2 if found[1] in ("v5p", "v4") else 1) if found else 1
 
 
 def names() -> list[str]:

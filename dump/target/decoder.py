@@ -143,9 +143,8 @@ def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int]
 
 
 def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context: Context) -> jax.Array:
-    held = tuple(
-        found for found in layer.quantised if f"{found[0]}.scale" in w
-    )  # others became plain at load
+    # Those that became plain at load have no scale any more.
+    held = tuple((name, scheme) for name, scheme in layer.quantised if f"{name}.scale" in w)
     if held:
         w = dequantised(held, layer.plain_weights(context.tp or 1), w, h_BTH.dtype, context)
 

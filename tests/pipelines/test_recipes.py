@@ -68,5 +68,10 @@ def test_folders_urls_and_hub_ids_are_no_recipes(tmp_path):
     assert recipes.folder("gs://bucket/model", "cache") == "gs://bucket/model"
 
 
+@pytest.mark.parametrize(("name", "chips"), [("cpu", 1), ("v6e-16", 16), ("v5e-8", 8), ("v5p-32", 16)])
+def test_a_slice_has_the_chips_of_its_cloud_name(name, chips):
+    assert recipes.chips(name) == chips
+
+
 def test_the_recipes_sections_are_those_of_the_stages():
     assert {f.name for f in fields(recipes.Recipe)} >= set(recipes.STAGES)

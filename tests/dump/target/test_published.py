@@ -1,0 +1,96 @@
+"""Every recipe is laid out for the target that the Hub has: sizes, mesh and memory, from shapes alone."""
+
+import math
+
+import numpy as np
+import pytest
+
+from common import files
+from common.mesh import RULES
+from dump import target
+from dump.dump import DumpConfig
+from dump.target.moe import Moe
+from pipelines import recipes
+from tests.dump.target.published import PUBLISHED
+
+HBM = {"v6e": 32e9, "v5p": 95e9}  # bytes a chip
+USABLE = 0.97  # the rest is the runtime's
+SPARE = 1.5e9  # a block's outputs, logits, attention scores
+SORTED = 2.5e9  # what a layer of experts holds beside its weights, see dump/target/moe.py
+STATES = 10  # copies of the residual stream: kept for aux states, normed, summed
+
+
+def read(name: str, tmp_path) -> tuple[target.TargetConfig, recipes.Recipe]:
+    files.write_json(f"{tmp_path}/config.json", PUBLISHED[name])
+    recipe = recipes.load(name)
+    return target.read_config(str(tmp_path), recipe.dump.get("experts")), recipe
+
+
+def local_bytes(shape, axes, dtype, tp: int) -> float:
+    """Bytes of one chip's part."""
+    whole = math.prod(shape) * np.dtype(dtype).itemsize
+    return whole / (tp if any(axis and RULES[axis] == RULES["heads"] for axis in axes) else 1)
+
+
+def dequantised_bytes(cfg: target.TargetConfig, tp: int) -> float:
+    """Of the largest layer's quantised weights, in bf16, while it runs."""
+
+    def layer_bytes(layer) -> float:
+        plain = layer.plain_weights(tp)
+        weights = [plain[name] for name, _ in layer.quantised]
+        return sum(
+            local_bytes((w.experts or 1, *w.shape), (w.expert_axis, *w.axes), np.float16, tp) for w in weights
+        )
+
+    return max(layer_bytes(layer) for layer in set(cfg.layers))
+
+
+def test_every_recipe_but_the_embedded_one_has_its_published_config():
+    assert set(PUBLISHED) == set(recipes.names()) - {"smollm2-135m"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_recipe_is_of_its_target(name, tmp_path):
+    cfg, recipe = read(name, tmp_path)
+    found = (cfg.architecture, cfg.num_layers, cfg.hidden_size, cfg.vocab_size)
+    assert found == (recipe.architecture, recipe.layers, recipe.hidden_size, recipe.vocab_size)
+    target.check_length(cfg, recipe.prepare["length"])
+    target.check_aux_layers(cfg, target.default_aux_layers(cfg.num_layers))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_target_fits_its_slice(name, tmp_path):
+    cfg, recipe = read(name, tmp_path)
+    config, length = DumpConfig("model", "store", **recipe.dump), recipe.prepare["length"]
+    held = target.parameters(cfg, config.tp).values()
+    weights = sum(local_bytes(p.shape, p.axes, p.dtype or np.float16, config.tp) for p in held)
+    tokens = config.batch(length) // config.dp * length
+    sparse = any(isinstance(layer.feed_forward, Moe) for layer in cfg.layers)
+    states = STATES * tokens * cfg.hidden_size * 2
+    need = weights + states + dequantised_bytes(cfg, config.tp) + SORTED * sparse + SPARE
+    limit = HBM[recipe.dump_slice.split("-")[0]] * USABLE
+    assert need < limit, f"{name} needs {need / 1e9:.1f} GB a chip ({weights / 1e9:.1f} of weights)"
+
+
+SIZES = {  # billions of parameters, as the models' pages have them
+    "llama-3.2-3b": 3.2,
+    "qwen2.5-72b-fp8": 72.7,
+    "qwen3-32b": 32.8,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-235b-a22b": 235,
+    "qwen3-coder-next": 80,
+    "deepseek-v2-lite": 15.7,
+    "deepseek-v3": 671,
+    "glm-4.7-flash": 30,
+    "glm-5-fp8": 744,
+    "minimax-m2": 229,
+    "gemma-3-27b": 27,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_declared_weights_are_as_many_as_the_model_has(name, tmp_path):
+    cfg, _ = read(name, tmp_path)
+    held = target.parameters(cfg).items()
+    count = sum(math.prod(p.shape) for key, p in held if not key.endswith(".scale"))
+    assert count / 1e9 == pytest.approx(SIZES[name], rel=0.02)
