@@ -120,7 +120,7 @@ def make_plan(config: DumpConfig) -> Plan:
         mesh = make_mesh(config.dp, config.tp)
     except ValueError as error:
         raise EyasError(str(error)) from None
-    target.parameters(cfg, config.tp)
+    target.check(config.model, cfg, config.tp)
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     codec, draft_ids = _codec(replace(config, precision=config.precision or dtype), store, cfg.vocab_size)
     features = {

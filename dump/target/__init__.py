@@ -4,10 +4,11 @@ from dump.target.config import read_config
 from dump.target.decoder import check_aux_layers, check_length, default_aux_layers, forward, logits
 from dump.target.moe import split_experts
 from dump.target.spec import TargetConfig
-from dump.target.weights import load, parameters
+from dump.target.weights import check, load, parameters
 
 __all__ = [
     "TargetConfig",
+    "check",
     "check_aux_layers",
     "check_length",
     "default_aux_layers",

@@ -30,11 +30,13 @@ def read_config(folder: str, experts: str | None = None, dequantise: bool = Fals
     found = raw.get("architectures") or ["none"]
     if raw.get("auto_map") and found[0] not in PUBLISHED_WITH_CODE:
         raise EyasError(
-            f"{where} has auto_map: the model brings its own code, which is never run; use a converted one"
+            f"{where} has auto_map: the model brings its own code, which is never run; "
+            "use a model that needs none"
         )
     if found[0] not in FAMILIES:
         raise EyasError(
-            f"{where}: architecture {found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"{where}: architecture {found[0]} is not supported; give a model of one that is supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     fields = Fields(raw, where)
     fields.skip("auto_map", "quantization_config")

@@ -99,18 +99,28 @@ def _stacked(weight: Weight, source: str, layers: list[int]) -> Stack:
     return Stack(weight, sources, lead, Param(lead + shape, axes + inner, init, weight.dtype))
 
 
-def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
-    """{name: array} on `mesh` with its final sharding; each process reads only the slices its chips own.
+def check(folder: str, cfg: TargetConfig, tp: int = 1) -> None:
+    """EyasError unless `load` on a mesh of `tp` would find every tensor as `cfg` says; reads headers only."""
+    _checked(folder, cfg, tp)
 
-    All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
-    """
+
+def _checked(folder: str, cfg: TargetConfig, tp: int) -> tuple[Checkpoint, dict[str, Stack]]:
+    declared = stacks(replace(cfg, dequantise=False), tp)
     checkpoint = Checkpoint.open(folder)
-    declared = stacks(replace(cfg, dequantise=False), mesh.shape[RULES["heads"]])
     for stack in declared.values():
         for source in stack.sources:
             stored = stack.weight.stored
             checkpoint.require(source, stack.weight.shape, (stored,) if stored else FLOATS)
     _refuse_surplus(checkpoint, cfg, {source for stack in declared.values() for source in stack.sources})
+    return checkpoint, declared
+
+
+def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
+    """{name: array} on `mesh` with its final sharding; each process reads only the slices its chips own.
+
+    All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
+    """
+    checkpoint, declared = _checked(folder, cfg, mesh.shape[RULES["heads"]])
     total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
     weights = {}
     with Progress("reading weights", total, "B") as progress, ThreadPoolExecutor(_READERS) as pool:

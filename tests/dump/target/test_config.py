@@ -8,6 +8,7 @@ from common import checkpoint, files
 from common.errors import EyasError
 from common.mesh import make_mesh
 from dump import target
+from dump.target.families import FAMILIES
 from tests.goldens import golden
 
 
@@ -41,7 +42,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
     ("changes", "words"),
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
-        ({"architectures": "absent"}, ["supported"]),
+        ({"architectures": "absent"}, ["supported", *sorted(FAMILIES)]),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, ["auto_map", "own code"]),
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope"]),
