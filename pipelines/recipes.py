@@ -7,6 +7,7 @@ the recipe's over the configuration's own default.
 
 import os
 import re
+import time
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -16,6 +17,7 @@ from common.errors import EyasError
 
 EMBEDDED = "embedded"
 STAGES = ("prepare", "dump", "train")
+_ABANDONED = 600  # seconds without a byte after which a part of a file is nobody's
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FOLDER = resources.files("pipelines") / "recipes"
 
@@ -123,19 +125,32 @@ def folder(model: str, cache: str) -> str:
 
 
 def _from_hub(model: str, cache: str) -> str:
-    """A Hub repository's weights, configuration and tokenizer; an interrupted download continues."""
+    """A Hub repository's weights, configuration and tokenizer.
+
+    A broken connection continues where it broke, and a stopped or killed fetch with the files that are
+    missing. EyasError in one line for anything that goes wrong.
+    """
     import huggingface_hub
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     place = os.path.join(cache, "hub", *model.split("/"))
+    _remove_abandoned(place)
     try:
         return huggingface_hub.snapshot_download(model, local_dir=place, allow_patterns=wanted)
-    except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # also those of the HTTP library, which differs between its versions
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EyasError(
-            f"{model} is no folder here and could not be fetched from the Hub ({reason}); check the name and "
-            "the network, and log in if the model is gated"
+            f"{model} is no folder here and could not be fetched from the Hub ({reason[0]}); check the name "
+            "and the network, and log in if the model is gated"
         ) from None
+
+
+def _remove_abandoned(place: str) -> None:
+    """Removes parts of files that a killed fetch left behind: nothing continues them, and they are large."""
+    for folder, _, found in os.walk(os.path.join(place, ".cache")):
+        for path in (os.path.join(folder, name) for name in found if name.endswith(".incomplete")):
+            if time.time() - os.path.getmtime(path) > _ABANDONED:
+                os.unlink(path)
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
