@@ -21,9 +21,10 @@ from common.mesh import RULES, sharding, spec
 from common.params import Declaration, Param
 from common.progress import Progress
 from dump.target.groups import group
+from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight
 
-_READERS = 8  # tensors read at once
+_READERS = 24  # pieces read at once: one stream from gs:// is slow
 # Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
 _SURPLUS = (
     r"\.inv_freq$",
@@ -121,23 +122,27 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
     All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
     """
     checkpoint, declared = _checked(folder, cfg, mesh.shape[RULES["heads"]])
-    total = sum(checkpoint.tensors[s].nbytes for stack in declared.values() for s in stack.sources)
+    placings = {name: _placing(checkpoint, stack, mesh, dtype) for name, stack in declared.items()}
+    late = _quantised(cfg, mesh) if cfg.dequantise else {}
+    total = sum(placing.nbytes for placing in placings.values())
     weights = {}
     with Progress("reading weights", total, "B") as progress, ThreadPoolExecutor(_READERS) as pool:
 
         def place(name: str) -> jax.Array:
-            stack = declared[name]
-            placed = _place(checkpoint, stack, mesh, np.dtype(stack.param.dtype or dtype), pool)
-            progress.update(sum(checkpoint.tensors[s].nbytes for s in stack.sources))
-            return placed
+            return placings[name].run(pool, progress.update)
 
-        late = _quantised(cfg, mesh) if cfg.dequantise else {}
         for name in declared:
             if name in late:
                 weights[name] = late[name](place(name), place(f"{name}.scale"), dtype)
             elif name.removesuffix(".scale") not in late:
                 weights[name] = place(name)
     return weights
+
+
+def _placing(checkpoint: Checkpoint, stack: Stack, mesh: Mesh, dtype: Any) -> Placing:
+    names = np.array(stack.sources).reshape(stack.lead)
+    source = Source(names, stack.weight.shape, stack.param.shape, stack.weight.transposed)
+    return Placing(checkpoint, source, np.dtype(stack.param.dtype or dtype), sharding(mesh, stack.param.axes))
 
 
 def _quantised(cfg: TargetConfig, mesh: Mesh) -> dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]]:
@@ -177,23 +182,3 @@ def _refuse_surplus(checkpoint: Checkpoint, cfg: TargetConfig, used: set[str]) -
         if (layer and int(layer[1]) >= cfg.num_layers) or any(pattern.search(name) for pattern in known):
             continue
         raise EyasError(f"{checkpoint.folder} has the tensor {name}, which its config.json does not explain")
-
-
-def _place(
-    checkpoint: Checkpoint, stack: Stack, mesh: Mesh, dtype: np.dtype, pool: ThreadPoolExecutor
-) -> jax.Array:
-    """One weight on the devices of `mesh`."""
-
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
-        lead = len(stack.lead)
-        names = np.array(stack.sources).reshape(stack.lead)[index[:lead]]
-        inner = index[lead:][::-1] if stack.weight.transposed else index[lead:]
-
-        def read(name: str) -> np.ndarray:
-            value = checkpoint.read(name, inner).astype(dtype, copy=False)
-            return value.T if stack.weight.transposed else value
-
-        parts = list(pool.map(read, names.flat))
-        return np.stack(parts).reshape(names.shape + parts[0].shape) if lead else parts[0]
-
-    return jax.make_array_from_callback(stack.param.shape, sharding(mesh, stack.param.axes), piece)

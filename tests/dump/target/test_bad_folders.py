@@ -11,8 +11,8 @@ from common import checkpoint, files
 from common.checkpoint import INDEX, Checkpoint
 from common.errors import EyasError
 from dump import target
-from dump.target import weights
 from dump.target.families import FAMILIES
+from dump.target.placing import Placing
 from tests.goldens import golden
 
 NAME = "model.layers.5.self_attn.k_proj.weight"
@@ -30,8 +30,8 @@ def folder(tmp_path, monkeypatch):
         shard = "model-1.safetensors" if ".layers.5." in name else "model-2.safetensors"
         shards.setdefault(shard, {})[name] = value
     write(whole, shards)
-    monkeypatch.setattr(jax, "make_array_from_callback", None)
-    monkeypatch.setattr(weights, "_place", None)
+    monkeypatch.setattr(Placing, "run", None)
+    monkeypatch.setattr(jax, "device_put", None)
     return whole
 
 
