@@ -213,7 +213,12 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 @knob("--warmup", share, 0.02, "Share of the steps that warms up.")
 @knob("--weight-decay", share, 0.0, "Decoupled weight decay.")
 @knob("--clip", share, 0.5, "Largest norm of the gradient.")
-@knob("--lm-head-init", click.Choice(["target", "normal"]), "target", "Start of the head's lm_head.")
+@knob(
+    "--init",
+    click.Choice(["fitted", "target", "normal"]),
+    "fitted",
+    "Start: a regression, the target's lm_head, noise.",
+)
 @knob("--compat", click.Choice(["specforge"]), "none", "Reproduce another trainer's losses.")
 @knob("--dtype", click.Choice(["float32", "bfloat16"]), DTYPE, "What the head computes in.")
 @knob("--teacher", click.Choice(["recompute", "stored"]), "recompute", "Logits from states, or stored ones.")

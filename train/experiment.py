@@ -10,17 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from common import arrays, files
 from common.config import differences, to_json
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
-from common.params import initialise
+from common.params import shapes
 from common.store import Store
 from common.vocab import most_frequent
+from train import optimizer
 from train.head import HeadConfig, head_config, parameters
 from train.plan import Capacity
+from train.start import INITS, feature_units, start
 from train.stream import Plan, Stream, order, teaching_arrays
 from train.ttt import Frozen, Params
 
@@ -28,7 +31,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _PACE = ("out", "log_every", "eval_every", "save_every")  # change nothing of the weights
 _CHOICES = {
-    "lm_head_init": ("target", "normal"),
+    "init": INITS,
     "compat": (None, "specforge"),
     "dtype": (None, "float32", "bfloat16"),
     "teacher": ("recompute", "stored"),
@@ -41,7 +44,7 @@ class TrainConfig:
 
     epochs: passes over the train split (steps overrides it); ttt_steps: K; decay: step k weighs decay^k;
     draft_vocab: None is 32,000, or the whole vocabulary of a smaller target; warmup: share of the steps;
-    lm_head_init: the target's rows or N(0, 0.02); compat "specforge": its mask and divisor, to compare
+    init: see train/start.py; compat "specforge": its mask and divisor, to compare
     losses; dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); teacher: recompute it from
     last_hidden and lm_head, or take stored logits; ffn: width (None: the target's);
     eval_every, save_every: steps (None: chosen so that they cost little); dp: chips.
@@ -61,7 +64,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 0.5
     betas: tuple[float, float] = (0.9, 0.999)
-    lm_head_init: str = "target"
+    init: str = "fitted"
     compat: str | None = None
     dtype: str | None = None
     teacher: str = "recompute"
@@ -106,6 +109,7 @@ class Experiment:
     order: np.ndarray
     plan: Plan
     capacity: Capacity
+    train_rows: np.ndarray
     test_rows: np.ndarray
     eval_every: int
     save_every: int
@@ -119,18 +123,21 @@ class Experiment:
         """The train split's batches."""
         return Stream(self.store, self.plan, self.capacity, self.mesh, self.config.teacher, self.draft_ids)
 
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
+        return shapes(parameters(self.head), jnp.float32, self.mesh)
+
     def initial(self) -> Params:
-        """The untrained head in float32, on every chip."""
-        params = initialise(parameters(self.head), jax.random.key(self.config.seed))
-        if self.config.lm_head_init == "target":
-            rows = lm_head_rows(self.store, self.draft_ids).astype(np.float32)
-            params["lm_head.weight"] = jnp.asarray(rows)
-        return jax.device_put(params, sharding(self.mesh, ()))
+        """The untrained head, on every chip."""
+        c = self.config
+        made = start(self.head, self.store, self.train_rows, self.draft_ids, c.init, c.seed)
+        return jax.device_put(made, sharding(self.mesh, ()))
 
-
-def lm_head_rows(store: Store, draft_ids: np.ndarray) -> np.ndarray:
-    """The target's lm_head at the draft vocabulary, [V, H] in its own dtype."""
-    return store.target_tensor("lm_head")[draft_ids]
+    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
+        """AdamW, with `fc` in units of its features."""
+        c = self.config
+        units = feature_units(self.head, self.store, self.train_rows, c.seed)
+        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, {"fc.weight": units})
 
 
 def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype: Any) -> Frozen:
@@ -138,7 +145,7 @@ def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype:
     embed = store.target_tensor("embed_tokens")
     index = np.full(len(embed), -1, np.int32)
     index[draft_ids] = np.arange(len(draft_ids))
-    rows = lm_head_rows(store, draft_ids).astype(dtype) if teacher == "recompute" else None
+    rows = store.target_tensor("lm_head")[draft_ids].astype(dtype) if teacher == "recompute" else None
     return jax.device_put(Frozen(embed.astype(dtype), rows, index), sharding(mesh, ()))
 
 
@@ -175,6 +182,7 @@ def make(config: TrainConfig) -> Experiment:
         order=wanted,
         plan=plan,
         capacity=plan.capacity(wanted, mesh.size),
+        train_rows=rows,
         test_rows=test_rows,
         eval_every=config.eval_every or pace,
         save_every=config.save_every or -(-steps // 20),

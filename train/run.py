@@ -10,6 +10,7 @@ import numpy as np
 
 from common import files
 from common.errors import EyasError
+from common.mesh import sharding
 from common.progress import Progress, note
 from common.stopping import Stop
 from train import optimizer, stream
@@ -48,7 +49,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _announce(e: Experiment) -> str:
     B, T = e.config.batch_rows, e.store.length
-    parameters = sum(int(np.prod(x.shape)) for x in jax.eval_shape(e.initial).values())
+    parameters = sum(int(np.prod(x.shape)) for x in e.shapes().values())
     return (
         f"train: {e.steps} steps of {B} x {T} tokens, {e.plan.counted:,} counted positions an epoch; a "
         f"head of {parameters / 1e6:.1f}M parameters, draft vocabulary {len(e.draft_ids):,}; "
@@ -63,7 +64,7 @@ class _Run:
         self.e, self.stop = experiment, stop
         c = experiment.config
         self.rate = optimizer.schedule(c.learning_rate, c.warmup, experiment.steps)
-        self.optimizer = optimizer.make(self.rate, c.clip, c.betas, c.weight_decay)
+        self.optimizer = experiment.optimizer(self.rate)
         e = experiment
         self.taught = frozen(e.store, e.draft_ids, e.config.teacher, e.mesh, e.dtype)
         self.saved = Saved(c.out)
@@ -76,15 +77,17 @@ class _Run:
 
     def _begin(self) -> State:
         """The newest saved state, or a new one."""
-        params = self.e.initial()
-        state = State(params, self.optimizer.init(params), jnp.int32(0))
-        state = jax.device_put(state, next(iter(params.values())).sharding)
+        everywhere = sharding(self.e.mesh, ())
         if self.saved.step() is None:
-            return state
-        state, noted = self.saved.restore(state)
+            note(f"train: making a head ({self.e.config.init})")
+            return jax.device_put(self._state(self.e.initial()), everywhere)
+        state, noted = self.saved.restore(jax.eval_shape(self._state, self.e.shapes()), everywhere)
         self.best, self.last = noted["best"], noted["last"]
         note(f"train: continuing after step {int(state.step)} of {self.e.steps}")
         return state
+
+    def _state(self, params: Any) -> State:
+        return State(params, self.optimizer.init(params), jnp.int32(0))
 
     def _evaluator(self) -> Evaluator | None:
         e = self.e

@@ -28,9 +28,9 @@ class Saved:
         """The newest saved step, None if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """(the newest state, in the shapes and shardings of `like`; what was noted beside it)."""
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    def restore(self, like: State, where: jax.sharding.Sharding) -> tuple[State, dict[str, Any]]:
+        """(the newest state, in the shapes and dtypes of `like`; what was noted beside it)."""
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(self.step(), args=args)

@@ -16,7 +16,7 @@ from common.errors import EyasError
 from common.store import Store
 from tests.train import small_store
 from tests.train.served import read_tensors
-from train import evaluate, experiment
+from train import evaluate
 from train.evaluate import EvaluateConfig
 from train.run import TrainConfig, run
 
@@ -40,7 +40,7 @@ def config(store, tmp_path_factory):
         log_every=1,
         eval_every=4,
         save_every=3,
-        lm_head_init="normal",
+        init="normal",
     )
 
 
@@ -118,7 +118,7 @@ def start(config, out):
         "learning-rate": 3e-2,
         "eval-every": 150,
         "save-every": 7,
-        "lm-head-init": "normal",
+        "init": "normal",
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [
@@ -229,7 +229,7 @@ def test_impossible_options_name_the_field():
     for changed, match in (
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"batch_rows": 3, "dp": 2}, "batch_rows=3 must be a multiple of dp=2"),
-        ({"lm_head_init": "zeros"}, "use one of target, normal"),
+        ({"init": "zeros"}, "use one of fitted, target, normal"),
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"ttt_steps": 0}, "ttt_steps=0"),
     ):
@@ -278,9 +278,3 @@ def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
     opened.features["aux_layers"] = [1, 4, 6]
     with pytest.raises(EyasError, match="takes aux layers"):
         evaluate.load_head(f"{config.out}/best", opened)
-
-
-def test_the_targets_rows_start_the_lm_head(config, store):
-    made = experiment.make(replace(config, lm_head_init="target"))
-    expected = Store.open(store).target_tensor("lm_head")[made.draft_ids]
-    np.testing.assert_array_equal(made.initial()["lm_head.weight"], expected)
