@@ -35,22 +35,23 @@ def write_store(
     url: str,
     codec: str = "none",
     precision: str = "float32",
-    blocks: int = 4,
+    blocks: int | None = None,
     mask: int = 1,
     test: bool = True,
+    rows: int = ROWS,
 ) -> str:
-    """The store at `url`. `blocks`: how many of four are committed; `mask` 0: no answers at all."""
+    """The store at `url`. `blocks` of 4 rows are committed, None: all; `mask` 0: no answers at all."""
     rng = np.random.default_rng(5)
-    columns = _rows(rng, mask)
+    columns = _rows(rng, rows, mask)
     tokens = columns["tokens"]
-    train = np.arange(ROWS) % 3 != 2 if test else np.ones(ROWS, bool)
+    train = np.arange(rows) % 3 != 2 if test else np.ones(rows, bool)
     split = [side for row in train for side in [["test", "train"][int(row)]] * 2]
     index = pa.table(
-        {"id": [str(n) for n in range(2 * ROWS)], "split": split, "row": np.repeat(np.arange(ROWS), 2)}
+        {"id": [str(n) for n in range(2 * rows)], "split": split, "row": np.repeat(np.arange(rows), 2)}
     )
     counted = tokens[train][columns["loss_mask"][train] > 0]
     counts = np.bincount(counted, minlength=V).astype(np.int64)
-    write_rows(url, columns, counts, index, {"rows": ROWS, "length": T, "vocab_size": V})
+    write_rows(url, columns, counts, index, {"rows": rows, "length": T, "vocab_size": V})
     embed, lm_head = rng.normal(size=(2, V, H)).astype(np.float32)
     values = _features(rng, embed[tokens], lm_head, counts, codec, precision)
     ids = values.pop("ids")
@@ -64,9 +65,8 @@ def write_store(
         "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}),
     }
     with FeatureWriter(url, features, ids) as writer:
-        for block in range(blocks):
-            rows = writer.store.block_range(block)
-            part = {name: np.ascontiguousarray(x[rows.start : rows.stop]) for name, x in values.items()}
+        for block in range(writer.store.blocks if blocks is None else blocks):
+            part = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
             writer.write(block, part, 0, 0)
     checkpoint.write(f"{url}/target/model.safetensors", {"embed_tokens": embed, "lm_head": lm_head})
     files.write_json(f"{url}/target/config.json", TARGET)
@@ -75,14 +75,14 @@ def write_store(
     return url
 
 
-def _rows(rng: np.random.Generator, mask: int) -> dict[str, np.ndarray]:
-    segments, positions = np.zeros((2, ROWS, T), np.int32)
-    for row in range(ROWS):
+def _rows(rng: np.random.Generator, rows: int, mask: int) -> dict[str, np.ndarray]:
+    segments, positions = np.zeros((2, rows, T), np.int32)
+    for row in range(rows):
         cut, end = int(rng.integers(4, T - 8)), T - int(rng.integers(0, 4))
         segments[row, :cut], segments[row, cut:end] = 1, 2
         positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
     # Frequent and rare tokens, so that a draft vocabulary has something to choose.
-    tokens = np.where(segments > 0, rng.geometric(0.08, (ROWS, T)) % V, 0).astype(np.int32)
+    tokens = np.where(segments > 0, rng.geometric(0.08, (rows, T)) % V, 0).astype(np.int32)
     answers = ((segments > 0) & (positions > 1)).astype(np.uint8) * np.uint8(mask)
     return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": answers}
 
@@ -93,7 +93,7 @@ def _features(rng, embedded, lm_head, counts, codec: str, precision: str) -> dic
     ids = np.sort(np.argsort(-counts, kind="stable")[:32]).astype(np.int32) if codec == "draft" else None
     found: dict[str, Any] = {
         "ids": ids,
-        "aux_hidden": rng.normal(size=(ROWS, T, 3, H)).astype(np.float32),
+        "aux_hidden": rng.normal(size=(*last.shape[:2], 3, H)).astype(np.float32),
         "last_hidden": last.astype(np.float32),
         "argmax": logits.argmax(-1).astype(np.int32),
         "logsumexp": np.log(np.exp(logits).sum(-1)).astype(np.float32),
