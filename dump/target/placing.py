@@ -22,6 +22,7 @@ from common.checkpoint import Checkpoint
 
 PIECE = 32 << 20  # bytes read at once
 AHEAD = 24  # pieces read ahead: with what is being read, under 1 GiB of the host's memory
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 Box = tuple[tuple[int, int], ...]
 
@@ -96,8 +97,13 @@ class Placing:
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _write(whole: jax.Array, part: jax.Array, start: tuple[int, ...], transposed: bool) -> jax.Array:
-    part = part.swapaxes(-1, -2) if transposed else part
-    return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), start)
+    """In place. As whole numbers of the same size: CPUs would compute the update of all of `whole` in float32
+    for types that they lack."""
+    bits = _BITS[whole.dtype.itemsize]
+    part = (part.swapaxes(-1, -2) if transposed else part).astype(whole.dtype)
+    whole_bits, part_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (whole, part))
+    updated = jax.lax.dynamic_update_slice(whole_bits, part_bits, start)
+    return jax.lax.bitcast_convert_type(updated, whole.dtype)
 
 
 def _pieces(boxes: set[Box], itemsize: int) -> list[Box]:
