@@ -3,19 +3,18 @@
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from common import arrays, files
+from common import arrays
 from common.chat import tokenizer_hash
 from common.checkpoint import Checkpoint
 from common.config import digest
+from common.disk import require_room
 from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
@@ -136,7 +135,7 @@ def make_plan(config: DumpConfig) -> Plan:
     }
     blocks = _missing_blocks(config.store, features)
     need = _bytes(features, store.rows, len(blocks))
-    _check_room(config.store, need)
+    require_room(config.store, need, "the features", _SAVE)
     return Plan(config, store, cfg, mesh, dtype, tuple(aux_layers), codec, draft_ids, features, blocks, need)
 
 
@@ -205,15 +204,3 @@ def _missing_blocks(url: str, features: dict[str, Any]) -> tuple[int, ...]:
 def _bytes(features: dict[str, Any], rows: int, blocks: int) -> int:
     share = min(rows, blocks * features["block_rows"]) / rows
     return int(raw_bytes(features["arrays"]) * share * _OVERHEAD)
-
-
-def _check_room(url: str, need: int) -> None:
-    """EyasError if a local disk has less room than `need` bytes."""
-    if files.is_remote(url):
-        return
-    free = shutil.disk_usage(files.local_path(url)).free
-    if need > free:
-        raise EyasError(
-            f"the features need {tqdm.format_sizeof(need, 'B')}, the disk of {url} has "
-            f"{tqdm.format_sizeof(free, 'B')} left; {_SAVE}"
-        )

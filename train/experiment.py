@@ -3,6 +3,7 @@
 Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 """
 
+import math
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from common import arrays, files
 from common.config import differences, to_json
+from common.disk import require_room
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
 from common.params import shapes
@@ -159,6 +161,7 @@ def make(config: TrainConfig) -> Experiment:
     teaching_arrays(store, config.teacher)
     draft_ids = _draft_ids(config, store, config.teacher)
     head = head_config(store.target_config(), len(draft_ids), tuple(features["aux_layers"]), config.ffn)
+    _check_room(config, head)
     mesh = _mesh(config)
     rows, test_rows = store.split_rows("train"), store.split_rows("test")
     plan = Plan(store, rows, config.ttt_steps, config.compat)
@@ -188,6 +191,15 @@ def make(config: TrainConfig) -> Experiment:
         save_every=config.save_every or -(-steps // 20),
         identity=_identity(config, store, head, draft_ids, steps, dtype),
     )
+
+
+def _check_room(config: TrainConfig, head: HeadConfig) -> None:
+    """A new run needs: float32 parameters and moments three times (two kept, one written); two exports."""
+    if files.exists(files.join(config.out, FILE)):
+        return
+    count = sum(math.prod(p.shape) for p in parameters(head).values())
+    need = 3 * 12 * count + 2 * 2 * count + (1 << 20)
+    require_room(config.out, need, "checkpoints and heads", "name a folder on another disk")
 
 
 def _mesh(config: TrainConfig) -> Mesh:

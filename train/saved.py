@@ -1,6 +1,7 @@
 """What of a run is on disk: the resumable state (orbax) and the lines of metrics."""
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ class Saved:
     """The folder `state/` of a run: saved states, written in the background, whole or not at all."""
 
     def __init__(self, out: str):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs traces of what it then raises
         self._out = out
         place = os.path.abspath(files.local_path(files.join(out, "state")))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)

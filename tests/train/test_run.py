@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +223,11 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
     with pytest.raises(EyasError, match="not a local folder"):
         run(replace(config, out="gs://bucket/run"))
+
+
+def test_too_small_a_disk_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    refused(config, tmp_path, r"heads need 1.*MB, the disk of .*out has 1.00MB left")
 
 
 def test_impossible_options_name_the_field():
