@@ -291,13 +291,13 @@ def test_disk_that_fills_up_is_one_line_and_resumable(config):
         os.unlink(f"{config.store}/commits/{block:06d}.json")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limit[1]))
-    jax.config.update("jax_enable_compilation_cache", False)  # its files would meet the limit as well
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # programs would meet it too
     try:
         with pytest.raises(EyasError, match=r"block 0 of 3: the disk is full; make room") as found:
             run(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     assert "\n" not in str(found.value)
     assert Store.open(config.store).committed() == {2}
     assert run(config)["blocks_before"] == 1
