@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding
 
 from common.checkpoint import Checkpoint
 
-PIECE = 32 << 20  # bytes read at once
-AHEAD = 24  # pieces read ahead: with what is being read, under 1 GiB of the host's memory
+PIECE = 16 << 20  # bytes read at once
+AHEAD = 16  # pieces read ahead: with what is being read, well under 1 GiB of the host's memory
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 Box = tuple[tuple[int, int], ...]

@@ -24,7 +24,7 @@ from dump.target.groups import group
 from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight
 
-_READERS = 24  # pieces read at once: one stream from gs:// is slow
+_READERS = 12  # pieces read at once: one stream from gs:// is slow
 # Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
 _SURPLUS = (
     r"\.inv_freq$",
