@@ -16,6 +16,7 @@ from common.store import Store
 from common.store_writer import FeatureWriter, describe_arrays, raw_bytes, write_rows
 from dump import dump, prepare, target
 from dump.plan import make_plan
+from dump.target_folder import write_target
 from train import run as train
 from train.stream import Plan, Stream, order
 
@@ -70,6 +71,7 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     # Forward, both, forward: a machine that slows down or speeds up meanwhile hits both alike.
     first, wall, last = _seconds(dropped), _seconds(written), _seconds(dropped)
     alone, tokens = (first + last) / 2, plan.store.rows * plan.store.length
+    write_target(plan)
     raw = raw_bytes(plan.features["arrays"])
     on_disk = _size(f"{url}/features") + _size(f"{url}/commits")
     return {
