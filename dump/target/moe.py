@@ -21,7 +21,7 @@ from dump.target.spec import Context, TargetConfig, Weight
 
 EXPERTS = "mlp.experts"
 SORTED_VALUES = 1 << 29  # of sorted rows at a time (S * H): 1 GiB in bf16, results three times as much
-_BLOCKS = 8  # of rows that a chip with its share of all rows computes: what is wasted is a part of one
+BLOCKS = 8  # of rows that a chip with its share of all rows computes: what is wasted is a part of one
 LEAST_ROWS = 512  # of a block: smaller ones would leave the matrix units waiting for weights
 
 
@@ -206,7 +206,7 @@ class Moe:
         k = self.router.top_k
         if spread == 1:
             return self.experts(w, x_MH[order_S // k], sorted_S, sizes_E)
-        size = max(LEAST_ROWS, -(-order_S.shape[0] // (spread * _BLOCKS)))
+        size = max(LEAST_ROWS, -(-order_S.shape[0] // (spread * BLOCKS)))
         behind = (0, -order_S.shape[0] % size)
         order_S = jnp.pad(order_S, behind)
         sorted_S = jnp.pad(sorted_S, behind, constant_values=sizes_E.shape[0])

@@ -1,0 +1,111 @@
+"""Compiles parts of a target for v6e chips and prints FLOPs and bytes of one chip, as JSON.
+
+moe RECIPE SPLIT DP TP      its first layer of experts, 2,048 tokens a chip
+prefill RECIPE              the whole forward pass, as its recipe lays it out
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from common import files
+from common.mesh import sharding, spec
+from common.params import shapes
+from dump import target
+from dump.dump import DumpConfig
+from dump.target import moe as module
+from dump.target.moe import Moe
+from dump.target.spec import Context
+from pipelines import recipes
+from tests.dump.target.published import PUBLISHED
+
+TOPOLOGIES = {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4", 32: "v6e:4x8", 64: "v6e:8x8"}
+LENGTH = 2048
+
+
+def mesh_of(dp: int, tp: int) -> Mesh:
+    """A mesh of chips that are not there."""
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[dp * tp]).devices
+    return Mesh(np.array(chips).reshape(dp, tp), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def config_of(recipe: str, experts: str | None) -> target.TargetConfig:
+    """The target's description, without its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        files.write_json(f"{folder}/config.json", PUBLISHED[recipe])
+        return target.read_config(folder, experts)
+
+
+def moe(recipe: str, split: str, dp: int, tp: int) -> dict[str, float]:
+    """FLOPs of the experts, with the loops over parts of the tokens and over blocks of rows counted out."""
+    layer = next(la for la in config_of(recipe, None).layers if isinstance(la.feed_forward, Moe))
+    part = replace(layer.feed_forward, split=split)
+    mesh, H = mesh_of(dp, tp), part.router.hidden
+    held, specs = {}, {}
+    for name, w in part.weights(tp).items():
+        turn = slice(None, None, -1 if w.transposed else 1)
+        lead = ((w.experts,), (w.expert_axis,)) if w.experts else ((), ())
+        specs[name] = spec(lead[1] + w.axes[turn])
+        place = NamedSharding(mesh, specs[name])
+        held[name] = jax.ShapeDtypeStruct(lead[0] + w.shape[turn], w.dtype or jnp.bfloat16, sharding=place)
+    rows = spec(("batch", None, None))
+
+    def run(w, x_BTH):
+        empty = jnp.zeros(x_BTH.shape[:2], jnp.int32)
+        return part(w, x_BTH, Context(empty, empty, tp))
+
+    x = jax.ShapeDtypeStruct((dp * tp, LENGTH, H), jnp.bfloat16, sharding=NamedSharding(mesh, rows))
+    step = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, rows), out_specs=rows))
+    compiled = step.lower(held, x).compile()
+    return loops_counted(part, tp * LENGTH, tp, compiled.cost_analysis()["flops"]) | memory(compiled)
+
+
+def loops_counted(part: Moe, tokens: int, tp: int, counted: float) -> dict[str, float]:
+    """`counted` with every loop's body as often as it runs when every expert gets as many tokens."""
+    H, k, F = part.router.hidden, part.router.top_k, part.experts.ffn
+    shared = part.shared.ffn if part.shared else 0
+    active = 2 * tokens * (k * 3 * H * F + 3 * H * shared) / tp
+    parts = -(-tokens * k * H // module.SORTED_VALUES)
+    rows, runs = -(-tokens // parts) * k, parts
+    body = rows
+    if part.split == "expert":
+        body = max(module.LEAST_ROWS, -(-rows // (tp * module.BLOCKS)))
+        runs = parts * -(-rows // (tp * body))
+    width = F if part.split == "expert" else F / tp
+    return {"flops": counted + (runs - 1) * 2 * body * 3 * H * width, "active": active, "counted": counted}
+
+
+def prefill(recipe: str) -> dict[str, float]:
+    """Memory of a chip for the forward pass of one batch (without the codec)."""
+    known = recipes.load(recipe)
+    config = DumpConfig("model", "store", **known.dump)
+    cfg, mesh = config_of(recipe, config.experts), mesh_of(config.dp, config.tp)
+    held = shapes(target.parameters(cfg, config.tp), jnp.bfloat16, mesh)
+    batch = (config.batch(LENGTH), LENGTH)
+    rows = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding(mesh, ("row", None)))
+    aux = target.default_aux_layers(cfg.num_layers)
+    step = jax.jit(lambda w, *x: target.forward(cfg, w, *x, aux))
+    return memory(step.lower(held, rows, rows, rows).compile()) | {"rows": batch[0]}
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """GiB of a chip."""
+    found = compiled.memory_analysis()
+    return {
+        "arguments_gib": round(found.argument_size_in_bytes / 2**30, 2),
+        "temporaries_gib": round(found.temp_size_in_bytes / 2**30, 2),
+        "outputs_gib": round(found.output_size_in_bytes / 2**30, 2),
+    }
+
+
+if __name__ == "__main__":
+    verb, recipe, *rest = sys.argv[1:]
+    made = moe(recipe, rest[0], int(rest[1]), int(rest[2])) if verb == "moe" else prefill(recipe)
+    print(json.dumps(made))
