@@ -134,6 +134,11 @@ def _scheme(raw: dict[str, Any], where: str) -> tuple[Float8 | Mxfp4, list[str]]
         return Float8((None, None), "weight_scale", scalar=True), list(
             raw.get("ignore") or raw.get("exclude_modules") or []
         )
+    return _compressed(raw, where)
+
+
+def _compressed(raw: dict[str, Any], where: str) -> tuple[Float8, list[str]]:
+    """compressed-tensors: one group of 8-bit floats for all linear layers; EyasError for others."""
     groups = list((raw.get("config_groups") or {}).values())
     about = groups[0].get("weights") or {} if len(groups) == 1 else {}
     known = about.get("num_bits") == 8 and about.get("type") == "float" and about.get("symmetric", True)
