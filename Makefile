@@ -20,7 +20,7 @@ help: ## this list
 	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD)"
 	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
 
-demo: $(READY) ## the whole way on the embedded model, in 10 minutes on 2 cores
+demo: $(READY) ## the whole way on the embedded model, sized for 10 minutes on 2 cores
 	@$(EYAS) demo $(ARGS)
 
 test: $(READY) ## the tests

@@ -130,7 +130,7 @@ def _data(data: tuple[str, ...], cache: str) -> tuple[str, ...]:
 @click.option("--out", default="runs/demo", show_default=True, help="Where the demo's results go.")
 @click.pass_obj
 def demo(cache: str, out: str) -> None:
-    """Goes the whole way on the embedded model and conversations, in at most 10 minutes on 2 cores."""
+    """Goes the whole way on the embedded model and conversations, sized for 10 minutes on 2 cores."""
     from pipelines import demo as whole_way
 
     click.echo(whole_way.run(whole_way.DemoConfig(out=out, cache=cache)))

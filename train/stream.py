@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -140,8 +139,3 @@ class Stream:
     def _put(self, local: np.ndarray) -> jax.Array:
         where = sharding(self._mesh, ("row",) + (None,) * (local.ndim - 1))
         return jax.make_array_from_process_local_data(where, local)
-
-
-def shapes(batch: Batch) -> Any:
-    """ShapeDtypeStructs of a batch, to compile for."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
