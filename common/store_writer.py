@@ -130,10 +130,6 @@ class FeatureWriter:
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
         self._failed: EyasError | None = None
 
-    def pending_blocks(self) -> list[int]:
-        """The blocks without a commit marker, ascending."""
-        return sorted(set(range(self.store.blocks)) - self.store.committed())
-
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> Future:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
 

@@ -35,7 +35,7 @@ def verify(url: str) -> dict[str, Any]:
         for check in checks:
             read, problem = _attempt(check)
             size += read
-            damaged += [problem] if problem else []
+            damaged += [problem] if problem and problem not in damaged else []
             progress.update(1, f"{size / 1e9:.2f} GB, {len(damaged)} damaged")
     return {
         "store": store.hash,

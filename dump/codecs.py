@@ -76,9 +76,9 @@ def encode_states(codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array) -> dic
 
 
 def chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """Positions whose logits are held at once: divides `length`, at most CHUNK_BYTES for `rows` rows."""
+    """Positions whose logits are held at once: equal parts of `length` that fit CHUNK_BYTES."""
     fits = max(1, CHUNK_BYTES // (rows * vocab_size * 4))
-    return max(c for c in range(1, length + 1) if length % c == 0 and c <= fits)
+    return -(-length // -(-length // fits))
 
 
 def encode_logits(
@@ -90,9 +90,10 @@ def encode_logits(
     the first of equals, as `jax.lax.top_k` and `numpy.argmax` have it.
     """
     B, T, H = last_BTH.shape
-    last_nBcH = jnp.moveaxis(last_BTH.reshape(B, T // chunk, chunk, H), 1, 0)
+    whole_BTH = jnp.pad(last_BTH, ((0, 0), (0, -T % chunk), (0, 0)))
+    last_nBcH = jnp.moveaxis(whole_BTH.reshape(B, -1, chunk, H), 1, 0)
     found = jax.lax.map(lambda last_BcH: _reduce(codec, logits(last_BcH), draft_ids_N), last_nBcH)
-    return {n: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]) for n, x in found.items()}
+    return {n: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for n, x in found.items()}
 
 
 def _reduce(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | None) -> dict[str, jax.Array]:

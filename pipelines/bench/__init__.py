@@ -9,7 +9,7 @@ from pipelines import embedded
 
 
 def run(out: str, cache: str) -> dict[str, Any]:
-    """Measures everything, writes the figures to the file `out` and returns them.
+    """Measures everything; returns the figures, and writes those there are to the file `out` after each part.
 
     {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}.
     """
@@ -17,19 +17,26 @@ def run(out: str, cache: str) -> dict[str, Any]:
 
     model, conversations = embedded.fetch_model(cache), embedded.fetch_conversations(cache)
     with tempfile.TemporaryDirectory(prefix="eyas-bench-") as place:
-        found = data.prepared(model, conversations, place)
-        found |= data.dumped(model, conversations, place)
-        found |= data.streamed(place)
-        found |= training.figures()
-        found |= data.stalled(place, f"{place}/dumped")
-    for name, figure in found.items():
-        figure["value"] = float(f"{figure['value']:.4g}")
-        if "at_least" in figure or "at_most" in figure:
-            figure["met"] = (
-                figure.get("at_least", 0) <= figure["value"] <= figure.get("at_most", float("inf"))
-            )
-            if not figure["met"]:
-                bar = figure.get("at_least", figure.get("at_most"))
-                note(f"bench: {name} is {figure['value']}, the bar is {bar}")
-    files.write_json(out, found)
+        parts = (
+            lambda: data.prepared(model, conversations, place),
+            lambda: data.dumped(model, conversations, place),
+            lambda: data.streamed(place),
+            training.figures,
+            lambda: data.stalled(place, f"{place}/dumped"),
+        )
+        found: dict[str, Any] = {}
+        for part in parts:
+            found |= {name: _judged(name, figure) for name, figure in part().items()}
+            files.write_json(out, found)
     return found
+
+
+def _judged(name: str, figure: dict[str, Any]) -> dict[str, Any]:
+    """The figure, rounded, with whether it meets its bar."""
+    value = float(f"{figure['value']:.4g}")
+    judged = figure | {"value": value}
+    if "at_least" in figure or "at_most" in figure:
+        judged["met"] = figure.get("at_least", 0) <= value <= figure.get("at_most", float("inf"))
+        if not judged["met"]:
+            note(f"bench: {name} is {value}, the bar is {figure.get('at_least', figure.get('at_most'))}")
+    return judged

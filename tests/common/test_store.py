@@ -57,7 +57,7 @@ def make_rows(url, seed: int = 0) -> None:
 
 def write_blocks(url, values, blocks=None) -> None:
     with FeatureWriter(url, described(values)) as writer:
-        for block in blocks or writer.pending_blocks():
+        for block in blocks or range(writer.store.blocks):
             own = writer.store.block_range(block)
             writer.write(block, {n: v[own.start : own.stop] for n, v in values.items()}, 10, 5)
 

@@ -42,7 +42,7 @@ def expected():
     return np.einsum("bth,vh->btv", last.astype(np.float64), head.astype(np.float64))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 6])
+@pytest.mark.parametrize("chunk", [1, 2, 4, 6])
 @pytest.mark.parametrize(("name", "size"), [("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)])
 def test_logits_codecs(name, size, chunk):
     found = run(codecs.Codec(name, size, "float32"), chunk)
@@ -118,10 +118,11 @@ def test_float8_has_a_scale_a_token():
     np.testing.assert_array_equal(back[1, 2], 0)
 
 
-def test_chunks_divide_the_row_and_fit():
-    assert codecs.chunk_length(4, 512, 49_152) == 64
-    assert codecs.chunk_length(4, 509, 49_152) == 1
+def test_chunks_are_equal_parts_of_the_row_that_fit():
+    assert codecs.chunk_length(4, 512, 49_152) == 74  # 85 would fit; 7 parts either way
+    assert codecs.chunk_length(4, 509, 49_152) == 73
     assert codecs.chunk_length(1, 6, 10) == 6
+    assert codecs.chunk_length(4096, 6, 49_152) == 1
 
 
 def test_most_frequent_prefers_lower_ids():

@@ -1,43 +1,22 @@
-"""A random Llama of 8 layers as a Hugging Face folder, and a store of packed rows for it."""
+"""A tiny random Llama as a Hugging Face folder, and a store of packed rows for it."""
 
 import numpy as np
 import pyarrow as pa
 
-from common import checkpoint, files
+from common import files
 from common.chat import tokenizer_hash
 from common.store_writer import write_rows
-from dump import target
-from dump.target.weights import stacks
+from tests import tiny_llama
 
-V, H, LAYERS, T = 64, 16, 8, 24
+V, H, T = tiny_llama.CONFIG["vocab_size"], tiny_llama.CONFIG["hidden_size"], 24
 
 
-def write_model(folder: str, seed: int = 0, layers: int = LAYERS, tied: bool = False) -> str:
+def write_model(folder: str, seed: int = 0, layers: int = 8, tied: bool = False) -> str:
     """The folder; its tokenizer is a name only."""
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": H,
-        "intermediate_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": V,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": tied,
-    }
+    raw = tiny_llama.CONFIG | {"num_hidden_layers": layers, "tie_word_embeddings": tied}
     files.write_json(f"{folder}/config.json", raw)
     files.write_json(f"{folder}/tokenizer.json", {"name": "tiny"})
-    rng = np.random.default_rng(seed)
-    declared = stacks(target.read_config(folder))
-    shapes = {source: s.weight.shape for s in declared.values() for source in s.sources}
-    tensors = {
-        n: rng.normal(1 if "norm" in n else 0, 0.1, shape).astype(np.float32) for n, shape in shapes.items()
-    }
-    checkpoint.write(f"{folder}/model.safetensors", tensors)
+    tiny_llama.write_weights(folder, seed)
     return folder
 
 

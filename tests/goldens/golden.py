@@ -1,4 +1,4 @@
-"""A golden holds a config.json and what transformers computes with it; weights are made again from names."""
+"""A golden is a config.json and what transformers computes with it; weights are made again from names."""
 
 import json
 from dataclasses import dataclass
@@ -26,8 +26,13 @@ class Golden:
 
 
 def names() -> list[str]:
-    """All committed goldens."""
-    return sorted(path.stem for path in HERE.glob("*.safetensors"))
+    """All goldens."""
+    return sorted(path.stem for path in HERE.glob("*.json"))
+
+
+def config(name: str) -> dict:
+    """The config.json of a golden."""
+    return files.read_json(f"{HERE}/{name}.json")
 
 
 def read(name: str) -> Golden:

@@ -1,6 +1,9 @@
-"""Makes the golden files with torch and transformers: python -m tests.goldens.make [NAME ...]
+"""Makes golden files from NAME.json with torch and transformers: python -m tests.goldens.make [NAME ...]
 
-Needs an environment with torch and transformers, which the project itself does not use.
+A NAME.json is a small configuration that keeps the quirks of its family, written as the Hub's config.json
+files are (qwen3_next has a large rms_norm_eps: its outputs near zero are divided by their size, which a small
+one would leave ill-conditioned). Needs an environment with torch and transformers; the project itself does
+without torch.
 """
 
 import json
@@ -14,10 +17,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.goldens.models import MODELS
+from tests.goldens import golden
 from tests.goldens.values import DOCUMENTS, tensor
-
-HERE = Path(__file__).parent
 
 
 def checkpoint_shapes(config: transformers.PretrainedConfig, folder: str) -> dict[str, list]:
@@ -28,8 +29,9 @@ def checkpoint_shapes(config: transformers.PretrainedConfig, folder: str) -> dic
         return {name: [s.get_shape(), s.get_dtype()] for name, s in slices.items()}
 
 
-def make(name: str, raw: dict) -> None:
+def make(name: str) -> None:
     """Writes one golden."""
+    raw = golden.config(name)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -46,7 +48,7 @@ def make(name: str, raw: dict) -> None:
     about = {"config": raw, "shapes": shapes, "aux_layers": aux_layers, "made_with": transformers.__version__}
     save_file(
         {"tokens": tokens, **arrays},
-        HERE / f"{name}.safetensors",
+        golden.HERE / f"{name}.safetensors",
         {key: json.dumps(value) for key, value in about.items()},
     )
     print(f"{name}: |logits| {np.abs(arrays['logits']).mean():.3g}")
@@ -65,5 +67,5 @@ def run(model, document: np.ndarray, aux_layers: tuple[int, ...]) -> dict[str, n
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or MODELS:
-        make(wanted, MODELS[wanted])
+    for wanted in sys.argv[1:] or golden.names():
+        make(wanted)

@@ -4,43 +4,22 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 from click.testing import CliRunner
 
-from common import checkpoint, files
-from dump import target
-from dump.target.weights import stacks
+from common import files
 from pipelines import cli
+from tests import tiny_llama
 from tests.common import chats
 
 CHATS = str(Path(__file__).parents[1] / "data" / "chats.jsonl")
-SIZES = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 
 
 def write_target(folder):
     """A random Llama that has the byte tokenizer and a chat template."""
-    chats.write_model(folder, **SIZES)
-    rng = np.random.default_rng(0)
-    shapes = {}
-    for stack in stacks(target.read_config(str(folder))).values():
-        shapes |= dict.fromkeys(stack.sources, stack.weight.shape)
-    tensors = {
-        name: rng.normal("norm" in name, 0.1, shape).astype(np.float32) for name, shape in shapes.items()
-    }
-    checkpoint.write(str(folder / "model.safetensors"), tensors)
-    return folder
+    own = ("vocab_size", "max_position_embeddings")
+    sizes = {name: value for name, value in tiny_llama.CONFIG.items() if name not in own}
+    chats.write_model(folder, **sizes, max_position_embeddings=512)
+    tiny_llama.write_weights(str(folder))
 
 
 def eyas(*args):

@@ -13,22 +13,11 @@ from common import arrays, checkpoint, files
 from common.config import digest
 from common.store import CHECKSUMS
 from common.store_writer import FeatureWriter, describe_arrays, write_rows
+from tests import tiny_llama
 
-V, H, T, ROWS = 64, 16, 24, 15
+TARGET = tiny_llama.CONFIG
+V, H, T, ROWS = TARGET["vocab_size"], TARGET["hidden_size"], 24, 15
 AUX_LAYERS = (2, 4, 5)
-TARGET = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": H,
-    "intermediate_size": 32,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": V,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-}
 
 
 def write_store(

@@ -1,13 +1,16 @@
-"""Compiles parts of a target for v6e chips and prints FLOPs and bytes of one chip, as JSON.
+"""Compiles programs for TPU chips that are not there; prints FLOPs and bytes of one chip, as JSON.
 
-moe RECIPE SPLIT DP TP      its first layer of experts, 2,048 tokens a chip
-prefill RECIPE              the whole forward pass, as its recipe lays it out
+moe RECIPE SPLIT DP TP      a target's first layer of experts, 2,048 tokens a v6e chip
+prefill RECIPE              a target's whole forward pass, as its recipe lays it out
+train RECIPE                a training step, every position counted, as the recipe lays it out
 """
 
 import json
+import math
 import sys
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +28,22 @@ from dump.target.moe import Moe
 from dump.target.spec import Context
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
+from train import optimizer
+from train.experiment import TrainConfig
+from train.head import head_config, parameters
+from train.step import State, gradient, train_step
+from train.ttt import Batch, Frozen
 
-TOPOLOGIES = {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4", 32: "v6e:4x8", 64: "v6e:8x8"}
+TOPOLOGIES = {
+    "v6e": {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4", 32: "v6e:4x8", 64: "v6e:8x8"},
+    "v5p": {4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"},
+}
 LENGTH = 2048
 
 
-def mesh_of(dp: int, tp: int) -> Mesh:
+def mesh_of(dp: int, tp: int, kind: str = "v6e") -> Mesh:
     """A mesh of chips that are not there."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[dp * tp]).devices
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind][dp * tp]).devices
     return Mesh(np.array(chips).reshape(dp, tp), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
 
 
@@ -86,13 +97,52 @@ def prefill(recipe: str) -> dict[str, float]:
     """Memory of a chip for the forward pass of one batch (without the codec)."""
     known = recipes.load(recipe)
     config = DumpConfig("model", "store", **known.dump)
-    cfg, mesh = config_of(recipe, config.experts), mesh_of(config.dp, config.tp)
+    kind = known.dump_slice.split("-")[0]
+    cfg, mesh = config_of(recipe, config.experts), mesh_of(config.dp, config.tp, kind)
     held = shapes(target.parameters(cfg, config.tp), jnp.bfloat16, mesh)
     batch = (config.batch(LENGTH), LENGTH)
     rows = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding(mesh, ("row", None)))
     aux = target.default_aux_layers(cfg.num_layers)
     step = jax.jit(lambda w, *x: target.forward(cfg, w, *x, aux))
     return memory(step.lower(held, rows, rows, rows).compile()) | {"rows": batch[0]}
+
+
+def train(recipe: str) -> dict[str, float]:
+    """Memory of a chip for one training step."""
+    known = recipes.load(recipe)
+    config = TrainConfig("store", "out", **known.train)
+    aux = target.default_aux_layers(known.layers)
+    c = head_config(PUBLISHED[recipe], config.draft_vocab, aux)
+    mesh, B, K = mesh_of(config.dp, 1), config.batch_rows, config.ttt_steps
+    rate = optimizer.schedule(config.learning_rate, config.warmup, 1000)
+    units = np.ones(len(aux) * c.hidden_size, np.float32)
+    adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
+
+    def everywhere(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding(mesh, ("row",) + (None,) * (len(shape) - 1))
+        )
+
+    whole, wide = sharding(mesh, ()), jnp.bfloat16
+    params = shapes(parameters(c), jnp.float32)
+    state = everywhere(State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32)))
+    vocabulary = [jax.ShapeDtypeStruct((n, c.hidden_size), wide) for n in (c.vocab_size, c.draft_vocab_size)]
+    frozen = everywhere(Frozen(*vocabulary, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32)))
+    batch = Batch(
+        **dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, LENGTH)),
+        **dict.fromkeys(("aux_scale", "last_scale", "draft_logits")),
+        **dict.fromkeys(("live", "targets"), rows(B * LENGTH)),
+        aux_hidden=rows(B, LENGTH, len(aux), c.hidden_size, dtype=wide),
+        last_hidden=rows(B, LENGTH, c.hidden_size, dtype=wide),
+        logsumexp=rows(B, LENGTH, dtype=jnp.float32),
+        count=rows(config.dp),
+    )
+    step = train_step(gradient(c, mesh, K, config.decay, wide), adamw)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
+    return memory(compiled) | {"parameters": sum(math.prod(x.shape) for x in params.values())}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
@@ -107,5 +157,6 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 if __name__ == "__main__":
     verb, recipe, *rest = sys.argv[1:]
-    made = moe(recipe, rest[0], int(rest[1]), int(rest[2])) if verb == "moe" else prefill(recipe)
-    print(json.dumps(made))
+    run = {"moe": moe, "prefill": prefill, "train": train}[verb]
+    split, sizes = rest[:1], [int(number) for number in rest[1:]]
+    print(json.dumps(run(recipe, *split, *sizes)))

@@ -1,4 +1,4 @@
-"""The real TPU compiler, which needs no TPU: experts cost what is active, and a target fits its slice.
+"""The real TPU compiler, which needs no TPU: experts cost what is active, and recipes fit their slices.
 
 FLOPs and bytes are the compiler's, for one chip; a loop's body is counted once.
 """
@@ -23,9 +23,9 @@ HBM = 31.25  # GiB of a v6e chip that programs can have
 
 
 def compiled(*args: object) -> dict[str, float]:
-    """What tests/dump/target/tpu.py prints, from a process of its own."""
+    """What tests/tpu.py prints, from a process of its own."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.dump.target.tpu", *map(str, args)]
+    command = [sys.executable, "-m", "tests.tpu", *map(str, args)]
     env |= ALONE | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -48,4 +48,10 @@ def test_a_layer_of_experts_costs_its_active_ones(recipe, split, dp, tp):
 
 def test_qwen3_32b_fits_a_v6e_16():
     found = compiled("prefill", "qwen3-32b")
+    assert found["arguments_gib"] + found["temporaries_gib"] < HBM
+
+
+@pytest.mark.parametrize("recipe", ["qwen3-32b", "deepseek-v3"])
+def test_training_fits_a_v6e_4(recipe):
+    found = compiled("train", recipe)
     assert found["arguments_gib"] + found["temporaries_gib"] < HBM
