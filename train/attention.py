@@ -1,16 +1,20 @@
 """Causal attention inside documents that also returns its logsumexp, so that more keys can join later.
 
-TTT attends from every step to the same keys of step 0. Scores are recomputed in the backward pass, block of
-queries by block of queries, and keys behind a block are never touched: nothing of size [T, T] is kept.
+TTT attends from every step to the same keys of step 0. Scores are recomputed in the backward pass, and keys
+behind a block of queries are never touched. Rows are a loop, not a batch: XLA then holds the scores of one
+row's blocks, where it would hold those of all rows and all K steps at once.
 
-Dimensions: B rows, T positions, N query heads, K key/value heads, G = N // K, D head_dim.
+Dimensions: B rows, T positions, N query heads, K key/value heads, G = N // K, D head_dim; Q queries of a
+block, S keys up to its end.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+KEPT = "attended"  # names what a jax.checkpoint around attend should keep
 BLOCK = 256  # queries a block: large enough for a full matmul, small enough to skip half of the keys
 _MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
@@ -26,85 +30,86 @@ def attend(
     return _forward(q_BTND, k_BTKD, v_BTKD, segments_BT, scale)[0]
 
 
-def _grouped(x_BTND: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, D] -> [B, K, G, T, D]: the heads that share keys lie together."""
-    B, T, N, D = x_BTND.shape
-    return x_BTND.reshape(B, T, kv_heads, N // kv_heads, D).transpose(0, 2, 3, 1, 4)
-
-
-def _ungrouped(x_BKGTD: jax.Array) -> jax.Array:
-    B, K, G, T, D = x_BKGTD.shape
-    return x_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, D)
-
-
-def _blocks(T: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
-
-
-def _scores(q_BKGQD, k_BKSD, segments_BT, start: int, scale: float) -> jax.Array:
-    """Masked float32 scores [B, K, G, Q, S] of the queries from `start` on against keys 0..S-1."""
-    B, K, G, Q, D = q_BKGQD.shape
-    S = k_BKSD.shape[2]
-    s = jnp.einsum(
-        "bkqd,bksd->bkqs", q_BKGQD.reshape(B, K, G * Q, D), k_BKSD, preferred_element_type=jnp.float32
-    ).reshape(B, K, G, Q, S)
-    causal_QS = jnp.arange(S)[None, :] <= jnp.arange(start, start + Q)[:, None]
-    same_BQS = segments_BT[:, start : start + Q, None] == segments_BT[:, None, :S]
-    mask = (causal_QS[None] & same_BQS)[:, None, None]
-    return jnp.where(mask, s * scale, _MASKED)
-
-
 def _forward(q_BTND, k_BTKD, v_BTKD, segments_BT, scale):
-    B, T, K, D = k_BTKD.shape
-    q = _grouped(q_BTND, K)
-    k, v = k_BTKD.transpose(0, 2, 1, 3), v_BTKD.transpose(0, 2, 1, 3)
-    outs, lses = [], []
-    for start, end in _blocks(T):
-        s = _scores(q[:, :, :, start:end], k[:, :, :end], segments_BT, start, scale)
-        top = s.max(-1)
-        e = jnp.exp(s - top[..., None])
-        total = e.sum(-1)
-        out = jnp.einsum(
-            "bkqs,bksd->bkqd",
-            e.astype(v.dtype).reshape(B, K, -1, end),
-            v[:, :, :end],
-            preferred_element_type=jnp.float32,
-        ).reshape(*s.shape[:4], D)
-        outs.append((out / total[..., None]).astype(q.dtype))
-        lses.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, axis=3)
-    lse = jnp.concatenate(lses, axis=3)
-    result = _ungrouped(out), _ungrouped(lse[..., None])[..., 0]
-    return result, (q, k, v, segments_BT, out, lse)
+    inputs = q_BTND, k_BTKD, v_BTKD, segments_BT
+    out, lse = jax.lax.map(lambda row: _row(*row, scale), inputs)
+    out, lse = (checkpoint_name(x, KEPT) for x in (out, lse))
+    return (out, lse), (*inputs, out, lse)
 
 
 def _backward(scale, saved, cotangents):
-    q, k, v, segments_BT, out, lse = saved
-    g_out, g_lse = cotangents
-    B, K, G, T, D = q.shape
-    g = _grouped(g_out, K)
-    # d s = p * (d p - sum(out * d out) + d lse)
-    shift = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - _grouped(g_lse[..., None], K)[..., 0]
-    dqs = []
-    dk = jnp.zeros((B, K, T, D), jnp.float32)
-    dv = jnp.zeros((B, K, T, D), jnp.float32)
-    for start, end in _blocks(T):
-        part = slice(start, end)
-        s = _scores(q[:, :, :, part], k[:, :, :end], segments_BT, start, scale)
-        p = jnp.exp(s - lse[:, :, :, part, None])
-        g_part = g[:, :, :, part].reshape(B, K, -1, D)
-        dp = jnp.einsum("bkqd,bksd->bkqs", g_part, v[:, :, :end], preferred_element_type=jnp.float32)
-        ds = (p * (dp.reshape(p.shape) - shift[:, :, :, part, None]) * scale).astype(q.dtype)
-        ds = ds.reshape(B, K, -1, end)
-        p = p.astype(q.dtype).reshape(B, K, -1, end)
-        q_part = q[:, :, :, part].reshape(B, K, -1, D)
-        f32 = {"preferred_element_type": jnp.float32}
-        dqs.append(jnp.einsum("bkqs,bksd->bkqd", ds, k[:, :, :end], **f32).reshape(B, K, G, -1, D))
-        dk = dk.at[:, :, :end].add(jnp.einsum("bkqs,bkqd->bksd", ds, q_part, **f32))
-        dv = dv.at[:, :, :end].add(jnp.einsum("bkqs,bkqd->bksd", p, g_part, **f32))
-    dq = _ungrouped(jnp.concatenate(dqs, axis=3)).astype(q.dtype)
-    back = (0, 2, 1, 3)
-    return dq, dk.transpose(back).astype(k.dtype), dv.transpose(back).astype(v.dtype), None
+    return *jax.lax.map(lambda row: _row_back(*row, scale), (*saved, *cotangents)), None
 
 
 attend.defvjp(_forward, _backward)
+
+
+def _grouped(x_TND: jax.Array, kv_heads: int) -> jax.Array:
+    """[T, N, D] -> [K, G, T, D]: the heads that share keys lie together."""
+    T, N, D = x_TND.shape
+    return x_TND.reshape(T, kv_heads, N // kv_heads, D).transpose(1, 2, 0, 3)
+
+
+def _ungrouped(x_KGTD: jax.Array) -> jax.Array:
+    K, G, T, D = x_KGTD.shape
+    return x_KGTD.transpose(2, 0, 1, 3).reshape(T, K * G, D)
+
+
+def _blocks(T: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q_KGTD, k_KTD, segments_T, block: slice, scale: float) -> jax.Array:
+    """Masked float32 scores [K, G, Q, S] of a block's queries."""
+    q_KGQD, k_KSD = q_KGTD[:, :, block], k_KTD[:, : block.stop]
+    K, G, Q, D = q_KGQD.shape
+    s = _product("kqd,ksd->kqs", q_KGQD.reshape(K, G * Q, D), k_KSD).reshape(K, G, Q, block.stop)
+    causal_QS = jnp.arange(block.stop)[None] <= jnp.arange(block.start, block.stop)[:, None]
+    same_QS = segments_T[block, None] == segments_T[None, : block.stop]
+    return jnp.where((causal_QS & same_QS)[None, None], s * scale, _MASKED)
+
+
+def _row(q_TND, k_TKD, v_TKD, segments_T, scale):
+    """(out [T, N, D], logsumexp [T, N]) of one row."""
+    K = k_TKD.shape[1]
+    q, k, v = _grouped(q_TND, K), k_TKD.transpose(1, 0, 2), v_TKD.transpose(1, 0, 2)
+    outs, lses = [], []
+    for block in _blocks(len(segments_T)):
+        s = _scores(q, k, segments_T, block, scale)
+        top = s.max(-1)
+        e = jnp.exp(s - top[..., None])
+        total = e.sum(-1)
+        flat = e.astype(v.dtype).reshape(K, -1, block.stop)
+        out = _product("kqs,ksd->kqd", flat, v[:, : block.stop]).reshape(*s.shape[:3], -1)
+        outs.append((out / total[..., None]).astype(q.dtype))
+        lses.append(top + jnp.log(total))
+    lse = jnp.concatenate(lses, axis=2)
+    return _ungrouped(jnp.concatenate(outs, axis=2)), _ungrouped(lse[..., None])[..., 0]
+
+
+def _row_back(q_TND, k_TKD, v_TKD, segments_T, out_TND, lse_TN, g_out_TND, g_lse_TN, scale):
+    """The cotangents of q, k and v of one row."""
+    T, K, D = k_TKD.shape
+    q, g, lse = _grouped(q_TND, K), _grouped(g_out_TND, K), _grouped(lse_TN[..., None], K)
+    k, v = k_TKD.transpose(1, 0, 2), v_TKD.transpose(1, 0, 2)
+    # d s = p * (d p - sum(out * d out) + d lse)
+    shift = (g_out_TND.astype(jnp.float32) * out_TND.astype(jnp.float32)).sum(-1) - g_lse_TN
+    shift = _grouped(shift[..., None], K)
+    dqs, dk, dv = [], jnp.zeros((K, T, D), jnp.float32), jnp.zeros((K, T, D), jnp.float32)
+    for block in _blocks(T):
+        p = jnp.exp(_scores(q, k, segments_T, block, scale) - lse[:, :, block])
+        flat = K, -1, D
+        q_part, g_part = q[:, :, block].reshape(flat), g[:, :, block].reshape(flat)
+        dp = _product("kqd,ksd->kqs", g_part, v[:, : block.stop]).reshape(p.shape)
+        ds = (p * (dp - shift[:, :, block]) * scale).astype(q.dtype).reshape(K, -1, block.stop)
+        p = p.astype(q.dtype).reshape(K, -1, block.stop)
+        dqs.append(_product("kqs,ksd->kqd", ds, k[:, : block.stop]).reshape(q[:, :, block].shape))
+        dk = dk.at[:, : block.stop].add(_product("kqs,kqd->ksd", ds, q_part))
+        dv = dv.at[:, : block.stop].add(_product("kqs,kqd->ksd", p, g_part))
+    dq = _ungrouped(jnp.concatenate(dqs, axis=2)).astype(q.dtype)
+    back = (1, 0, 2)
+    return dq, dk.transpose(back).astype(k.dtype), dv.transpose(back).astype(v.dtype)

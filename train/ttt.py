@@ -5,11 +5,14 @@ its document up to i and its own keys of steps 1..k. Source: EAGLE-3 (arXiv 2503
 
 Queries, MLP and loss run on the compacted indices of `train/plan.py`; keys and values of step 0 on all. The
 embedding's half of the q, k, v projections depends on the token alone, so it is computed once for all steps.
+What K steps keep for the backward pass is the memory of training: each keeps the results of its matmuls and
+computes the rest again.
 
 Dimensions: B rows, T positions, n = B * T, C live indices, M targets, K steps, H hidden, A aux states,
 N query heads, J key/value heads, G = N // J, D head_dim, V draft vocabulary.
 """
 
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
 from train.attention import attend
 from train.head import HeadConfig
+from train.light import light
 from train.loss import Scores, Teacher, score, weighted_loss
 
 Params = dict[str, jax.Array]
@@ -81,19 +85,40 @@ def _rope(x_cND: jax.Array, positions_c: jax.Array, c: HeadConfig) -> jax.Array:
 
 def _join(base_CND, lse_CN, q_CND, keys, values, scale: float) -> jax.Array:
     """Attention over step 0's keys (already summed up as `base` and its logsumexp) and the own later ones."""
-    C, N, D = q_CND.shape
     if not keys:
         return base_CND
-    k, v = jnp.stack(keys, 1), jnp.stack(values, 1)  # [C, k, J, D]
-    J = k.shape[2]
-    q = q_CND.reshape(C, 1, J, N // J, D).astype(jnp.float32)
-    s = (q * k[:, :, :, None].astype(jnp.float32)).sum(-1) * scale  # [C, k, J, G]
-    lse = lse_CN.reshape(C, J, N // J)
-    total = jnp.logaddexp(lse, jax.nn.logsumexp(s, axis=1))
-    out = base_CND.reshape(C, J, N // J, D).astype(jnp.float32) * jnp.exp(lse - total)[..., None]
-    share = jnp.exp(s - total[:, None])
-    out = out + (share[..., None] * v[:, :, :, None].astype(jnp.float32)).sum(1)
+    C, N, D = q_CND.shape
+    J = keys[0].shape[1]
+
+    def grouped(x):
+        return x.astype(jnp.float32).reshape(C, J, N // J, -1)
+
+    q, lse = grouped(q_CND), grouped(lse_CN)
+    scores = [(q * k[:, :, None].astype(jnp.float32)).sum(-1, keepdims=True) * scale for k in keys]
+    total = reduce(jnp.logaddexp, scores, lse)
+    out = grouped(base_CND) * jnp.exp(lse - total)
+    for s, v in zip(scores, values, strict=True):
+        out += jnp.exp(s - total) * v[:, :, None].astype(jnp.float32)
     return out.reshape(C, N, D).astype(base_CND.dtype)
+
+
+class _Shared(NamedTuple):
+    """What every step uses. Weights are in the computing dtype, norms in float32."""
+
+    weights: Params
+    by_state: jax.Array  # [(N + 2J) D, H], the state's half of the q, k, v projections
+    token_nX: jax.Array  # [n, (N + 2J) D], the embeddings' half, projected
+    k_BTJD: jax.Array  # of step 0
+    v_BTJD: jax.Array
+
+
+class _Places(NamedTuple):
+    """Where the live indices are."""
+
+    live: jax.Array  # int32 [C]
+    slot: jax.Array  # int32 [n]
+    positions_C: jax.Array
+    segments_BT: jax.Array
 
 
 def _aux(batch: Batch, dtype: Any) -> jax.Array:
@@ -104,65 +129,80 @@ def _aux(batch: Batch, dtype: Any) -> jax.Array:
     return aux.astype(dtype).reshape(aux.shape[0] * aux.shape[1], -1)
 
 
-def rollout(c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
-    """The final-normed states of every live index at every step, [K, C, H] in `dtype`."""
+def rollout(
+    c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+) -> list[jax.Array]:
+    """The final-normed states of every live index, [C, H] in `dtype`, of every step."""
     B, T = batch.tokens.shape
-    n, live, N, J, D = B * T, batch.live, c.num_heads, c.num_kv_heads, c.head_dim
-    C, scale = live.shape[0], D**-0.5
+    n, N, J, D = B * T, c.num_heads, c.num_kv_heads, c.head_dim
     p = {name: w.astype(dtype) if w.ndim > 1 else w for name, w in params.items()}  # norms stay float32
-    layer = "midlayer.self_attn."
-    qkv = jnp.concatenate([p[f"{layer}{x}_proj.weight"] for x in "qkv"])
+    qkv = jnp.concatenate([p.pop(f"midlayer.self_attn.{x}_proj.weight") for x in "qkv"])
     by_token, by_state = qkv[:, : c.hidden_size], qkv[:, c.hidden_size :]
-    slot = slots(live, n)
-
-    def normed(x, name):
-        return rms_norm(x, p[name], c.rms_eps)
 
     embedded = frozen.embed[batch.tokens.reshape(n)].astype(dtype)
-    token_nX = linear(normed(embedded, "midlayer.input_layernorm.weight"), by_token)
+    token_nX = linear(rms_norm(embedded, p["midlayer.input_layernorm.weight"], c.rms_eps), by_token)
     fused_nH = linear(_aux(batch, dtype), p["fc.weight"])
-    kv_n = linear(normed(fused_nH, "midlayer.hidden_norm.weight"), by_state[N * D :])
+    kv_n = linear(rms_norm(fused_nH, p["midlayer.hidden_norm.weight"], c.rms_eps), by_state[N * D :])
     kv_n = kv_n + jnp.concatenate([token_nX[1:, N * D :], token_nX[-1:, N * D :]])
     positions_n = batch.positions.reshape(n)
     k_n, v_n = (x.reshape(n, J, D) for x in jnp.split(kv_n, 2, axis=1))
     k_BTJD, v_BTJD = _rope(k_n, positions_n, c).reshape(B, T, J, D), v_n.reshape(B, T, J, D)
 
-    state = rearrange(fused_nH, live, slot)
-    positions_C = positions_n.at[live].get(mode="fill", fill_value=0)
+    slot = slots(batch.live, n)
+    positions_C = positions_n.at[batch.live].get(mode="fill", fill_value=0)
+    places = _Places(batch.live, slot, positions_C, batch.segment_ids)
+    block = {name: w for name, w in p.items() if name not in ("fc.weight", "lm_head.weight")}
+    shared = _Shared(block, by_state, token_nX, k_BTJD, v_BTJD)
+    state = rearrange(fused_nH, batch.live, slot)
     keys, values, out = [], [], []
     for step in range(steps):
-        width = N * D if step == 0 else qkv.shape[0]  # step 0 has its keys
-        token_CX = rearrange(token_nX, live + 1 + step, _ahead(slot, 1 + step, C))[:, :width]
-        own = linear(normed(state, "midlayer.hidden_norm.weight"), by_state[:width]) + token_CX
-        q_CND = _rope(own[:, : N * D].reshape(C, N, D), positions_C + step, c)
+        advance = light(partial(_advance, c, places, step), batch.count[0] > 0)
+        state, own, z = advance(shared, state, keys, values)
         if step:
-            k_C, v_C = (x.reshape(C, J, D) for x in jnp.split(own[:, N * D :], 2, axis=1))
-            keys.append(_rope(k_C, positions_C + step, c))
-            values.append(v_C)
-        everywhere = rearrange(q_CND, slot, live).reshape(B, T, N, D)
-        base, lse = attend(everywhere, k_BTJD, v_BTJD, batch.segment_ids, scale)
-        base_CND = rearrange(base.reshape(n, N, D), live, slot)
-        mixed = _join(base_CND, rearrange(lse.reshape(n, N), live, slot), q_CND, keys, values, scale)
-        state = state + linear(mixed.reshape(C, N * D), p[f"{layer}o_proj.weight"])
-        wide = normed(state, "midlayer.post_attention_layernorm.weight")
-        state = state + swiglu(wide, *(p[f"midlayer.mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
-        out.append(normed(state, "norm.weight"))
-    return jnp.stack(out)
+            keys, values = [*keys, own[0]], [*values, own[1]]
+        out.append(z)
+    return out
 
 
-def at_targets(z_KCH: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _advance(c: HeadConfig, at: _Places, step: int, shared: _Shared, state, keys, values):
+    """One step: (the new state [C, H], the own key and value [C, J, D] unless step 0, the normed state)."""
+    p, N, J, D = shared.weights, c.num_heads, c.num_kv_heads, c.head_dim
+    B, T = at.segments_BT.shape
+    n, C, scale = B * T, at.live.shape[0], D**-0.5
+
+    def normed(x, name):
+        return rms_norm(x, p[name], c.rms_eps)
+
+    width = N * D if step == 0 else shared.by_state.shape[0]  # step 0 has its keys
+    token_CX = rearrange(shared.token_nX, at.live + 1 + step, _ahead(at.slot, 1 + step, C))[:, :width]
+    x = linear(normed(state, "midlayer.hidden_norm.weight"), shared.by_state[:width]) + token_CX
+    q_CND, own = _rope(x[:, : N * D].reshape(C, N, D), at.positions_C + step, c), ()
+    if step:
+        k, v = (half.reshape(C, J, D) for half in jnp.split(x[:, N * D :], 2, axis=1))
+        own = _rope(k, at.positions_C + step, c), v
+        keys, values = [*keys, own[0]], [*values, own[1]]
+    everywhere = rearrange(q_CND, at.slot, at.live).reshape(B, T, N, D)
+    base, lse = attend(everywhere, shared.k_BTJD, shared.v_BTJD, at.segments_BT, scale)
+    base_CND, lse_CN = (rearrange(y, at.live, at.slot) for y in (base.reshape(n, N, D), lse.reshape(n, N)))
+    mixed = _join(base_CND, lse_CN, q_CND, keys, values, scale).reshape(C, N * D)
+    state = state + linear(mixed, p["midlayer.self_attn.o_proj.weight"])
+    wide = normed(state, "midlayer.post_attention_layernorm.weight")
+    state = state + swiglu(wide, *(p[f"midlayer.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+    return state, own, normed(state, "norm.weight")
+
+
+def at_targets(z_KCH: list[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(z [M, K, H] of the index that predicts each target at each step, valid bool [M, K]).
 
     Target j at step k is predicted by index j-1-k, valid if that is in j's document and j is a real target.
     """
-    K, C, _ = z_KCH.shape
-    n = batch.tokens.size
+    C, n = batch.live.shape[0], batch.tokens.size
     slot, segments = slots(batch.live, n), batch.segment_ids.reshape(n)
     rows = jnp.arange(n, dtype=jnp.int32) // batch.tokens.shape[1]
     M = batch.targets.shape[0]
     target_slot = slots(batch.targets, n)
     states, valids = [], []
-    for step in range(K):
+    for step, z_CH in enumerate(z_KCH):
         index = batch.targets - 1 - step
         inside = (batch.targets < n) & (index >= 0)
         i, j = jnp.clip(index, 0, n - 1), jnp.clip(batch.targets, 0, n - 1)
@@ -174,7 +214,7 @@ def at_targets(z_KCH: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         )
         same &= rows[jnp.clip(reader, 0, n - 1)] == rows[jnp.clip(batch.live, 0, n - 1)]
         back = jnp.where(same, target_slot[jnp.clip(reader, 0, n - 1)], M)
-        states.append(rearrange(z_KCH[step], jnp.where(valid, slot[i], C), back))
+        states.append(rearrange(z_CH, jnp.where(valid, slot[i], C), back))
         valids.append(valid)
     return jnp.stack(states, 1), jnp.stack(valids, 1)
 
@@ -226,8 +266,7 @@ def shard_loss(
 
 def shard_counts(frozen: Frozen, batch: Batch, steps: int) -> jax.Array:
     """float32 [K]: this shard's counted positions of every step, from indices alone."""
-    empty = jnp.zeros((steps, batch.live.shape[0], 0))
-    _, valid_MK = at_targets(empty, batch)
+    _, valid_MK = at_targets([jnp.zeros((batch.live.shape[0], 0))] * steps, batch)
     known = frozen.draft_index[batch.argmax.reshape(-1).at[batch.targets].get(mode="fill", fill_value=0)] >= 0
     return (valid_MK & known[:, None]).sum(0).astype(jnp.float32)
 
