@@ -140,6 +140,10 @@ def _vocab_size(model: str) -> int:
     """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
     config = files.read_json(f"{model.rstrip('/')}/config.json")
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if size is None and "text_config" in config:  # multimodal files leave out what equals the defaults
+        from transformers import AutoConfig
+
+        size = AutoConfig.for_model(**config).get_text_config().vocab_size
     if not isinstance(size, int):
         raise EyasError(f"{model}/config.json has no vocab_size; it is not the folder of a language model")
     return size

@@ -22,8 +22,8 @@ _TOKENIZER = (
 
 
 def write_target(plan: Plan) -> None:
-    """Writes embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, config.json
-    and the tokenizer's files. The checksums come last; where they are, nothing is done.
+    """Writes embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, the text
+    decoder's config.json and the tokenizer's files. The checksums come last; where they are, nothing is done.
     """
     model, folder = plan.config.model, f"{plan.config.store.rstrip('/')}/target"
     if files.exists(f"{folder}/{CHECKSUMS}"):
@@ -34,7 +34,8 @@ def write_target(plan: Plan) -> None:
     tensors = {name: source.read(declared[name].sources[0]) for name in names}
     with readable_errors(folder):
         checkpoint.write(f"{folder}/{checkpoint.SINGLE}", tensors)
-        for name in ("config.json", *_TOKENIZER):
+        files.write_json(f"{folder}/config.json", plan.target.text)
+        for name in _TOKENIZER:
             if files.exists(files.join(model, name)):
                 files.write_bytes(files.join(folder, name), files.read_bytes(files.join(model, name)))
         sums = {name: arrays.crc32(tensor) for name, tensor in tensors.items()}

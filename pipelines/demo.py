@@ -9,6 +9,7 @@ from typing import Any
 from common import files
 from common.config import digest
 from common.progress import note
+from common.store import Store
 from pipelines import embedded, recipes
 
 # Sized for 10 minutes on two cores, at 290 tokens/s in dump and 180 in train.
@@ -74,7 +75,7 @@ def run(config: DemoConfig) -> str:
     with stages.stage("evaluate"):
         found = evaluate.run(evaluate.EvaluateConfig(os.path.join(experiment, "best"), store))
     with stages.stage("export"):
-        target = files.read_json(files.join(model, "config.json"))
+        target = Store.open(store).target_config()
         checks = copy_head(os.path.join(experiment, "best"), target, head)
     summary = {
         "target": embedded.NOTE,

@@ -112,8 +112,9 @@ def train(recipe: str) -> dict[str, float]:
     known = recipes.load(recipe)
     config = TrainConfig("store", "out", **known.train)
     aux = target.default_aux_layers(known.layers)
-    c = head_config(PUBLISHED[recipe], config.draft_vocab, aux)
-    mesh, B, K = mesh_of(config.dp, 1), config.batch_rows, config.ttt_steps
+    c = head_config(config_of(recipe, None).text, config.draft_vocab, aux, config.ffn)
+    kind = known.train_slice.split("-")[0]
+    mesh, B, K = mesh_of(config.dp, 1, kind), config.batch_rows, config.ttt_steps
     rate = optimizer.schedule(config.learning_rate, config.warmup, 1000)
     units = np.ones(len(aux) * c.hidden_size, np.float32)
     adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})

@@ -24,15 +24,14 @@ def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]
     """What was found, a line each; EyasError, in one line, for the first thing a server would stumble over.
 
     Compares names, shapes, dtypes and values of the tensors with config.json, d2t with t2d, and, when the
-    target's HF config.json is given, sizes, RoPE and aux layers with the target's. A line that says `cannot`
+    target's config.json is given, sizes, RoPE and aux layers with the target's. A line that says `cannot`
     names a server that does not take such a head.
     """
     _check_files(folder)
     path = join(folder, "config.json")
     config = read_json(path)
-    text = (target_config or {}).get("text_config", target_config or {})
     # Without its target only the number of default layers matters; 7 is the smallest target that has them.
-    head = read_serving_config(path, config, text.get("num_hidden_layers", 7))
+    head = read_serving_config(path, config, (target_config or {}).get("num_hidden_layers", 7))
     if target_config is not None:
         require_fit(head, target_config, folder)
     scaling, default = canonical_rope(head.rope) or {"rope_type": "no"}, "the servers' default"

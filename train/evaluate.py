@@ -121,9 +121,8 @@ def load_head(folder: str, store: Store) -> tuple[HeadConfig, Params, np.ndarray
     """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
     target = store.target_config()
     check_head.check(folder, target)
-    text = target.get("text_config", target)
     place = files.join(folder, "config.json")
-    head = read_serving_config(place, files.read_json(place), text["num_hidden_layers"])
+    head = read_serving_config(place, files.read_json(place), target["num_hidden_layers"])
     if list(head.aux_layers) != store.features["aux_layers"]:
         raise EyasError(
             f"{folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "

@@ -65,7 +65,7 @@ class TrainConfig:
     warmup: float = 0.02
     weight_decay: float = 0.0
     clip: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.95)
     init: str = "fitted"
     compat: str | None = None
     dtype: str | None = None
@@ -136,9 +136,9 @@ class Experiment:
         return jax.device_put(made, sharding(self.mesh, ()))
 
     def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """AdamW, with `fc` in units of its features."""
-        c = self.config
-        units = feature_units(self.head, self.store, self.train_rows, c.seed)
+        """AdamW, with `fc` in units of its features: it sums A states, so each counts for a part of one."""
+        c, states = self.config, len(self.head.aux_layers)
+        units = states * feature_units(self.head, self.store, self.train_rows, c.seed)
         return optimizer.make(rate, c.clip, c.betas, c.weight_decay, {"fc.weight": units})
 
 

@@ -6,11 +6,14 @@ Source: EAGLE-3 (arXiv 2503.01840) and SafeAILab/EAGLE `eagle/model/cnets.py`.
 Dimensions: H hidden size, A aux states, F feed-forward width, V draft vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import EyasError
 from common.params import Declaration, Param
+
+_LATENT_HEAD_DIM, _LATENT_KV_HEADS = 128, 8
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,46 @@ class HeadConfig:
 def head_config(
     target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], ffn: int | None = None
 ) -> HeadConfig:
-    """The head that fits a target: a Llama block of the target's sizes. `target` is its HF config.json."""
-    text = target.get("text_config", target)
+    """The head that fits a target: a Llama block of the target's sizes. `target` is its text's config.json.
+
+    A target with latent attention has no heads that a Llama block could have: the head's are 128 wide. Its
+    YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way.
+    """
     for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        if field not in text:
+        if field not in target:
             raise EyasError(f"the store's target/config.json has no {field}; dump the store again")
-    heads = text["num_attention_heads"]
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    theta = text.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0
-    rope.pop("rope_theta", None)
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    hidden, heads = target["hidden_size"], target["num_attention_heads"]
+    kv_heads, head_dim = target.get("num_key_value_heads") or heads, target.get("head_dim") or hidden // heads
+    if "kv_lora_rank" in target:
+        head_dim = min(_LATENT_HEAD_DIM, hidden)
+        heads = hidden // head_dim
+        kv_heads = math.gcd(heads, _LATENT_KV_HEADS)
+    rope, theta = _rope(target)
     return HeadConfig(
-        hidden_size=text["hidden_size"],
-        target_hidden_size=text["hidden_size"],
+        hidden_size=hidden,
+        target_hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        ffn=ffn or text["intermediate_size"],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn or target["intermediate_size"],
         draft_vocab_size=draft_vocab_size,
-        vocab_size=text["vocab_size"],
-        rms_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
-        rope=rope if scaled else None,
-        max_position=text.get("max_position_embeddings", 2048),
+        vocab_size=target["vocab_size"],
+        rms_eps=target.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope=rope,
+        max_position=target.get("max_position_embeddings", 2048),
         aux_layers=tuple(aux_layers),
-        num_target_layers=text["num_hidden_layers"],
+        num_target_layers=target["num_hidden_layers"],
     )
+
+
+def _rope(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
+    """(scaling or None, theta), from the new or the old fields; of the global layers where there are two."""
+    new = target.get("rope_parameters") or {}
+    rope = dict(new.get("full_attention") or new or target.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or target.get("rope_theta") or 10000.0
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return None if plain or "mscale" in rope else rope, float(theta)
 
 
 def parameters(c: HeadConfig) -> Declaration:

@@ -49,8 +49,7 @@ def serving_config(head: HeadConfig, target: dict[str, Any], dtype: str) -> dict
     itself. `target_hidden_size` is left out: it defaults to `hidden_size` everywhere, and EAGLE's own code
     skips the target's embedding where it finds the key.
     """
-    text = target.get("text_config", target)
-    tokens = {name: text.get(name, target.get(name)) for name in _TOKENS}
+    tokens = {name: target.get(name) for name in _TOKENS}
     if not _is_token(tokens["pad_token_id"], head.vocab_size):
         tokens["pad_token_id"] = None  # -1, say, which EAGLE's embedding refuses
     return {
@@ -165,7 +164,7 @@ def limits(head: HeadConfig) -> list[str]:
 
 
 def require_fit(head: HeadConfig, target: dict[str, Any], where: str) -> None:
-    """EyasError naming the first size or RoPE setting of `where` that is not its target's (an HF config)."""
+    """EyasError naming the first size or RoPE setting of `where` that is not its target's (a config.json)."""
     wanted = head_config(target, head.draft_vocab_size, head.aux_layers, head.ffn)
     for field in ("hidden_size", "vocab_size", "rope_theta", "rope"):
         ours, its = getattr(head, field), getattr(wanted, field)

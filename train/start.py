@@ -8,7 +8,7 @@ features had a root mean square of one (see train/optimizer.py).
 seconds: the linear map of the aux states at i and the token x[i+1] that comes nearest to the target's last
 hidden state at i+1, which the target's lm_head turns into the teacher's logits. The aux states' half of the
 map becomes `fc`. The token's half becomes the value and output projections, at the rank that they have;
-queries and keys start equal, so that attention begins with a position's own token.
+queries and keys start equal, so that attention begins with a position's own token. The MLP adds nothing yet.
 
 Dimensions: n samples, A aux states, H hidden size, N query heads, J key/value heads, D head_dim,
 X = A * H + H features.
@@ -27,7 +27,9 @@ from train.plan import counted_targets
 Weights = dict[str, np.ndarray]
 INITS = ("fitted", "target", "normal")
 _POSITIONS = 65_536  # sampled, counted or not: 28 for each feature of a target with H=576, 3 with H=5,120
-_RIDGE = 1e-3  # of the features' mean square: keeps directions that hardly occur from blowing up
+_RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
+_KEEP_OUT = 8  # every so many-th row is for choosing the ridge
+_LEAST_FACTOR = 0.1  # of the last state's size, should nothing be predictable
 _SELF = 6.0  # score of a token with itself above unrelated ones: e^6 outweighs a few hundred of them
 
 
@@ -47,6 +49,7 @@ def start(
         return params
     scale_H, map_XH = _fit(c, store, sample(store, rows, seed))
     params |= {"norm.weight": scale_H, "fc.weight": np.ascontiguousarray(map_XH[: len(units_X)].T)}
+    params["midlayer.mlp.down_proj.weight"][:] = 0
     return params | _own_token(params, c, map_XH[len(units_X) :].T, seed)
 
 
@@ -97,7 +100,31 @@ def _samples(c: HeadConfig, store: Store, rows: np.ndarray) -> Iterator[tuple[np
 
 
 def _fit(c: HeadConfig, store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(root mean square of the last state [H], ridge regression [X, H] to the last state divided by it)."""
+    """(final norm's weight [H], map [X, H] to the last hidden state in units of its root mean square).
+
+    A prediction varies less than what it predicts, but the final norm makes it as large: with a weight of
+    the last state's size the head would begin far too sure of itself. The ridge and a factor for that weight
+    are those that fit best where it counts, on rows that are kept out.
+    """
+    kept_out = rows[::_KEEP_OUT]
+    fitted = np.setdiff1d(rows, kept_out) if len(rows) > 1 else rows
+    gram_XX, cross_XH, scale_H = _moments(c, store, fitted)
+    size_X = np.sqrt(np.diag(gram_XX)) + 1e-6  # every feature counts alike in the ridge
+    gram_XX /= size_X[:, None] * size_X
+    cross_XH /= size_X[:, None] * scale_H
+    best = (np.inf, 1.0, cross_XH)
+    for ridge in _RIDGES:
+        gram_XX[np.diag_indices(len(gram_XX))] = 1 + ridge
+        map_XH = (np.linalg.solve(gram_XX, cross_XH) / size_X[:, None]).astype(np.float32)
+        error, factor = _judge(c, store, kept_out, map_XH, scale_H)
+        if error < best[0]:
+            best = error, factor, map_XH
+    _, factor, map_XH = best
+    return (factor * scale_H).astype(np.float32), map_XH
+
+
+def _moments(c: HeadConfig, store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(features' products [X, X], their products with the last state [X, H], its root mean square [H])."""
     X, H = (len(c.aux_layers) + 1) * c.hidden_size, c.hidden_size
     gram_XX, cross_XH, square_H, n = np.zeros((X, X)), np.zeros((X, H)), np.zeros(H), 0
     for features, last in _samples(c, store, rows):
@@ -105,12 +132,24 @@ def _fit(c: HeadConfig, store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.
         cross_XH += features.T @ last
         square_H += np.square(last).sum(0)
         n += len(last)
-    scale_H = np.sqrt(square_H / max(n, 1)) + 1e-6
-    size_X = np.sqrt(np.diag(gram_XX)) + 1e-6  # every feature counts alike in the ridge
-    gram_XX /= size_X[:, None] * size_X
-    gram_XX[np.diag_indices(X)] += _RIDGE
-    map_XH = np.linalg.solve(gram_XX, cross_XH / size_X[:, None]) / size_X[:, None] / scale_H
-    return scale_H.astype(np.float32), map_XH.astype(np.float32)
+    return gram_XX, cross_XH, np.sqrt(square_H / max(n, 1)) + 1e-6
+
+
+def _judge(
+    c: HeadConfig, store: Store, rows: np.ndarray, map_XH: np.ndarray, scale_H: np.ndarray
+) -> tuple[float, float]:
+    """(square error of the map's normed predictions times the best factor, as a share of nothing predicted;
+    that factor)."""
+    both = size = want = 0.0
+    for features, last in _samples(c, store, rows):
+        found, last = features @ map_XH, last / scale_H
+        found /= np.sqrt(np.square(found).mean(1, keepdims=True) + c.rms_eps)
+        both += float((found * last).sum())
+        size += float(np.square(found).sum())
+        want += float(np.square(last).sum())
+    if not size:
+        return 0.0, 1.0
+    return 1 - both**2 / (size * want), max(both / size, _LEAST_FACTOR)
 
 
 def _own_token(params: Weights, c: HeadConfig, token_HH: np.ndarray, seed: int) -> Weights:

@@ -140,7 +140,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target described by its config.json; `raw` is that file."""
+    """A target described by its config.json.
+
+    `raw` is that file; `text` the same of the text decoder alone, with the values that its family's published
+    files leave out: what a head is built and served by.
+    """
 
     architecture: str
     hidden_size: int
@@ -155,6 +159,7 @@ class TargetConfig:
     dequantise: bool = False  # quantised weights become plain when they are loaded, not when they are used
     surplus: tuple[str, ...] = ()  # patterns of tensors in the folder that the forward pass does without
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    text: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_layers(self) -> int:

@@ -4,6 +4,8 @@ import json
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tests import tiny_llama
+
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for m in messages %}"
@@ -33,7 +35,7 @@ def write_model(folder, template=CHATML, **config):
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    size = {"vocab_size": tokenizer.get_vocab_size(), "model_type": "llama"}
+    size = tiny_llama.CONFIG | {"vocab_size": tokenizer.get_vocab_size()}
     (folder / "config.json").write_text(json.dumps(size | config))
     return folder
 

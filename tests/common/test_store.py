@@ -250,7 +250,7 @@ def test_unknown_names_and_rows(full):
 
 
 def test_whole_shards_of_other_numbers_are_refused(full):
-    assert verify(full)["damaged"] == [f"{full}/target/checksums.json is missing; check the path"] * 2
+    assert verify(full)["damaged"] == [f"{full}/target/checksums.json is missing; check the path"]
     shutil.copy(f"{full}/features/argmax/c/0/0", f"{full}/features/argmax/c/1/0")
     with pytest.raises(EyasError, match=r"argmax rows \[4, 3\]: damaged on disk \(checksums differ\)"):
         Store.open(full).read(["argmax"], [4, 0, 3])

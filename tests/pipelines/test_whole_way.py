@@ -16,9 +16,7 @@ CHATS = str(Path(__file__).parents[1] / "data" / "chats.jsonl")
 
 def write_target(folder):
     """A random Llama that has the byte tokenizer and a chat template."""
-    own = ("vocab_size", "max_position_embeddings")
-    sizes = {name: value for name, value in tiny_llama.CONFIG.items() if name not in own}
-    chats.write_model(folder, **sizes, max_position_embeddings=512)
+    chats.write_model(folder, max_position_embeddings=512)
     tiny_llama.write_weights(str(folder))
 
 

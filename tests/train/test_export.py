@@ -1,5 +1,7 @@
 """An exported head is what a server expects: names, numbers, configuration, and nothing half-written."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -57,7 +59,7 @@ def test_transformers_reads_the_rope_of_the_target(tmp_path, scaling):
     target = TARGET | {"rope_scaling": scaling, "rope_theta": 500000.0}
     params, head = made(target)
     written = config_of(export(str(tmp_path / "head"), params, head, IDS, target))
-    ours, its = LlamaConfig.from_dict(written), LlamaConfig.from_dict(dict(target))
+    ours, its = LlamaConfig.from_dict(written), LlamaConfig.from_dict(copy.deepcopy(target))
     assert ours.rope_parameters == its.rope_parameters
     assert ours.rope_parameters["rope_theta"] == 500000.0
     assert (ours.head_dim, ours.vocab_size, ours.tie_word_embeddings) == (8, 61, False)

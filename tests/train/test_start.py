@@ -1,5 +1,7 @@
 """A fitted head already predicts what follows linearly from its inputs; units undo the features' sizes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,22 @@ def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
     taught = frozen(store, IDS, "recompute", mesh, jnp.float32)
     acc = {i: evaluator(made(store, head, i), taught)["acc"][0] for i in ("fitted", "target", "normal")}
     assert acc["fitted"] > 0.2 > 2 * max(acc["target"], acc["normal"])
+
+
+def test_a_fitted_head_is_as_sure_as_it_is_right(store, head):
+    """Its loss rises when its logits shrink by half or double; values have full rank, as in the fit."""
+    head = replace(head, num_kv_heads=small_store.H // head.head_dim)
+    mesh = make_mesh()
+    evaluator = Evaluator(store, store.split_rows("test"), head, IDS, mesh, 1, 4, jnp.float32)
+    taught = frozen(store, IDS, "recompute", mesh, jnp.float32)
+    fitted = made(store, head, "fitted")
+
+    def loss(scale):
+        return evaluator(fitted | {"norm.weight": fitted["norm.weight"] * np.float32(scale)}, taught)["loss"][
+            0
+        ]
+
+    assert loss(1) < min(loss(0.5), loss(2))
 
 
 def test_the_same_seed_gives_the_same_head(store, head):

@@ -83,5 +83,6 @@ def model(f: Fields, layers: Sequence[Layer], **more) -> TargetConfig:
         layers=tuple(layers),
         norm=layers[0].norm,
         raw=f.original,
+        text=f.raw,
         **({"tied": bool(f.get("tie_word_embeddings", False))} | more),
     )

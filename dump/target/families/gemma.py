@@ -66,7 +66,8 @@ def _multimodal(f: Fields) -> TargetConfig:
     text.finish()
     f.skip("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
     f.skip("tie_word_embeddings")
-    return replace(cfg, raw=f.raw)
+    outer = {name: value for name, value in f.raw.items() if name not in ("text_config", "vision_config")}
+    return replace(cfg, raw=f.raw, text=outer | cfg.text)
 
 
 ARCHITECTURES = {"Gemma3ForCausalLM": _text, "Gemma3ForConditionalGeneration": _multimodal}

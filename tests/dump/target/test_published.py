@@ -1,6 +1,7 @@
 """Every recipe is laid out for the target that the Hub has: sizes, mesh and memory, from shapes alone."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
+from train.experiment import TrainConfig
+from train.head import head_config, parameters
+from train.servers import canonical_rope, read_serving_config, serving_config
 
 HBM = {"v6e": 32e9, "v5p": 95e9}  # bytes a chip
 USABLE = 0.97  # the rest is the runtime's
 SPARE = 1.5e9  # a block's outputs, logits, attention scores
 SORTED = 2.5e9  # what a layer of experts holds beside its weights, see dump/target/moe.py
+TRAINED = 26  # a parameter: float32 weights and moments (12), gradients, their sums, bfloat16 copies
 STATES = 10  # copies of the residual stream: kept for aux states, normed, summed
 
 
@@ -70,6 +75,26 @@ def test_the_target_fits_its_slice(name, tmp_path):
     need = weights + states + dequantised_bytes(cfg, config.tp) + SORTED * sparse + SPARE
     limit = HBM[recipe.dump_slice.split("-")[0]] * USABLE
     assert need < limit, f"{name} needs {need / 1e9:.1f} GB a chip ({weights / 1e9:.1f} of weights)"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
+    """From what the store keeps of config.json. Bytes a parameter are those that the TPU compiler takes."""
+    cfg, recipe = read(name, tmp_path)
+    config = TrainConfig("store", "out", **recipe.train)
+    aux = target.default_aux_layers(cfg.num_layers)
+    head = head_config(cfg.text, config.draft_vocab, aux, config.ffn)
+    files.write_json(f"{tmp_path}/head.json", serving_config(head, cfg.text, "bfloat16"))
+    again = read_serving_config("head.json", files.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
+    assert again == replace(head, rope=canonical_rope(head.rope))
+    assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
+
+    count = sum(math.prod(p.shape) for p in parameters(head).values())
+    kept = 2 * head.ffn + 2 * (head.num_heads + head.num_kv_heads) * head.head_dim + 2 * head.hidden_size
+    tokens = config.batch_rows // config.dp * recipe.prepare["length"]
+    need = TRAINED * count + 2 * tokens * config.ttt_steps * kept + 2 * head.vocab_size * head.hidden_size
+    limit = HBM[recipe.train_slice.split("-")[0]] * USABLE
+    assert need < limit, f"{name} needs {need / 1e9:.1f} GB a chip for a head of {count / 1e6:.0f}M"
 
 
 SIZES = {  # billions of parameters, as the models' pages have them
