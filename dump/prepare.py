@@ -83,7 +83,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     A store that already holds the same configuration and data is left alone. EyasError, with nothing
     written, for unusable data or model, and for a store or folder that holds something else.
     """
-    vocab_size = _vocab_size(config.model)
+    vocab_size = read_vocab_size(config.model)
     chat = Chat.load(config.model)
     sources = _open(config)
     identity = {
@@ -136,7 +136,7 @@ def _open(config: PrepareConfig) -> list[DataFile]:
         return [DataFile.open(url, bar.update) for url in config.data]
 
 
-def _vocab_size(model: str) -> int:
+def read_vocab_size(model: str) -> int:
     """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
     config = files.read_json(f"{model.rstrip('/')}/config.json")
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
