@@ -155,6 +155,7 @@ def make(config: TrainConfig) -> Experiment:
     """Checks everything; writes nothing. EyasError names what is wrong."""
     if files.is_remote(config.out):
         raise EyasError(f"out={config.out} is not a local folder; train into a local one and copy it there")
+    files.require_folder(config.out)
     store = Store.open(config.store)
     features = store.features
     store.require_complete()

@@ -1,9 +1,11 @@
 """Speed and memory of every stage, measured in one run, each beside what it is compared with."""
 
+import os
 import tempfile
 from typing import Any
 
 from common import files
+from common.errors import EyasError
 from common.progress import note
 from pipelines import embedded
 
@@ -15,6 +17,9 @@ def run(out: str, cache: str) -> dict[str, Any]:
     """
     from pipelines.bench import data, training
 
+    files.require_folder(os.path.dirname(out) or ".")
+    if os.path.isdir(out):
+        raise EyasError(f"{out} is a folder; name a file")
     model, conversations = embedded.fetch_model(cache), embedded.fetch_conversations(cache)
     with tempfile.TemporaryDirectory(prefix="eyas-bench-") as place:
         parts = (

@@ -193,6 +193,8 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(EyasError, match=r"already holds mine.txt"):
         run(replace(config, out=str(tmp_path)))
+    with pytest.raises(EyasError, match=r"mine.txt is a file; name another place"):
+        run(replace(config, out=f"{tmp_path}/mine.txt"))
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
