@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that `eyas --help` is instant
 
 import errno
 import json
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,19 @@ class Group(click.Group):
         except KeyboardInterrupt:
             raise _failure(STOPPED, 130) from None
         except OSError as error:
-            if error.errno not in _MACHINE:
+            if error.errno in _MACHINE:
+                where = f"{error.filename}: " if error.filename else ""
+                raise _failure(where + _MACHINE[error.errno], 1) from None
+            if not _is_network(error):
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            raise _failure(where + _MACHINE[error.errno], 1) from None
+            text = f"{error}; check the network and the address, then run the same command again"
+            raise _failure(text, 1) from None
+
+
+def _is_network(error: OSError) -> bool:
+    """A host that cannot be reached, as the standard library or aiohttp (of gcsfs) says it."""
+    known = (ConnectionError, TimeoutError, socket.gaierror)
+    return isinstance(error, known) or type(error).__module__.startswith("aiohttp.")
 
 
 def _failure(text: str, code: int) -> click.ClickException:

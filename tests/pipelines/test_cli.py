@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import aiohttp
 import pytest
 from click.testing import CliRunner
 
@@ -152,6 +154,12 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
         (OSError(errno.ENOSPC, "No space left on device", "store/x"), 1, "Error: store/x: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "store"), 1, "Error: store: permission denied"),
         (MachineError("store/x: the disk is full"), 1, "Error: store/x: the disk is full"),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            1,
+            "Error: [Errno -2] Name or service not known; ch",
+        ),
+        (aiohttp.ClientOSError("Cannot connect to bucket"), 1, "Error: Cannot connect to bucket; check"),
         (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
     ],
 )
