@@ -70,7 +70,7 @@ def head_config(
             raise EyasError(f"the store's target/config.json has no {field}; dump the store again")
     hidden, heads = target["hidden_size"], target["num_attention_heads"]
     kv_heads, head_dim = target.get("num_key_value_heads") or heads, target.get("head_dim") or hidden // heads
-    if "kv_lora_rank" in target:
+    if target.get("kv_lora_rank"):
         head_dim = min(_LATENT_HEAD_DIM, hidden)
         heads = hidden // head_dim
         kv_heads = math.gcd(heads, _LATENT_KV_HEADS)

@@ -15,6 +15,7 @@ X = A * H + H features.
 """
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 import jax
 import numpy as np
@@ -104,7 +105,7 @@ def _fit(c: HeadConfig, store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.
 
     A prediction varies less than what it predicts, but the final norm makes it as large: with a weight of
     the last state's size the head would begin far too sure of itself. The ridge and a factor for that weight
-    are those that fit best where it counts, on rows that are kept out.
+    are those with the least square error on rows that are kept out of the fit.
     """
     kept_out = rows[::_KEEP_OUT]
     fitted = np.setdiff1d(rows, kept_out) if len(rows) > 1 else rows
@@ -112,14 +113,13 @@ def _fit(c: HeadConfig, store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.
     size_X = np.sqrt(np.diag(gram_XX)) + 1e-6  # every feature counts alike in the ridge
     gram_XX /= size_X[:, None] * size_X
     cross_XH /= size_X[:, None] * scale_H
-    best = (np.inf, 1.0, cross_XH)
-    for ridge in _RIDGES:
+
+    def tried(ridge: float) -> tuple[float, float, np.ndarray]:
         gram_XX[np.diag_indices(len(gram_XX))] = 1 + ridge
         map_XH = (np.linalg.solve(gram_XX, cross_XH) / size_X[:, None]).astype(np.float32)
-        error, factor = _judge(c, store, kept_out, map_XH, scale_H)
-        if error < best[0]:
-            best = error, factor, map_XH
-    _, factor, map_XH = best
+        return *_judge(c, store, kept_out, map_XH, scale_H), map_XH
+
+    _, factor, map_XH = min(map(tried, _RIDGES), key=itemgetter(0))
     return (factor * scale_H).astype(np.float32), map_XH
 
 
