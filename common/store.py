@@ -7,7 +7,8 @@
     STORE/commits/000042.json  a block of rows is durable: rows, counts, checksums; written last
     STORE/target/              the target's embed_tokens, lm_head, config.json and tokenizer files
 
-A block without its commit marker does not exist. `common/store_writer.py` writes, `common/verify.py` checks.
+A block without its commit marker does not exist. `common/store_writer.py` writes, `common/store_verify.py`
+checks.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import tensorstore as ts
 
-from common import arrays, checkpoint, files
+from common import safetensors, storage, zarr
 from common.config import digest
 from common.errors import EyasError
 
@@ -42,9 +43,9 @@ _REPAIR = (
 def read_manifest(url: str) -> dict[str, Any]:
     """The manifest of a store; EyasError if there is none, it is damaged, or a newer Eyas wrote it."""
     place = f"{url.rstrip('/')}/{MANIFEST}"
-    if not files.exists(place):
+    if not storage.exists(place):
         raise EyasError(f"{url} is no feature store (it has no {MANIFEST}); check the path or run prepare")
-    manifest = files.read_json(place)
+    manifest = storage.read_json(place)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
         raise EyasError(f"{place} has no schema number, so it is no store's manifest; check the path")
     if manifest["schema"] > SCHEMA:
@@ -105,13 +106,13 @@ class Store:
 
     def committed(self) -> set[int]:
         """The blocks that have a commit marker now."""
-        names = files.list_names(f"{self.url}/commits")
+        names = storage.list_names(f"{self.url}/commits")
         return {int(found[1]) for name in names if (found := _MARKER.fullmatch(name))}
 
     def commit(self, block: int) -> dict[str, Any]:
         """A block's commit marker; EyasError if another manifest was in force when it was written."""
         place = f"{self.url}/commits/{block:06d}.json"
-        marker = files.read_json(place)
+        marker = storage.read_json(place)
         if not isinstance(marker, dict) or marker.get("store") != self.hash:
             raise EyasError(
                 f"{place} was written under another manifest: {MANIFEST} was edited since; restore it"
@@ -153,7 +154,7 @@ class Store:
     def index(self) -> pa.Table:
         """One line a conversation: id, split, row, start, length, counted."""
         place = f"{self.url}/{INDEX}"
-        data = files.read_bytes(place)
+        data = storage.read_bytes(place)
         if hashlib.sha256(data).hexdigest() != self.manifest["rows"].get("index_sha256"):
             raise EyasError(
                 f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
@@ -177,8 +178,8 @@ class Store:
         if codec["name"] != "draft":
             return None
         size = codec["size"]
-        opened = arrays.open_array(f"{self.url}/features/draft_ids", (size,), np.dtype(np.int32))
-        return arrays.read_rows({"draft_ids": opened}, np.arange(size))["draft_ids"]
+        opened = zarr.open_array(f"{self.url}/features/draft_ids", (size,), np.dtype(np.int32))
+        return zarr.read_rows({"draft_ids": opened}, np.arange(size))["draft_ids"]
 
     def read(self, names: list[str] | tuple[str, ...], rows: Any) -> dict[str, np.ndarray]:
         """{name: [n, T, ...]} in the order of `rows` (any order, repeats allowed).
@@ -213,7 +214,7 @@ class Store:
 
     def _require_sums(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
         size = self.features["block_rows"]
-        sums = arrays.row_sums(values)
+        sums = zarr.row_sums(values)
         bad = [
             row
             for row, found in zip(rows.tolist(), sums, strict=True)
@@ -226,7 +227,7 @@ class Store:
         """`read` without commits and their checksums; also of `token_counts`, whose rows are tokens."""
         opened = {name: self._array(name) for name in names}
         try:
-            return arrays.read_rows(opened, rows)
+            return zarr.read_rows(opened, rows)
         except EyasError as error:
             raise EyasError(f"{self.url}: {error}; {_REPAIR}") from error
 
@@ -236,7 +237,7 @@ class Store:
                 described = self.manifest.get(section, {}).get("arrays", {}).get(name)
                 if described is not None:
                     shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
-                    self._open[name] = arrays.open_array(f"{self.url}/{section}/{name}", shape, dtype)
+                    self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", shape, dtype)
                     break
             else:
                 known = [*self.manifest["rows"]["arrays"], *self.features["arrays"]]
@@ -249,10 +250,10 @@ class Store:
         EyasError if it is missing or its bytes are not those that dump wrote.
         """
         folder = f"{self.url}/target"
-        sums = files.read_json(f"{folder}/{CHECKSUMS}")
+        sums = storage.read_json(f"{folder}/{CHECKSUMS}")
         name = name if name in sums else "embed_tokens"
-        tensors = checkpoint.Checkpoint.open(folder)
-        if name not in tensors.tensors or arrays.crc32(found := tensors.read(name)) != sums[name]:
+        tensors = safetensors.Checkpoint.open(folder)
+        if name not in tensors.tensors or zarr.crc32(found := tensors.read(name)) != sums[name]:
             raise EyasError(
                 f"{folder}: {name} is missing or damaged; delete {CHECKSUMS} there and run the same dump "
                 "command, which writes target/ anew"
@@ -261,4 +262,4 @@ class Store:
 
     def target_config(self) -> dict[str, Any]:
         """The target's config.json."""
-        return files.read_json(f"{self.url}/target/config.json")
+        return storage.read_json(f"{self.url}/target/config.json")

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from common import arrays, files
+from common import storage, zarr
 from common.config import differences
-from common.disk import readable_errors
 from common.errors import EyasError
+from common.storage import readable_errors
 from common.store import INDEX, MANIFEST, SCHEMA, Store, read_manifest
 
 
@@ -32,25 +32,25 @@ def write_rows(
     "index_sha256". EyasError if there is a store already or the disk is full.
     """
     url = url.rstrip("/")
-    if files.exists(f"{url}/{MANIFEST}"):
+    if storage.exists(f"{url}/{MANIFEST}"):
         raise EyasError(f"{url} is a store already; name a new one, or delete it first")
     described = {}
     with readable_errors(url):
-        files.remove_partial(url)
+        storage.remove_partial(url)
         for name, value in (columns | {"token_counts": token_counts}).items():
-            rows = arrays.shard_rows(value.shape, value.dtype)
+            rows = zarr.shard_rows(value.shape, value.dtype)
             place = f"{url}/rows/{name}"
-            arrays.create(place, value.shape, value.dtype, rows).write(value).commit.result()
-            described[name] = _describe(value.shape, value.dtype) | {"crc32": arrays.crc32(value)}
+            zarr.create(place, value.shape, value.dtype, rows).write(value).commit.result()
+            described[name] = _describe(value.shape, value.dtype) | {"crc32": zarr.crc32(value)}
         sink = io.BytesIO()
         pyarrow.parquet.write_table(index, sink)
-        files.write_bytes(f"{url}/{INDEX}", sink.getvalue())
+        storage.write_bytes(f"{url}/{INDEX}", sink.getvalue())
         extra = {"arrays": described, "index_sha256": hashlib.sha256(sink.getvalue()).hexdigest()}
-        files.write_json(f"{url}/{MANIFEST}", {"schema": SCHEMA, "rows": rows_manifest | extra})
+        storage.write_json(f"{url}/{MANIFEST}", {"schema": SCHEMA, "rows": rows_manifest | extra})
 
 
 def _describe(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    chunk = arrays.chunk_shape(shape, dtype)
+    chunk = zarr.chunk_shape(shape, dtype)
     return {"shape": list(shape), "dtype": np.dtype(dtype).name, "chunk": list(chunk)}
 
 
@@ -88,15 +88,13 @@ def _create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray |
     with readable_errors(url):
         for name, a in features["arrays"].items():
             place = f"{url}/features/{name}"
-            arrays.create(
-                place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"], checked=False
-            )
+            zarr.create(place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"], checked=False)
         if draft_ids is not None:
             place = f"{url}/features/draft_ids"
-            arrays.create(place, draft_ids.shape, draft_ids.dtype, len(draft_ids)).write(
+            zarr.create(place, draft_ids.shape, draft_ids.dtype, len(draft_ids)).write(
                 draft_ids
             ).commit.result()
-        files.write_json(f"{url}/{MANIFEST}", manifest | {"features": features})
+        storage.write_json(f"{url}/{MANIFEST}", manifest | {"features": features})
 
 
 class FeatureWriter:
@@ -123,7 +121,7 @@ class FeatureWriter:
             _create_features(url, features, draft_ids)
         self.store = Store.open(url)
         self._arrays = {
-            name: arrays.open_array(f"{url}/features/{name}", tuple(a["shape"]), np.dtype(a["dtype"]))
+            name: zarr.open_array(f"{url}/features/{name}", tuple(a["shape"]), np.dtype(a["dtype"]))
             for name, a in features["arrays"].items()
         }
         self._free = threading.Semaphore(in_flight)
@@ -155,7 +153,7 @@ class FeatureWriter:
                 ]
                 for request in writes:
                     request.commit.force()
-                sums = {name: arrays.row_sums(value) for name, value in values.items()}
+                sums = {name: zarr.row_sums(value) for name, value in values.items()}
                 for request in writes:
                     request.commit.result()
                 marker = {
@@ -166,7 +164,7 @@ class FeatureWriter:
                     "counted": counted,
                     "crc32c": sums,
                 }
-                files.write_json(f"{self.store.url}/commits/{block:06d}.json", marker)
+                storage.write_json(f"{self.store.url}/commits/{block:06d}.json", marker)
         except EyasError as error:
             self._failed = self._failed or error
             raise

@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.answers import END_THINK, THINK, Messages
+from dump.answer_spans import END_THINK, THINK, Messages
 from dump.conversations import TURN_KEYS
 
 ROLES = {

@@ -19,7 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from common.progress import note
 
@@ -84,7 +84,7 @@ class DataFile:
 @contextmanager
 def _opened(url: str) -> Iterator[BinaryIO]:
     try:
-        place = fsspec.open(url if files.is_remote(url) else files.local_path(url), "rb")
+        place = fsspec.open(url if storage.is_remote(url) else storage.local_path(url), "rb")
     except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is missing
         raise EyasError(f"{url} cannot be read: {error}") from None
     try:

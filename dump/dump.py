@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common import files
+from common import storage
+from common.codec import encode_states
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import Progress, note
@@ -25,9 +26,9 @@ from common.stopping import Stop
 from common.store import Store
 from common.store_writer import FeatureWriter
 from dump import target
-from dump.codecs import chunk_length, encode_logits, encode_states
 from dump.plan import DumpConfig, Plan, make_plan
-from dump.target_folder import write_target
+from dump.reduce_logits import chunk_length, encode_logits
+from dump.target_files import write_target
 
 __all__ = ["Discard", "DumpConfig", "Prefill", "run", "run_blocks"]
 
@@ -78,7 +79,7 @@ def run(config: DumpConfig) -> dict[str, Any]:
 def _run(plan: Plan, check: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         for folder in ("", "commits", "target"):
-            files.remove_partial(f"{plan.config.store.rstrip('/')}/{folder}")
+            storage.remove_partial(f"{plan.config.store.rstrip('/')}/{folder}")
     if not plan.blocks:
         return write_target(plan)
     weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.dtype))

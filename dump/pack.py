@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from common.chat import Encoded
 from common.errors import EyasError
+from dump.chat import Encoded
 
 TRAIN, TEST = "train", "test"
 

@@ -10,18 +10,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common import arrays
-from common.chat import tokenizer_hash
-from common.checkpoint import Checkpoint
+from common import zarr
+from common.codec import CODECS, PRECISIONS, Codec, shapes
 from common.config import digest
-from common.disk import require_room
+from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh
+from common.safetensors import Checkpoint
+from common.storage import require_room
 from common.store import Store
 from common.store_writer import describe_arrays, raw_bytes, refuse_other_features
-from common.vocab import most_frequent
 from dump import target
-from dump.codecs import CODECS, PRECISIONS, Codec, shapes
+from dump.chat import tokenizer_hash
 
 _DTYPES = ("float32", "bfloat16")
 _CHIP_TOKENS = 2048  # of a batch by default: a few seconds on a laptop, enough to fill a matrix unit
@@ -127,7 +127,7 @@ def make_plan(config: DumpConfig) -> Plan:
         "aux_layers": list(aux_layers),
         "last_hidden": "after_final_norm",
         "codec": {"name": codec.name, "size": codec.size}
-        | ({} if draft_ids is None else {"ids_crc32": arrays.crc32(draft_ids)}),
+        | ({} if draft_ids is None else {"ids_crc32": zarr.crc32(draft_ids)}),
         "precision": codec.precision,
         "compute_dtype": dtype,
         "block_rows": config.block_rows,

@@ -18,13 +18,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from common import files
-from common.chat import Chat, Encoded, Rendered, TemplateNotFollowedError, TemplateRefusedError
+from common import storage
 from common.config import differences, to_json
 from common.errors import EyasError
 from common.progress import Progress, note
 from common.store import INDEX, MANIFEST, read_manifest
 from common.store_writer import write_rows
+from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError, TemplateRefusedError
 from dump.clean import Cleaner, Conversation
 from dump.conversations import DataFile
 from dump.pack import TEST, pack, split
@@ -138,7 +138,7 @@ def _open(config: PrepareConfig) -> list[DataFile]:
 
 def read_vocab_size(model: str) -> int:
     """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
-    config = files.read_json(f"{model.rstrip('/')}/config.json")
+    config = storage.read_json(f"{model.rstrip('/')}/config.json")
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if size is None and "text_config" in config:  # multimodal files leave out what equals the defaults
         from transformers import AutoConfig
@@ -151,7 +151,7 @@ def read_vocab_size(model: str) -> int:
 
 def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
     """True if the store holds these rows, False if there is none. EyasError if it holds anything else."""
-    if files.exists(f"{store.rstrip('/')}/{MANIFEST}"):
+    if storage.exists(f"{store.rstrip('/')}/{MANIFEST}"):
         rows = read_manifest(store)["rows"]
         different = differences({name: rows.get(name) for name in identity}, identity)
         if different:
@@ -159,9 +159,9 @@ def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
                 f"{store} was prepared in another way: {'; '.join(different)}; name a new store, or delete it"
             )
         return True
-    files.require_folder(store)
+    storage.require_folder(store)
     ours = ("rows", INDEX, f".{INDEX}.", f".{MANIFEST}.")  # and what an interrupted prepare leaves
-    foreign = [name for name in files.list_names(store) if not name.startswith(ours)]
+    foreign = [name for name in storage.list_names(store) if not name.startswith(ours)]
     if foreign:
         raise EyasError(f"{store} is no store and not empty (it has {foreign[0]}); name a new folder")
     return False

@@ -2,13 +2,13 @@
 
 import os
 
-from common import files
+from common import storage
 from common.config import digest
 from common.errors import EyasError
-from common.folders import write_folder
+from common.storage import write_folder
 from common.store import Store
 from pipelines.recipes import Recipe
-from train.check_head import check
+from train.check_export import check
 
 _HEAD_FILES = ("config.json", "model.safetensors", "README.md")
 
@@ -18,7 +18,7 @@ def require_same_target(store: str, model: str, recipe: Recipe | None) -> None:
     opened = Store.open(store)
     if recipe is None:
         if os.path.isdir(model):
-            opened.require_target(digest(files.read_json(files.join(model, "config.json"))))
+            opened.require_target(digest(storage.read_json(storage.join(model, "config.json"))))
         return
     target = opened.features["target"]
     for name in ("architecture", "layers", "hidden_size", "vocab_size"):
@@ -35,6 +35,6 @@ def copy_head(head: str, target_config: dict, out: str) -> list[str]:
     Returns what the check found, a line each. EyasError, with nothing written, if `head` is not sound.
     """
     check(head, target_config)
-    names = [name for name in _HEAD_FILES if files.exists(files.join(head, name))]
-    write_folder(out, {name: files.read_bytes(files.join(head, name)) for name in names})
+    names = [name for name in _HEAD_FILES if storage.exists(storage.join(head, name))]
+    write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
     return [f"{out}: written and checked", *(f"  {line}" for line in check(out, target_config))]

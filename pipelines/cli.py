@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from pipelines import recipes
-from pipelines.failures import Group
+from pipelines.exit_codes import Group
 
 EMBEDDED = recipes.EMBEDDED
 
@@ -158,7 +158,7 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
     recipe = recipes.find(model)
     place = {"model": recipes.folder(model, cache), "store": store}
     config = configure(stage.DumpConfig, recipe, "dump", given | place)
-    if data and not files.exists(f"{store.rstrip('/')}/{MANIFEST}"):
+    if data and not storage.exists(f"{store.rstrip('/')}/{MANIFEST}"):
         prepare_rows(configure(PrepareConfig, recipe, "prepare", place | {"data": _data(data, cache)}))
     show(stage.run(config))
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from common import files
+from common import storage
 from common.config import digest
 from common.progress import note
 from common.store import Store
@@ -88,7 +88,7 @@ def run(config: DemoConfig) -> str:
         "head": head,
         "checks": checks,
     }
-    files.write_json(os.path.join(config.out, "summary.json"), summary)
+    storage.write_json(os.path.join(config.out, "summary.json"), summary)
     return as_text(summary, config.out)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common import checkpoint
+from common import safetensors
 from dump import target
 from dump.target.weights import stacks
 
@@ -30,4 +30,4 @@ def write_weights(folder: str, seed: int = 0) -> None:
     for stack in stacks(target.read_config(folder)).values():
         shapes |= dict.fromkeys(stack.sources, stack.weight.shape)
     tensors = {n: rng.normal("norm" in n, 0.1, shape).astype(np.float32) for n, shape in shapes.items()}
-    checkpoint.write(f"{folder}/model.safetensors", tensors)
+    safetensors.write(f"{folder}/model.safetensors", tensors)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from common import files
+from common import storage
 from common.mesh import sharding, spec
 from common.params import shapes
 from dump import target
@@ -29,8 +29,8 @@ from dump.target.spec import Context
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
 from train import optimizer
-from train.experiment import TrainConfig
 from train.head import head_config, parameters
+from train.plan import TrainConfig
 from train.step import State, gradient, train_step
 from train.ttt import Batch, Frozen
 
@@ -50,7 +50,7 @@ def mesh_of(dp: int, tp: int, kind: str = "v6e") -> Mesh:
 def config_of(recipe: str, experts: str | None) -> target.TargetConfig:
     """The target's description, without its weights."""
     with tempfile.TemporaryDirectory() as folder:
-        files.write_json(f"{folder}/config.json", PUBLISHED[recipe])
+        storage.write_json(f"{folder}/config.json", PUBLISHED[recipe])
         return target.read_config(folder, experts)
 
 

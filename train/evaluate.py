@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common import files
-from common.checkpoint import Checkpoint
+from common import storage
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
 from common.progress import Progress, note
+from common.safetensors import Checkpoint
 from common.store import Store
-from train import check_head, ngram
-from train.experiment import frozen
+from train import check_export, ngram
 from train.head import HeadConfig, parameters
 from train.metrics import Sums, add, summarise
-from train.servers import read_serving_config
+from train.plan import frozen
+from train.serving_config import read_serving_config
 from train.step import score_step
 from train.stream import Plan, Stream
 from train.ttt import Frozen, Params
@@ -120,9 +120,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def load_head(folder: str, store: Store) -> tuple[HeadConfig, Params, np.ndarray]:
     """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
     target = store.target_config()
-    check_head.check(folder, target)
-    place = files.join(folder, "config.json")
-    head = read_serving_config(place, files.read_json(place), target["num_hidden_layers"])
+    check_export.check(folder, target)
+    place = storage.join(folder, "config.json")
+    head = read_serving_config(place, storage.read_json(place), target["num_hidden_layers"])
     if list(head.aux_layers) != store.features["aux_layers"]:
         raise EyasError(
             f"{folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "

@@ -13,11 +13,10 @@ from safetensors.numpy import save
 
 from common import params as declared
 from common.errors import EyasError
-from common.files import local_path
-from common.folders import write_folder
+from common.storage import local_path, write_folder
 from train.head import HeadConfig, parameters
 from train.model_card import model_card
-from train.servers import DTYPES, require_fit, serving_config
+from train.serving_config import DTYPES, require_fit, serving_config
 
 
 def export(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.head import HeadConfig
-from train.servers import canonical_rope, limits
+from train.serving_config import canonical_rope, limits
 
 _CARD = """---
 tags:

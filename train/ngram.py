@@ -11,7 +11,7 @@ import numpy as np
 
 from common.store import Store
 from train.metrics import Sums, summarise
-from train.plan import counted_targets
+from train.targets import counted_targets
 
 _ROWS = 1024  # read at once
 _NAMES = ("tokens", "segment_ids", "loss_mask", "argmax")

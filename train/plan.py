@@ -1,67 +1,263 @@
-"""Which positions a batch has to compute: found on the host from masks alone, at static capacities.
+"""Everything about a training run that can be known, and refused, before a step is computed.
 
-Two facts of TTT make most of a prompt's work needless: a query of step k sees only step 0's keys and its own
-index, so an index that never predicts a counted token needs keys and nothing else; and a target position is
-shared by all K steps, so its teacher is needed once.
-
-Index i at step k predicts token i+2+k; its teacher is the target's output at position j = i+1+k.
+Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
-PAD_TO = 128  # capacities are multiples of this, a matmul tile
+from common import storage, zarr
+from common.config import differences, to_json
+from common.draft_vocab import most_frequent
+from common.errors import EyasError
+from common.mesh import make_mesh, sharding
+from common.params import shapes
+from common.storage import require_room
+from common.store import Store
+from train import optimizer
+from train.head import HeadConfig, head_config, parameters
+from train.init import INITS, feature_units, start
+from train.stream import Plan, Stream, order, teaching_arrays
+from train.targets import Capacity
+from train.ttt import Frozen, Params
+
+FILE = "experiment.json"
+_DRAFT_VOCAB = 32_000
+_PACE = ("out", "log_every", "eval_every", "save_every")  # change nothing of the weights
+_CHOICES = {
+    "init": INITS,
+    "compat": (None, "specforge"),
+    "dtype": (None, "float32", "bfloat16"),
+    "teacher": ("recompute", "stored"),
+}
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """Static sizes of one data shard's compacted work: live query indices and counted target positions."""
+class TrainConfig:
+    """What to train. `store`: a complete feature store; `out`: the experiment's folder.
 
-    live: int
-    targets: int
-
-
-def counted_targets(
-    segments_RT: np.ndarray, loss_mask_RT: np.ndarray, compat: str | None = None
-) -> np.ndarray:
-    """bool [R, T]: teacher positions j whose next token j+1 belongs to an answer of the same document.
-
-    `compat="specforge"` reproduces that trainer's mask, which is not moved at step 0: position j counts when
-    the token *before* it, j-1, is masked in.
+    epochs: passes over the train split (steps overrides it); ttt_steps: K; decay: step k weighs decay^k;
+    draft_vocab: None is 32,000, or the whole vocabulary of a smaller target; warmup: share of the steps;
+    init: see train/init.py; compat "specforge": its mask and divisor, to compare
+    losses; dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); teacher: recompute it from
+    last_hidden and lm_head, or take stored logits; ffn: width (None: the target's);
+    eval_every, save_every: steps (None: chosen so that they cost little); dp: chips.
     """
-    counted = np.zeros(loss_mask_RT.shape, bool)
-    same = (segments_RT[:, 1:] == segments_RT[:, :-1]) & (segments_RT[:, 1:] > 0)
-    if compat == "specforge":
-        counted[:, 1:] = same & (loss_mask_RT[:, :-1] > 0)
-    else:
-        counted[:, :-1] = same & (loss_mask_RT[:, 1:] > 0)
-    return counted
+
+    store: str
+    out: str
+    seed: int = 0
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_rows: int = 4
+    ttt_steps: int = 7
+    decay: float = 0.8
+    draft_vocab: int | None = None
+    learning_rate: float = 1e-4
+    warmup: float = 0.02
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.95)
+    init: str = "fitted"
+    compat: str | None = None
+    dtype: str | None = None
+    teacher: str = "recompute"
+    ffn: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                known = ", ".join(str(value) for value in allowed if value)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
+        optional = ("steps", "draft_vocab", "ffn", "eval_every", "save_every")
+        for name in ("batch_rows", "ttt_steps", "log_every", "dp", *optional):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("epochs", "learning_rate", "clip", "decay"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
+        for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be from 0 up to, but not, 1")
+        if self.weight_decay < 0 or self.seed < 0:
+            raise ValueError("weight_decay and seed must be 0 or more")
+        if self.batch_rows % self.dp:
+            raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp={self.dp}")
 
 
-def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) -> np.ndarray:
-    """bool [R, T]: indices i with a counted target among positions i+1 .. i+steps of their document."""
-    live = np.zeros(counted_RT.shape, bool)
-    for ahead in range(1, min(steps, live.shape[1] - 1) + 1):
-        same = segments_RT[:, ahead:] == segments_RT[:, :-ahead]
-        live[:, :-ahead] |= counted_RT[:, ahead:] & same
-    return live
+@dataclass(frozen=True)
+class Experiment:
+    """A checked run. `order` int64 [steps, B] names the rows of every step."""
+
+    config: TrainConfig
+    store: Store
+    head: HeadConfig
+    draft_ids: np.ndarray
+    mesh: Mesh
+    dtype: Any
+    order: np.ndarray
+    plan: Plan
+    capacity: Capacity
+    train_rows: np.ndarray
+    test_rows: np.ndarray
+    eval_every: int
+    save_every: int
+    identity: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        return len(self.order)
+
+    def stream(self) -> Stream:
+        """The train split's batches."""
+        return Stream(self.store, self.plan, self.capacity, self.mesh, self.config.teacher, self.draft_ids)
+
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
+        return shapes(parameters(self.head), jnp.float32, self.mesh)
+
+    def initial(self) -> Params:
+        """The untrained head, on every chip."""
+        c = self.config
+        made = start(self.head, self.store, self.train_rows, self.draft_ids, c.init, c.seed)
+        return jax.device_put(made, sharding(self.mesh, ()))
+
+    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
+        """AdamW, with `fc` in units of its features: it sums A states, so each counts for a part of one."""
+        c, states = self.config, len(self.head.aux_layers)
+        units = states * feature_units(self.head, self.store, self.train_rows, c.seed)
+        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, {"fc.weight": units})
 
 
-def round_up(count: int) -> int:
-    """The smallest multiple of PAD_TO that holds `count`, at least one tile."""
-    return max(1, -(-count // PAD_TO)) * PAD_TO
+def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype: Any) -> Frozen:
+    """What the head takes from the target, on every chip."""
+    embed = store.target_tensor("embed_tokens")
+    index = np.full(len(embed), -1, np.int32)
+    index[draft_ids] = np.arange(len(draft_ids))
+    rows = store.target_tensor("lm_head")[draft_ids].astype(dtype) if teacher == "recompute" else None
+    return jax.device_put(Frozen(embed.astype(dtype), rows, index), sharding(mesh, ()))
 
 
-def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
-    """int32 [shards * capacity]: flat indices of the set positions within each shard of rows, ascending.
+def make(config: TrainConfig) -> Experiment:
+    """Checks everything; writes nothing. EyasError names what is wrong."""
+    if storage.is_remote(config.out):
+        raise EyasError(f"out={config.out} is not a local folder; train into a local one and copy it there")
+    storage.require_folder(config.out)
+    store = Store.open(config.store)
+    features = store.features
+    store.require_complete()
+    teaching_arrays(store, config.teacher)
+    draft_ids = _draft_ids(config, store, config.teacher)
+    head = head_config(store.target_config(), len(draft_ids), tuple(features["aux_layers"]), config.ffn)
+    _check_room(config, head)
+    mesh = _mesh(config)
+    rows, test_rows = store.split_rows("train"), store.split_rows("test")
+    plan = Plan(store, rows, config.ttt_steps, config.compat)
+    if not plan.counted:
+        raise EyasError(
+            f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
+            "an answer's token; prepare conversations with assistant turns"
+        )
+    steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
+    wanted = order(rows, config.seed, steps, config.batch_rows)
+    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    # An evaluation costs about a third of as many training rows; all of them stay below a tenth.
+    pace = max(-(-steps // 10), -(-len(test_rows) * 10 // (3 * config.batch_rows)))
+    return Experiment(
+        config=config,
+        store=store,
+        head=head,
+        draft_ids=draft_ids,
+        mesh=mesh,
+        dtype=jnp.dtype(dtype),
+        order=wanted,
+        plan=plan,
+        capacity=plan.capacity(wanted, mesh.size),
+        train_rows=rows,
+        test_rows=test_rows,
+        eval_every=config.eval_every or pace,
+        save_every=config.save_every or -(-steps // 20),
+        identity=_identity(config, store, head, draft_ids, steps, dtype),
+    )
 
-    Free places hold the shard's number of positions, which every gather reads as zeros.
-    """
-    flat = mask_RT.reshape(shards, -1)
-    out = np.full((shards, capacity), flat.shape[1], np.int32)
-    for shard in range(shards):
-        (found,) = np.nonzero(flat[shard])
-        assert len(found) <= capacity, (len(found), capacity)
-        out[shard, : len(found)] = found
-    return out.reshape(-1)
+
+def _check_room(config: TrainConfig, head: HeadConfig) -> None:
+    """A new run needs: float32 parameters and moments three times (two kept, one written); two exports."""
+    if storage.exists(storage.join(config.out, FILE)):
+        return
+    count = sum(math.prod(p.shape) for p in parameters(head).values())
+    need = 3 * 12 * count + 2 * 2 * count + (1 << 20)
+    require_room(config.out, need, "checkpoints and heads", "name a folder on another disk")
+
+
+def _mesh(config: TrainConfig) -> Mesh:
+    try:
+        return make_mesh(config.dp)
+    except ValueError as error:
+        raise EyasError(str(error)) from None
+
+
+def _draft_ids(config: TrainConfig, store: Store, teacher: str) -> np.ndarray:
+    """The draft vocabulary, int32 ascending: the stored logits' if they teach, else the most frequent."""
+    V = store.features["target"]["vocab_size"]
+    stored = store.draft_ids() if teacher == "stored" else None
+    if stored is None:
+        return most_frequent(store.token_counts(), config.draft_vocab or min(_DRAFT_VOCAB, V))
+    if config.draft_vocab not in (None, len(stored)):
+        raise EyasError(
+            f"draft_vocab={config.draft_vocab}, but {store.url} has logits of {len(stored)} tokens; leave "
+            "draft_vocab out, or use --teacher recompute"
+        )
+    return stored
+
+
+def _identity(
+    config: TrainConfig, store: Store, head: HeadConfig, draft_ids: np.ndarray, steps: int, dtype: str
+) -> dict[str, Any]:
+    """What two runs must share for one to continue the other."""
+    return {
+        "config": {f.name: to_json(getattr(config, f.name)) for f in fields(config) if f.name not in _PACE}
+        | {"store": store.hash},
+        "head": to_json(head),
+        "draft_ids_crc32": zarr.crc32(draft_ids),
+        "target": store.features["target"],
+        "steps": steps,
+        "dtype": dtype,
+    }
+
+
+def claim(experiment: Experiment) -> None:
+    """Writes experiment.json, or finds that the folder is this experiment's. EyasError if it is another's."""
+    place = storage.join(experiment.config.out, FILE)
+    if storage.exists(place):
+        different = differences(storage.read_json(place).get("identity"), experiment.identity)
+        if different:
+            raise EyasError(
+                f"{experiment.config.out} holds another experiment: {'; '.join(different[:5])}; use the same "
+                "options to continue it, or name a new folder"
+            )
+        return
+    foreign = storage.list_names(experiment.config.out)
+    if foreign:
+        raise EyasError(f"{experiment.config.out} already holds {foreign[0]}; name a new or an empty folder")
+    storage.write_json(
+        place,
+        {
+            "identity": experiment.identity,
+            "config": to_json(experiment.config),
+            "versions": {name: version(name) for name in ("eyas", "jax", "jaxlib", "optax", "numpy")},
+        },
+    )

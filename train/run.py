@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import Progress, note
 from common.stopping import Stop
 from train import optimizer, stream
 from train.evaluate import Evaluator
-from train.experiment import Experiment, TrainConfig, claim, frozen, make
 from train.export import export
-from train.saved import Lines, Saved
+from train.plan import Experiment, TrainConfig, claim, frozen, make
+from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
 
 __all__ = ["TrainConfig", "run"]
@@ -217,5 +217,5 @@ class _Run:
                 "the same, sampled at temperature 1": found["length_sampled"],
                 "held-out rows": len(e.test_rows),
             }
-        folder = files.join(e.config.out, name)
+        folder = storage.join(e.config.out, name)
         export(folder, self.state.params, e.head, e.draft_ids, e.store.target_config(), metadata=facts)

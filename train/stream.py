@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from common.errors import EyasError
 from common.mesh import sharding
 from common.store import Store
-from train.plan import Capacity, compact, counted_targets, live_queries, round_up
+from train.targets import Capacity, compact, counted_targets, live_queries, round_up
 from train.ttt import Batch
 
 AHEAD = 3  # batches in flight: one in use by the device, one ready, one being read
@@ -37,7 +37,7 @@ def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int) -> np.ndarra
 
 
 class Plan:
-    """Which positions of every row are computed (see train/plan.py), from the store's masks alone."""
+    """Which positions of every row are computed (see train/targets.py), from the store's masks alone."""
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
         self.ttt_steps, self.compat = ttt_steps, compat

@@ -3,8 +3,8 @@
 At step k index i takes token i+1+k and the block's own output of step k-1; its query sees step 0's keys of
 its document up to i and its own keys of steps 1..k. Source: EAGLE-3 (arXiv 2503.01840), section 3.
 
-Queries, MLP and loss run on the compacted indices of `train/plan.py`; keys and values of step 0 on all. The
-embedding's half of the q, k, v projections depends on the token alone, so it is computed once for all steps.
+Queries, MLP and loss run on the compacted indices of `train/targets.py`; keys and values of step 0 on all.
+The embedding's half of the q, k, v projections depends on the token alone: it is computed once for all steps.
 What K steps keep for the backward pass is the memory of training: each keeps the results of its matmuls and
 computes the rest again.
 
@@ -29,7 +29,7 @@ Params = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """One shard's rows as the store has them, and their plan (see train/plan.py)."""
+    """One shard's rows as the store has them, and their plan (see train/targets.py)."""
 
     tokens: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]; 0 is padding

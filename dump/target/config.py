@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from dump.target.families import FAMILIES, PUBLISHED_WITH_CODE
 from dump.target.fields import Fields
@@ -22,9 +22,9 @@ def read_config(folder: str, experts: str | None = None, dequantise: bool = Fals
     that would change the result and is not implemented.
     """
     where = f"{folder.rstrip('/')}/config.json"
-    if not files.exists(where):
+    if not storage.exists(where):
         raise EyasError(f"{where} is missing; give a Hugging Face model folder with config.json")
-    raw = files.read_json(where)
+    raw = storage.read_json(where)
     if not isinstance(raw, dict):
         raise EyasError(f"{where} is not a JSON object; give a Hugging Face model folder")
     found = raw.get("architectures") or ["none"]
@@ -51,6 +51,6 @@ def read_config(folder: str, experts: str | None = None, dequantise: bool = Fals
 def _modelopt(folder: str) -> dict[str, Any] | None:
     """What older modelopt checkpoints say in a file of its own, in place of `quantization_config`."""
     where = f"{folder.rstrip('/')}/hf_quant_config.json"
-    if not files.exists(where):
+    if not storage.exists(where):
         return None
-    return {"quant_method": "modelopt"} | files.read_json(where).get("quantization", {})
+    return {"quant_method": "modelopt"} | storage.read_json(where).get("quantization", {})

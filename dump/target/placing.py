@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from common.checkpoint import Checkpoint
+from common.safetensors import Checkpoint
 
 PIECE = 16 << 20  # bytes read at once
 AHEAD = 16  # pieces read ahead: with what is being read, well under 1 GiB of the host's memory

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint import FLOATS, Checkpoint
 from common.errors import EyasError
 from common.mesh import RULES, sharding, spec
 from common.params import Declaration, Param
 from common.progress import Progress
+from common.safetensors import FLOATS, Checkpoint
 from dump.target.groups import group
 from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight

@@ -4,7 +4,7 @@ import os
 import tempfile
 from typing import Any
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from common.progress import note
 from pipelines import embedded
@@ -17,7 +17,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
     """
     from pipelines.bench import data, training
 
-    files.require_folder(os.path.dirname(out) or ".")
+    storage.require_folder(os.path.dirname(out) or ".")
     if os.path.isdir(out):
         raise EyasError(f"{out} is a folder; name a file")
     model, conversations = embedded.fetch_model(cache), embedded.fetch_conversations(cache)
@@ -32,7 +32,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for part in parts:
             found |= {name: _judged(name, figure) for name, figure in part().items()}
-            files.write_json(out, found)
+            storage.write_json(out, found)
     return found
 
 

@@ -16,7 +16,7 @@ from common.store import Store
 from common.store_writer import FeatureWriter, describe_arrays, raw_bytes, write_rows
 from dump import dump, prepare, target
 from dump.plan import make_plan
-from dump.target_folder import write_target
+from dump.target_files import write_target
 from train import run as train
 from train.stream import Plan, Stream, order
 

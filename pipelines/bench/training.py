@@ -19,8 +19,8 @@ from common.progress import note
 from pipelines.bench import plain
 from train import optimizer
 from train.head import HeadConfig, parameters
-from train.plan import compact, counted_targets, live_queries, round_up
 from train.step import State, gradient, train_step
+from train.targets import compact, counted_targets, live_queries, round_up
 from train.ttt import Batch, Frozen
 
 DECAY, REPEATS = 0.8, 3

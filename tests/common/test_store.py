@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common import arrays, files
+from common import storage, zarr
 from common.errors import EyasError
 from common.store import Store
+from common.store_verify import verify
 from common.store_writer import FeatureWriter, describe_arrays, write_rows
-from common.verify import verify
 
 R, T, A, H, V, BLOCK = 7, 12, 3, 8, 50, 3  # the last block has one row
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "fp8": ml_dtypes.float8_e4m3fn}
@@ -75,9 +75,9 @@ def full(url) -> str:
 
 
 def edit(path: str, change) -> None:
-    value = files.read_json(path)
+    value = storage.read_json(path)
     change(value)
-    files.write_json(path, value)
+    storage.write_json(path, value)
 
 
 def flip(path: str, byte: int) -> None:
@@ -108,14 +108,14 @@ def test_round_trip_in_any_order(url, kind):
 
 def test_large_rows_are_split_and_small_ones_are_whole():
     bf16 = np.dtype(ml_dtypes.bfloat16)
-    assert arrays.chunk_shape((9, 2048, 3, 5120), bf16) == (1, 256, 3, 5120)
-    assert arrays.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
-    assert arrays.chunk_shape((9, 512, 3, 576), np.dtype(np.float32)) == (1, 512, 3, 576)
-    assert arrays.chunk_shape((9, 7, 10**8), bf16) == (1, 1, 10**8)
+    assert zarr.chunk_shape((9, 2048, 3, 5120), bf16) == (1, 256, 3, 5120)
+    assert zarr.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
+    assert zarr.chunk_shape((9, 512, 3, 576), np.dtype(np.float32)) == (1, 512, 3, 576)
+    assert zarr.chunk_shape((9, 7, 10**8), bf16) == (1, 1, 10**8)
 
 
 def test_split_rows_round_trip(url, monkeypatch):
-    monkeypatch.setattr(arrays, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(zarr, "CHUNK_BYTES", 200)
     values = features()
     write_blocks(url, values)
     assert Store.open(url).features["arrays"]["aux_hidden"]["chunk"] == [1, 2, A, H]
@@ -125,7 +125,7 @@ def test_split_rows_round_trip(url, monkeypatch):
 
 def test_bytes_on_disk_are_close_to_raw(tmp_path):
     value = np.random.default_rng(0).standard_normal((16, 128, 4, 32), np.float32)
-    arrays.create(f"{tmp_path}/a", value.shape, value.dtype, 8).write(value).commit.result()
+    zarr.create(f"{tmp_path}/a", value.shape, value.dtype, 8).write(value).commit.result()
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, found in os.walk(tmp_path) for f in found)
     assert size < 1.002 * value.nbytes
 
@@ -180,21 +180,21 @@ def test_no_store_and_no_features(tmp_path, url):
 
 def test_cut_and_edited_manifests(full):
     place = f"{full}/manifest.json"
-    text = files.read_bytes(place)
+    text = storage.read_bytes(place)
     edit(place, lambda m: m["features"]["target"].update(name="other"))
     with pytest.raises(EyasError, match="written under another manifest"):
         Store.open(full).require_complete()
-    files.write_bytes(place, text)
+    storage.write_bytes(place, text)
     edit(place, lambda m: m["rows"]["arrays"]["tokens"].update(dtype="int64"))
     with pytest.raises(EyasError, match="written under another manifest"):
         Store.open(full).read(["argmax"], [0])
     with pytest.raises(EyasError, match="holds int32"):
         Store.open(full).read(["tokens"], [0])
-    files.write_bytes(place, text[:200])
+    storage.write_bytes(place, text[:200])
     with pytest.raises(EyasError, match="is not JSON"):
         Store.open(full)
     for broken in ("[]", '{"schema": 1}', '{"schema": 1, "rows": {"rows": 0}}'):
-        files.write_bytes(place, broken.encode())
+        storage.write_bytes(place, broken.encode())
         with pytest.raises(EyasError):
             Store.open(full)
 
@@ -233,13 +233,13 @@ def test_store_of_another_model(full):
 
 def test_other_features_are_refused_by_field(full):
     other = described(features()) | {"block_rows": 5, "codec": {"name": "topk", "k": 64}}
-    before = files.read_bytes(f"{full}/manifest.json")
+    before = storage.read_bytes(f"{full}/manifest.json")
     with pytest.raises(
         EyasError, match=r"block_rows: 3 there, 5 here; codec\.k: null there, 64 here"
     ) as found:
         FeatureWriter(full, other)
     assert "\n" not in str(found.value)
-    assert files.read_bytes(f"{full}/manifest.json") == before
+    assert storage.read_bytes(f"{full}/manifest.json") == before
 
 
 def test_unknown_names_and_rows(full):
@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_when_the_arrays_are_made_is_one_line(tmp_path, url)
 
 def contents(folder) -> dict[str, bytes]:
     return {
-        os.path.relpath(path, folder): files.read_bytes(path)
+        os.path.relpath(path, folder): storage.read_bytes(path)
         for where, _, names in os.walk(folder)
         if "features" not in where
         for path in (os.path.join(where, name) for name in names)

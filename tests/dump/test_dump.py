@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
-from common.verify import verify
+from common.store_verify import verify
 from dump import plan as planning
 from dump import target
 from dump.dump import Discard, DumpConfig, Prefill, own_blocks, run, run_blocks
@@ -55,7 +55,7 @@ def config(tmp_path, made):
 def contents(folder: str) -> dict[str, bytes]:
     """Every file by its path, hidden ones too."""
     paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
-    return {os.path.relpath(path, folder): files.read_bytes(path) for path in paths}
+    return {os.path.relpath(path, folder): storage.read_bytes(path) for path in paths}
 
 
 def expected(config: DumpConfig, rows: np.ndarray):
@@ -181,7 +181,7 @@ def test_stopped_dump_continues_to_the_same_bytes(config, whole, kind):
     process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
     for name in (".manifest.json.abc.partial", "commits/.000003.json.abc.partial"):  # killed in mid-write
-        files.write_bytes(f"{config.store}/{name}", b"cut")
+        storage.write_bytes(f"{config.store}/{name}", b"cut")
     left = ROWS - len(Store.open(config.store).committed())
     assert 0 < left < ROWS, errors
     if kind == signal.SIGKILL:
@@ -228,9 +228,9 @@ def test_other_options_are_refused_by_field(config, tmp_path):
 def test_bad_input_writes_nothing(config, tmp_path):
     before = contents(config.store)
     few = tiny.write_model(f"{tmp_path}/few", layers=6)
-    files.write_json(f"{tmp_path}/empty/config.json", {})
+    storage.write_json(f"{tmp_path}/empty/config.json", {})
     other = tiny.write_model(f"{tmp_path}/other")
-    files.write_json(f"{other}/tokenizer.json", {"name": "another"})
+    storage.write_json(f"{other}/tokenizer.json", {"name": "another"})
     broken = tiny.write_model(f"{tmp_path}/broken")
     os.truncate(f"{broken}/model.safetensors", 40_000)
     for change, message in (
@@ -306,8 +306,8 @@ def test_disk_that_fills_up_is_one_line_and_resumable(config):
 
 def test_numbers_that_are_not_finite_are_refused(config):
     weights = f"{config.model}/model.safetensors"
-    data = bytearray(files.read_bytes(weights))
+    data = bytearray(storage.read_bytes(weights))
     data[-4:] = np.float32(np.nan).tobytes()
-    files.write_bytes(weights, bytes(data))
+    storage.write_bytes(weights, bytes(data))
     with pytest.raises(EyasError, match="row 0: the target's logits are not finite"):
         run(config)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from common.chat import Encoded
 from common.errors import EyasError
+from dump.chat import Encoded
 from dump.pack import best_fit, pack, split
 
 T, V = 64, 50

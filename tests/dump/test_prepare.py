@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import files
-from common.chat import Chat
+from common import storage
 from common.errors import EyasError
 from common.store import Store
+from dump.chat import Chat
 from dump.prepare import PrepareConfig, read_vocab_size, run
-from tests.common.chats import CHATML, write_model
+from tests.dump.chats import CHATML, write_model
 from tests.dump.target.published import PUBLISHED
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
@@ -212,7 +212,7 @@ def test_a_file_where_the_store_should_go_is_refused_before_reading(config, capf
 
 
 def test_a_multimodal_targets_vocabulary_is_its_text_parts_even_where_the_file_leaves_it_out(tmp_path):
-    files.write_json(f"{tmp_path}/config.json", PUBLISHED["gemma-3-4b"])
+    storage.write_json(f"{tmp_path}/config.json", PUBLISHED["gemma-3-4b"])
     assert read_vocab_size(str(tmp_path)) == 262_208
 
 

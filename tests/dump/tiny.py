@@ -3,9 +3,9 @@
 import numpy as np
 import pyarrow as pa
 
-from common import files
-from common.chat import tokenizer_hash
+from common import storage
 from common.store_writer import write_rows
+from dump.chat import tokenizer_hash
 from tests import tiny_llama
 
 V, H, T = tiny_llama.CONFIG["vocab_size"], tiny_llama.CONFIG["hidden_size"], 24
@@ -14,8 +14,8 @@ V, H, T = tiny_llama.CONFIG["vocab_size"], tiny_llama.CONFIG["hidden_size"], 24
 def write_model(folder: str, seed: int = 0, layers: int = 8, tied: bool = False) -> str:
     """The folder; its tokenizer is a name only."""
     raw = tiny_llama.CONFIG | {"num_hidden_layers": layers, "tie_word_embeddings": tied}
-    files.write_json(f"{folder}/config.json", raw)
-    files.write_json(f"{folder}/tokenizer.json", {"name": "tiny"})
+    storage.write_json(f"{folder}/config.json", raw)
+    storage.write_json(f"{folder}/tokenizer.json", {"name": "tiny"})
     tiny_llama.write_weights(folder, seed)
     return folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from common import checkpoint, files
+from common import safetensors, storage
 from tests.goldens.values import tensor
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 def config(name: str) -> dict:
     """The config.json of a golden."""
-    return files.read_json(f"{HERE}/{name}.json")
+    return storage.read_json(f"{HERE}/{name}.json")
 
 
 def read(name: str) -> Golden:
@@ -47,6 +47,6 @@ def read(name: str) -> Golden:
 def write_folder(golden: Golden, folder: str | Path) -> str:
     """Writes the golden's model as a Hugging Face folder; returns its path."""
     weights = {name: tensor(name, tuple(shape), dtype) for name, (shape, dtype) in golden.shapes.items()}
-    files.write_json(f"{folder}/config.json", golden.config)
-    checkpoint.write(f"{folder}/model.safetensors", weights)
+    storage.write_json(f"{folder}/config.json", golden.config)
+    safetensors.write(f"{folder}/model.safetensors", weights)
     return str(folder)

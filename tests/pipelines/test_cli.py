@@ -16,14 +16,13 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 
-from common import files
+from common import storage
 from common.errors import EyasError, MachineError
 from dump.dump import DumpConfig
 from dump.prepare import PrepareConfig
 from pipelines import cli
 from pipelines.checks import require_same_target
-from tests.common import chats
-from tests.dump import tiny
+from tests.dump import chats, tiny
 
 ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
@@ -92,8 +91,8 @@ def place(tmp_path_factory):
         "unknown": {"architectures": ["MambaForCausalLM"]},
         "code": {"auto_map": {"AutoModel": "code.py"}},
     }.items():
-        raw = files.read_json(f"{model}/config.json")
-        files.write_json(str(here / name / "config.json"), raw | change)
+        raw = storage.read_json(f"{model}/config.json")
+        storage.write_json(str(here / name / "config.json"), raw | change)
     truncated = here / "truncated"
     tiny.write_model(str(truncated))
     data = (truncated / "model.safetensors").read_bytes()
@@ -101,10 +100,12 @@ def place(tmp_path_factory):
     outside = here / "outside"
     tiny.write_model(str(outside))
     os.remove(outside / "model.safetensors")
-    files.write_json(str(outside / "model.safetensors.index.json"), {"weight_map": {"a": "../x.safetensors"}})
-    manifest = files.read_json(str(here / "rows" / "manifest.json"))
-    files.write_json(str(here / "newer" / "manifest.json"), manifest | {"schema": 99})
-    files.write_bytes(str(here / "damaged" / "manifest.json"), b'{"schema": 1, ')
+    storage.write_json(
+        str(outside / "model.safetensors.index.json"), {"weight_map": {"a": "../x.safetensors"}}
+    )
+    manifest = storage.read_json(str(here / "rows" / "manifest.json"))
+    storage.write_json(str(here / "newer" / "manifest.json"), manifest | {"schema": 99})
+    storage.write_bytes(str(here / "damaged" / "manifest.json"), b'{"schema": 1, ')
     return here
 
 

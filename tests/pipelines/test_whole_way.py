@@ -6,10 +6,10 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from common import files
+from common import storage
 from pipelines import cli
 from tests import tiny_llama
-from tests.common import chats
+from tests.dump import chats
 
 CHATS = str(Path(__file__).parents[1] / "data" / "chats.jsonl")
 
@@ -44,4 +44,4 @@ def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path):
     assert "bigram" in eyas("eval", "--head", run / "best", "--store", store, "--ttt-steps", 3)
     assert "target: hidden size" in eyas("export", "--head", run / "best", "--store", store, "--out", head)
     assert sorted(os.listdir(head)) == ["README.md", "config.json", "model.safetensors"]
-    assert files.read_json(str(head / "config.json"))["draft_vocab_size"] == 64
+    assert storage.read_json(str(head / "config.json"))["draft_vocab_size"] == 64

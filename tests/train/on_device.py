@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.train.problem import Problem
-from train.plan import compact, counted_targets, live_queries, round_up
+from train.targets import compact, counted_targets, live_queries, round_up
 from train.ttt import Batch, Frozen
 
 STEPS = 3

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from common import arrays, checkpoint, files
+from common import safetensors, storage, zarr
 from common.config import digest
 from common.store import CHECKSUMS
 from common.store_writer import FeatureWriter, describe_arrays, write_rows
@@ -57,10 +57,10 @@ def write_store(
         for block in range(writer.store.blocks if blocks is None else blocks):
             part = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
             writer.write(block, part, 0, 0)
-    checkpoint.write(f"{url}/target/model.safetensors", {"embed_tokens": embed, "lm_head": lm_head})
-    files.write_json(f"{url}/target/config.json", TARGET)
-    sums = {"embed_tokens": arrays.crc32(embed), "lm_head": arrays.crc32(lm_head)}
-    files.write_json(f"{url}/target/{CHECKSUMS}", sums)
+    safetensors.write(f"{url}/target/model.safetensors", {"embed_tokens": embed, "lm_head": lm_head})
+    storage.write_json(f"{url}/target/config.json", TARGET)
+    sums = {"embed_tokens": zarr.crc32(embed), "lm_head": zarr.crc32(lm_head)}
+    storage.write_json(f"{url}/target/{CHECKSUMS}", sums)
     return url
 
 

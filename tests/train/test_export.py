@@ -8,7 +8,7 @@ import pytest
 from common.errors import EyasError
 from tests.train.served import inverse_frequencies, served_logits
 from tests.train.small_head import IDS, LLAMA3, TARGET, config_of, exported, made, tensors_of, without
-from train.check_head import check
+from train.check_export import check
 from train.export import export
 
 T = 11

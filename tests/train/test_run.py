@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import files
+from common import storage
 from common.errors import EyasError
 from common.store import Store
 from tests.train import small_store
@@ -82,7 +82,7 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     assert whole["last"]["step"] == whole["steps"] == 11
     assert whole["best"]["length_greedy"] > measured[0]["evaluation"]["length_greedy"] > 1
     assert sorted(os.listdir(config.out)) == ["best", "experiment.json", "last", "metrics.jsonl", "state"]
-    kept = files.read_json(f"{config.out}/experiment.json")
+    kept = storage.read_json(f"{config.out}/experiment.json")
     assert kept["config"]["learning_rate"] == 3e-2
     assert kept["identity"]["config"]["store"] == Store.open(config.store).hash
 
@@ -101,10 +101,10 @@ def test_evaluating_best_gives_what_training_said(config, whole, store):
 
 
 def test_a_finished_run_is_left_alone(config, whole):
-    before = files.read_bytes(f"{config.out}/best/model.safetensors")
+    before = storage.read_bytes(f"{config.out}/best/model.safetensors")
     again = run(config)
     assert (again["steps_before"], again["best"], again["last"]) == (11, whole["best"], whole["last"])
-    assert files.read_bytes(f"{config.out}/best/model.safetensors") == before
+    assert storage.read_bytes(f"{config.out}/best/model.safetensors") == before
 
 
 def start(config, out):
@@ -140,11 +140,11 @@ def start(config, out):
 def wait_for_state(process, out, step):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert process.poll() is None, files.read_bytes(f"{out}.log").decode()[-2000:]
-        if any(name.isdigit() and int(name) >= step for name in files.list_names(f"{out}/state")):
+        assert process.poll() is None, storage.read_bytes(f"{out}.log").decode()[-2000:]
+        if any(name.isdigit() and int(name) >= step for name in storage.list_names(f"{out}/state")):
             return
         time.sleep(0.01)
-    raise AssertionError(files.read_bytes(f"{out}.log").decode()[-2000:])
+    raise AssertionError(storage.read_bytes(f"{out}.log").decode()[-2000:])
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_stopped_run_saves_its_state_and_says_so_in_one_line(long, tmp_path):
     wait_for_state(process, out, 7)
     process.send_signal(signal.SIGTERM)  # what a pre-empted machine sends; Ctrl-C goes the same way
     assert process.wait() == 130
-    said = files.read_bytes(f"{out}.log").decode()
+    said = storage.read_bytes(f"{out}.log").decode()
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert last.startswith("Error: train stopped; step ")

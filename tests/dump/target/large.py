@@ -12,7 +12,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from common import checkpoint, files
+from common import safetensors, storage
 
 HIDDEN, FFN, VOCAB = 2048, 8192, 32_000
 CONFIG = {
@@ -50,7 +50,7 @@ def write(folder: str, gib: float) -> None:
             f"{key}.weight": np.resize(random[i % 997 :], shape)
             for i, (key, shape) in enumerate(shapes.items())
         }
-        checkpoint.write(f"{folder}/{name}", tensors)
+        safetensors.write(f"{folder}/{name}", tensors)
         placed.update(dict.fromkeys(tensors, name))
 
     shard(0, ENDS)
@@ -59,8 +59,8 @@ def write(folder: str, gib: float) -> None:
         shard(
             1 + first // LAYERS_A_SHARD, {f"model.layers.{i}.{k}": s for i in own for k, s in LAYER.items()}
         )
-    files.write_json(f"{folder}/{checkpoint.INDEX}", {"weight_map": placed})
-    files.write_json(f"{folder}/config.json", CONFIG | {"num_hidden_layers": layers})
+    storage.write_json(f"{folder}/{safetensors.INDEX}", {"weight_map": placed})
+    storage.write_json(f"{folder}/config.json", CONFIG | {"num_hidden_layers": layers})
 
 
 def load(folder: str, dp: int, tp: int) -> dict[str, float]:
@@ -74,21 +74,21 @@ def load(folder: str, dp: int, tp: int) -> dict[str, float]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", dp * tp)
     found = {"read": 0}
-    whole = checkpoint.Checkpoint.read
+    whole = safetensors.Checkpoint.read
 
     def count(self, name, index=()):
         value = whole(self, name, index)
         found["read"] += value.nbytes
         return value
 
-    checkpoint.Checkpoint.read = count
+    safetensors.Checkpoint.read = count
     mesh = make_mesh(dp, tp)
     start = time.monotonic()
     weights = target.load(folder, target.read_config(folder), mesh, jnp.bfloat16)
     jax.block_until_ready(weights)
     found["seconds"] = round(time.monotonic() - start, 1)
     found["held"] = sum(part.data.nbytes for w in weights.values() for part in w.addressable_shards)
-    found["files"] = sum(t.nbytes for t in checkpoint.Checkpoint.open(folder).tensors.values())
+    found["files"] = sum(t.nbytes for t in safetensors.Checkpoint.open(folder).tensors.values())
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
 

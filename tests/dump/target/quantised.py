@@ -5,7 +5,7 @@ import re
 import ml_dtypes
 import numpy as np
 
-from common import checkpoint, files
+from common import safetensors, storage
 from tests.goldens import golden
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
@@ -63,7 +63,7 @@ def spread(scale: np.ndarray, shared: str, shape: tuple[int, int]) -> np.ndarray
 def folders(name: str, scheme: str, path) -> tuple[str, str]:
     """The quantised model, and the same values in float32."""
     whole = golden.write_folder(golden.read(name), path / "whole")
-    found = checkpoint.Checkpoint.open(whole)
+    found = safetensors.Checkpoint.open(whole)
     config, shared, suffix, shape = SCHEMES[scheme]
     stored, plain = {}, {}
     for key in found.tensors:
@@ -73,8 +73,8 @@ def folders(name: str, scheme: str, path) -> tuple[str, str]:
             stored[key] = (value / spread(scale, shared, value.shape)).astype(FLOAT8)
             plain[key] = stored[key].astype(np.float32) * spread(scale, shared, value.shape)
             stored[f"{key}_scale{suffix}"] = scale if shape is None else scale.reshape(shape)
-    checkpoint.write(f"{whole}/model.safetensors", plain)
-    about = files.read_json(f"{whole}/config.json") | {"quantization_config": config}
-    files.write_json(f"{path}/quantised/config.json", about)
-    checkpoint.write(f"{path}/quantised/model.safetensors", stored)
+    safetensors.write(f"{whole}/model.safetensors", plain)
+    about = storage.read_json(f"{whole}/config.json") | {"quantization_config": config}
+    storage.write_json(f"{path}/quantised/config.json", about)
+    safetensors.write(f"{path}/quantised/model.safetensors", stored)
     return f"{path}/quantised", whole

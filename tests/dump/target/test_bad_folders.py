@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from common import checkpoint, files
-from common.checkpoint import INDEX, Checkpoint
+from common import safetensors, storage
 from common.errors import EyasError
+from common.safetensors import INDEX, Checkpoint
 from dump import target
 from dump.target.families import FAMILIES
 from dump.target.placing import Placing
@@ -37,20 +37,20 @@ def folder(tmp_path, monkeypatch):
 
 def write(folder: str, shards: dict[str, dict[str, np.ndarray]]) -> None:
     for shard, tensors in shards.items():
-        checkpoint.write(f"{folder}/{shard}", tensors)
+        safetensors.write(f"{folder}/{shard}", tensors)
     placed = {name: shard for shard, tensors in shards.items() for name in tensors}
-    files.write_json(f"{folder}/{INDEX}", {"weight_map": placed})
+    storage.write_json(f"{folder}/{INDEX}", {"weight_map": placed})
 
 
 def change(folder: str, edit) -> None:
     """Rewrites the first shard with one tensor edited."""
     found = Checkpoint.open(folder)
     own = {n: found.read(n) for n, t in found.tensors.items() if t.url.endswith("model-1.safetensors")}
-    checkpoint.write(f"{folder}/model-1.safetensors", own | {NAME: edit(own[NAME])})
+    safetensors.write(f"{folder}/model-1.safetensors", own | {NAME: edit(own[NAME])})
 
 
 def configure(folder: str, **fields) -> None:
-    files.write_json(f"{folder}/config.json", files.read_json(f"{folder}/config.json") | fields)
+    storage.write_json(f"{folder}/config.json", storage.read_json(f"{folder}/config.json") | fields)
 
 
 def missing_shard(folder: str) -> None:

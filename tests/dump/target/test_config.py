@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoint, files
+from common import safetensors, storage
 from common.errors import EyasError
 from common.mesh import make_mesh
 from dump import target
@@ -19,8 +19,8 @@ def folder(tmp_path):
 
 def edit(folder: str, **changes) -> str:
     path = f"{folder}/config.json"
-    config = files.read_json(path) | changes
-    files.write_json(path, {k: v for k, v in config.items() if v != "absent"})
+    config = storage.read_json(path) | changes
+    storage.write_json(path, {k: v for k, v in config.items() if v != "absent"})
     return folder
 
 
@@ -70,7 +70,7 @@ def test_a_missing_tensor_is_named(folder):
     path = f"{folder}/model.safetensors"
     tensors = read_all(path)
     del tensors["model.layers.3.mlp.up_proj.weight"]
-    checkpoint.write(path, tensors)
+    safetensors.write(path, tensors)
     refused(lambda: load(folder), "model.layers.3.mlp.up_proj.weight", "lacks")
 
 
@@ -83,20 +83,20 @@ def test_a_tensor_of_another_dtype_is_named(folder):
     path = f"{folder}/model.safetensors"
     tensors = read_all(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int32)
-    checkpoint.write(path, tensors)
+    safetensors.write(path, tensors)
     refused(lambda: load(folder), "model.norm.weight", "int32")
 
 
 def test_tensors_that_config_does_not_explain_are_refused(folder):
     path = f"{folder}/model.safetensors"
     tensors = read_all(path) | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
-    checkpoint.write(path, tensors)
+    safetensors.write(path, tensors)
     refused(lambda: load(folder), "q_proj.bias")
     tensors = read_all(path)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors.pop(
         "model.layers.0.self_attn.q_proj.bias"
     )
-    checkpoint.write(path, tensors)
+    safetensors.write(path, tensors)
     load(folder)
 
 
@@ -118,5 +118,5 @@ def test_dynamic_rope_refuses_rows_that_would_change_it(folder):
 
 
 def read_all(path: str) -> dict[str, np.ndarray]:
-    found = checkpoint.Checkpoint.open(path.rsplit("/", 1)[0])
+    found = safetensors.Checkpoint.open(path.rsplit("/", 1)[0])
     return {name: found.read(name) for name in found.tensors}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.checkpoint import Checkpoint
 from common.mesh import make_mesh
+from common.safetensors import Checkpoint
 from dump import target
 from dump.target import placing
 from tests.goldens import golden

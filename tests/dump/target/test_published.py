@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common import files
+from common import storage
 from common.mesh import RULES
 from dump import target
 from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
-from train.experiment import TrainConfig
 from train.head import head_config, parameters
-from train.servers import canonical_rope, read_serving_config, serving_config
+from train.plan import TrainConfig
+from train.serving_config import canonical_rope, read_serving_config, serving_config
 
 HBM = {"v6e": 32e9, "v5p": 95e9}  # bytes a chip
 USABLE = 0.97  # the rest is the runtime's
@@ -26,7 +26,7 @@ STATES = 10  # copies of the residual stream: kept for aux states, normed, summe
 
 
 def read(name: str, tmp_path) -> tuple[target.TargetConfig, recipes.Recipe]:
-    files.write_json(f"{tmp_path}/config.json", PUBLISHED[name])
+    storage.write_json(f"{tmp_path}/config.json", PUBLISHED[name])
     recipe = recipes.load(name)
     return target.read_config(str(tmp_path), recipe.dump.get("experts")), recipe
 
@@ -84,8 +84,8 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     config = TrainConfig("store", "out", **recipe.train)
     aux = target.default_aux_layers(cfg.num_layers)
     head = head_config(cfg.text, config.draft_vocab, aux, config.ffn)
-    files.write_json(f"{tmp_path}/head.json", serving_config(head, cfg.text, "bfloat16"))
-    again = read_serving_config("head.json", files.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
+    storage.write_json(f"{tmp_path}/head.json", serving_config(head, cfg.text, "bfloat16"))
+    again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
     assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoint, files
+from common import safetensors, storage
 from common.errors import EyasError
 from common.mesh import make_mesh
 from dump import target
@@ -47,7 +47,7 @@ def test_float8_equals_its_values_kept_and_dequantised_at_load(name, scheme, tp,
 def write_mxfp4(made: golden.Golden, path) -> tuple[str, str]:
     """gpt-oss with 4-bit experts, and the same values in float32."""
     plain_folder = golden.write_folder(made, path / "plain")
-    found = checkpoint.Checkpoint.open(plain_folder)
+    found = safetensors.Checkpoint.open(plain_folder)
     plain = {name: found.read(name) for name in found.tensors}
     stored = dict(plain)
     table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -61,11 +61,11 @@ def write_mxfp4(made: golden.Golden, path) -> tuple[str, str]:
         plain[name] = values.swapaxes(1, 2).astype(np.float32)
         stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         del stored[name]
-    checkpoint.write(f"{plain_folder}/model.safetensors", plain)
+    safetensors.write(f"{plain_folder}/model.safetensors", plain)
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     about = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    files.write_json(f"{path}/quantised/config.json", made.config | {"quantization_config": about})
-    checkpoint.write(f"{path}/quantised/model.safetensors", stored)
+    storage.write_json(f"{path}/quantised/config.json", made.config | {"quantization_config": about})
+    safetensors.write(f"{path}/quantised/model.safetensors", stored)
     return f"{path}/quantised", plain_folder
 
 
@@ -89,12 +89,12 @@ def test_weights_stay_as_they_lie_in_memory_unless_dequantised(tmp_path):
 
 def test_older_modelopt_checkpoints_describe_themselves_in_their_own_file(tmp_path):
     quantised, _ = folders("llama", "modelopt", tmp_path)
-    config = files.read_json(f"{quantised}/config.json")
+    config = storage.read_json(f"{quantised}/config.json")
     described = target.read_config(quantised)
     del config["quantization_config"]
-    files.write_json(f"{quantised}/config.json", config)
+    storage.write_json(f"{quantised}/config.json", config)
     about = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    files.write_json(f"{quantised}/hf_quant_config.json", about)
+    storage.write_json(f"{quantised}/hf_quant_config.json", about)
     assert target.read_config(quantised) == described
 
 
@@ -115,7 +115,9 @@ def test_older_modelopt_checkpoints_describe_themselves_in_their_own_file(tmp_pa
 def test_an_unknown_quantisation_is_refused(about, words, tmp_path):
     folder = golden.write_folder(golden.read("llama"), tmp_path)
     path = f"{folder}/config.json"
-    files.write_json(path, files.read_json(path) | {"quantization_config": about or {"quant_method": None}})
+    storage.write_json(
+        path, storage.read_json(path) | {"quantization_config": about or {"quant_method": None}}
+    )
     with pytest.raises(EyasError) as error:
         target.read_config(folder)
     assert "\n" not in str(error.value)
@@ -125,11 +127,11 @@ def test_an_unknown_quantisation_is_refused(about, words, tmp_path):
 
 def damaged(folder: str, name: str, change) -> None:
     """Rewrites the checkpoint with `name` changed, or gone where `change` gives None."""
-    found = checkpoint.Checkpoint.open(folder)
+    found = safetensors.Checkpoint.open(folder)
     tensors = {key: found.read(key) for key in found.tensors}
     tensors[name] = change(tensors[name])
     kept = {key: value for key, value in tensors.items() if value is not None}
-    checkpoint.write(f"{folder}/model.safetensors", kept)
+    safetensors.write(f"{folder}/model.safetensors", kept)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -13,9 +13,9 @@ from common.store import Store
 from tests.train import small_store
 from train import optimizer
 from train.evaluate import Evaluator
-from train.experiment import frozen
 from train.head import head_config
-from train.start import feature_units, start
+from train.init import feature_units, start
+from train.plan import frozen
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from common.chat import Chat
 from common.errors import EyasError
+from dump.chat import Chat
 from pipelines.embedded import fetch_model
-from tests.common.chats import counted_texts
+from tests.dump.chats import counted_texts
 
 pytestmark = pytest.mark.slow
 CACHE = Path(os.environ.get("EYAS_TEST_CACHE", Path.home() / ".cache" / "eyas-tests"))

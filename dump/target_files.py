@@ -1,8 +1,8 @@
 """STORE/target: all that a train job needs of the target, so that it never reads the target's checkpoint."""
 
-from common import arrays, checkpoint, files
-from common.disk import readable_errors
+from common import safetensors, storage, zarr
 from common.progress import note
+from common.storage import readable_errors
 from common.store import CHECKSUMS
 from dump.plan import Plan
 from dump.target.weights import stacks
@@ -26,17 +26,17 @@ def write_target(plan: Plan) -> None:
     decoder's config.json and the tokenizer's files. The checksums come last; where they are, nothing is done.
     """
     model, folder = plan.config.model, f"{plan.config.store.rstrip('/')}/target"
-    if files.exists(f"{folder}/{CHECKSUMS}"):
+    if storage.exists(f"{folder}/{CHECKSUMS}"):
         return
     note(f"dump: copying embeddings, output head and tokenizer to {folder}")
-    source, declared = checkpoint.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
+    source, declared = safetensors.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
     names = ("embed_tokens",) if plan.target.tied else ("embed_tokens", "lm_head")
     tensors = {name: source.read(declared[name].sources[0]) for name in names}
     with readable_errors(folder):
-        checkpoint.write(f"{folder}/{checkpoint.SINGLE}", tensors)
-        files.write_json(f"{folder}/config.json", plan.target.text)
+        safetensors.write(f"{folder}/{safetensors.SINGLE}", tensors)
+        storage.write_json(f"{folder}/config.json", plan.target.text)
         for name in _TOKENIZER:
-            if files.exists(files.join(model, name)):
-                files.write_bytes(files.join(folder, name), files.read_bytes(files.join(model, name)))
-        sums = {name: arrays.crc32(tensor) for name, tensor in tensors.items()}
-        files.write_json(f"{folder}/{CHECKSUMS}", sums)
+            if storage.exists(storage.join(model, name)):
+                storage.write_bytes(storage.join(folder, name), storage.read_bytes(storage.join(model, name)))
+        sums = {name: zarr.crc32(tensor) for name, tensor in tensors.items()}
+        storage.write_json(f"{folder}/{CHECKSUMS}", sums)

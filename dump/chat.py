@@ -17,9 +17,9 @@ from typing import Any, Self
 import jinja2
 import numpy as np
 
-from common import files
-from common.answers import THINK, Messages, Span, answer_spans
+from common import storage
 from common.errors import EyasError
+from dump.answer_spans import THINK, Messages, Span, answer_spans
 
 # Templates that print today's date would give other bytes tomorrow: they get the date that the published
 # Llama 3 templates fall back to.
@@ -60,14 +60,14 @@ def tokenizer_hash(folder: str) -> str:
 
     EyasError if the folder or its tokenizer is missing.
     """
-    if not files.exists(folder):
+    if not storage.exists(folder):
         raise EyasError(f"the model folder {folder} does not exist; give a Hugging Face model folder")
-    names = [name for name in _TOKENIZER_FILES if files.exists(files.join(folder, name))]
+    names = [name for name in _TOKENIZER_FILES if storage.exists(storage.join(folder, name))]
     if not names:
         raise EyasError(f"{folder} has no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
     digest = hashlib.sha256()
     for name in names[:1] if names[0] == "tokenizer.json" else names:
-        digest.update(files.read_bytes(files.join(folder, name)))
+        digest.update(storage.read_bytes(storage.join(folder, name)))
     return digest.hexdigest()
 
 
@@ -212,18 +212,20 @@ def _with_fixed_date(template: str) -> str:
 
 
 def _load_tokenizer(folder: str) -> Any:
-    if files.is_remote(folder):
+    if storage.is_remote(folder):
         with tempfile.TemporaryDirectory() as copy:
-            for name in files.list_names(folder):
+            for name in storage.list_names(folder):
                 if name.endswith(_SMALL_FILES) and not name.endswith(".index.json"):
-                    files.write_bytes(files.join(copy, name), files.read_bytes(files.join(folder, name)))
+                    storage.write_bytes(
+                        storage.join(copy, name), storage.read_bytes(storage.join(folder, name))
+                    )
             return _load_local(copy, folder)
-    return _load_local(files.local_path(folder), folder)
+    return _load_local(storage.local_path(folder), folder)
 
 
 def _load_local(path: str, shown: str) -> Any:
     config = os.path.join(path, "tokenizer_config.json")
-    if files.exists(config) and "auto_map" in files.read_json(config):
+    if storage.exists(config) and "auto_map" in storage.read_json(config):
         raise EyasError(
             f"{shown}/tokenizer_config.json asks to run code of its own (auto_map), which is never done; "
             "use a folder whose tokenizer.json stands alone and remove auto_map"

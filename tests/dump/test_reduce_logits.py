@@ -6,10 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from common.codec import PRECISIONS, Codec, encode_states, quantise, shapes
+from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
-from common.vocab import most_frequent
-from dump import codecs
+from dump import reduce_logits
 
 B, T, H, V, K = 4, 6, 16, 40, 5
 IDS = np.array([0, 3, 17, 39], np.int32)
@@ -33,7 +34,7 @@ def run(codec, chunk, mesh=None):
         found = jnp.einsum("bch,vh->bcv", last, head)
         return found if mesh is None else jax.sharding.reshard(found, sharding(mesh, ("row", None, None)))
 
-    encode = jax.jit(lambda x: codecs.encode_logits(codec, whole, x, jnp.asarray(IDS), chunk))
+    encode = jax.jit(lambda x: reduce_logits.encode_logits(codec, whole, x, jnp.asarray(IDS), chunk))
     return {n: np.asarray(x) for n, x in encode(jnp.asarray(last)).items()}
 
 
@@ -45,7 +46,7 @@ def expected():
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6])
 @pytest.mark.parametrize(("name", "size"), [("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)])
 def test_logits_codecs(name, size, chunk):
-    found = run(codecs.Codec(name, size, "float32"), chunk)
+    found = run(Codec(name, size, "float32"), chunk)
     logits = expected()
     np.testing.assert_array_equal(found.pop("argmax"), logits.argmax(-1))
     np.testing.assert_allclose(found.pop("logsumexp"), np.log(np.exp(logits).sum(-1)), rtol=1e-6)
@@ -66,8 +67,8 @@ def test_the_vocabulary_is_never_sorted():
     last, head = map(jnp.asarray, inputs())
 
     def encode(last, head):
-        return codecs.encode_logits(
-            codecs.Codec("topk", K, "float32"),
+        return reduce_logits.encode_logits(
+            Codec("topk", K, "float32"),
             lambda part: jnp.einsum("bch,vh->bcv", part, head),
             last,
             None,
@@ -80,7 +81,7 @@ def test_the_vocabulary_is_never_sorted():
 
 
 def test_a_mesh_gives_the_same():
-    codec = codecs.Codec("topk", K, "float32")
+    codec = Codec("topk", K, "float32")
     alone, split = run(codec, 2), run(codec, 2, make_mesh(2, 2))
     for name, value in alone.items():
         np.testing.assert_array_equal(split[name], value, name)
@@ -94,13 +95,13 @@ def test_declared_shapes_are_those_made():
         def whole(last):
             return jnp.einsum("bch,vh->bcv", last, head)
 
-        return codecs.encode_states(codec, aux, last) | codecs.encode_logits(codec, whole, last, IDS, 3)
+        return encode_states(codec, aux, last) | reduce_logits.encode_logits(codec, whole, last, IDS, 3)
 
-    for precision in codecs.PRECISIONS:
+    for precision in PRECISIONS:
         for name, size in (("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)):
-            codec = codecs.Codec(name, size, precision)
+            codec = Codec(name, size, precision)
             made = jax.eval_shape(lambda codec=codec: everything(codec))
-            declared = codecs.shapes(codec, B, T, 3, H)
+            declared = shapes(codec, B, T, 3, H)
             assert {n: (x.shape, x.dtype) for n, x in made.items()} == declared
 
 
@@ -109,7 +110,7 @@ def test_float8_has_a_scale_a_token():
     # Tokens whose sizes differ by 1e8, as massive activations do; a token of zeros.
     x = (rng.standard_normal((B, T, H)) * 10.0 ** rng.integers(-4, 5, (B, T, 1))).astype(np.float32)
     x[1, 2] = 0
-    stored, scale = codecs.quantise(jnp.asarray(x))
+    stored, scale = quantise(jnp.asarray(x))
     assert stored.dtype == ml_dtypes.float8_e4m3fn
     assert scale.shape == (B, T)
     back = np.asarray(stored, np.float64) * np.asarray(scale, np.float64)[..., None]
@@ -119,10 +120,10 @@ def test_float8_has_a_scale_a_token():
 
 
 def test_chunks_are_equal_parts_of_the_row_that_fit():
-    assert codecs.chunk_length(4, 512, 49_152) == 74  # 85 would fit; 7 parts either way
-    assert codecs.chunk_length(4, 509, 49_152) == 85
-    assert codecs.chunk_length(1, 6, 10) == 6
-    assert codecs.chunk_length(4096, 6, 49_152) == 1
+    assert reduce_logits.chunk_length(4, 512, 49_152) == 74  # 85 would fit; 7 parts either way
+    assert reduce_logits.chunk_length(4, 509, 49_152) == 85
+    assert reduce_logits.chunk_length(1, 6, 10) == 6
+    assert reduce_logits.chunk_length(4096, 6, 49_152) == 1
 
 
 def test_most_frequent_prefers_lower_ids():

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from common import files
+from common import storage
 from common.errors import EyasError
 
 SINGLE = "model.safetensors"
@@ -71,11 +71,11 @@ class Checkpoint:
         """
         names = _shards(folder)
         with ThreadPoolExecutor(_READERS) as pool:
-            headers = list(pool.map(lambda name: _header(files.join(folder, name)), names))
+            headers = list(pool.map(lambda name: _header(storage.join(folder, name)), names))
         tensors: dict[str, Tensor] = {}
         for header in headers:
             tensors |= header
-        if files.exists(f"{folder.rstrip('/')}/{INDEX}"):
+        if storage.exists(f"{folder.rstrip('/')}/{INDEX}"):
             for name, shard in _index(folder).items():
                 if name not in tensors:
                     raise EyasError(
@@ -114,9 +114,11 @@ class Checkpoint:
         row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
         rest = tuple(slice(start, stop) for start, stop, _ in bounds[1:])
         rows = (last - first, *tensor.shape[1:])
-        if not files.is_remote(tensor.url):
+        if not storage.is_remote(tensor.url):
             whole = (
-                np.memmap(files.local_path(tensor.url), tensor.dtype, "r", tensor.offset + first * row, rows)
+                np.memmap(
+                    storage.local_path(tensor.url), tensor.dtype, "r", tensor.offset + first * row, rows
+                )
                 if math.prod(rows)
                 else np.empty(rows, tensor.dtype)
             )
@@ -137,12 +139,12 @@ def _fetch(tensor: Tensor, start: int, stop: int) -> bytes:
 def _shards(folder: str) -> list[str]:
     """File names of a folder's shards."""
     base = folder.rstrip("/")
-    names = files.list_names(folder)
+    names = storage.list_names(folder)
     if INDEX in names:
         shards = sorted(set(_index(folder).values()))
         for shard in shards:
-            files.join(folder, shard)
-        missing = [shard for shard in shards if shard not in names and not files.exists(f"{base}/{shard}")]
+            storage.join(folder, shard)
+        missing = [shard for shard in shards if shard not in names and not storage.exists(f"{base}/{shard}")]
         if missing:
             raise EyasError(
                 f"{folder}: {INDEX} names {missing[0]} ({len(missing)} of {len(shards)} shards missing); "
@@ -160,7 +162,7 @@ def _shards(folder: str) -> list[str]:
 
 
 def _index(folder: str) -> dict[str, str]:
-    value = files.read_json(f"{folder.rstrip('/')}/{INDEX}")
+    value = storage.read_json(f"{folder.rstrip('/')}/{INDEX}")
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise EyasError(f"{folder}/{INDEX} has no weight_map of names to files; fetch it again")
@@ -172,8 +174,8 @@ def _index(folder: str) -> dict[str, str]:
 
 def _size_and_head(url: str) -> tuple[int, bytes]:
     """(size in bytes, first 8 bytes) of a file."""
-    if not files.is_remote(url):
-        path = files.local_path(url)
+    if not storage.is_remote(url):
+        path = storage.local_path(url)
         with open(path, "rb") as file:
             return os.path.getsize(path), file.read(8)
     fs, path = fsspec.core.url_to_fs(url)
@@ -186,7 +188,7 @@ def _header(url: str) -> dict[str, Tensor]:
     length = int.from_bytes(head, "little")
     if size < 8 or not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise EyasError(f"{url} is no safetensors file or was cut off in its header; fetch it again")
-    fs, path = fsspec.core.url_to_fs(url if files.is_remote(url) else files.local_path(url))
+    fs, path = fsspec.core.url_to_fs(url if storage.is_remote(url) else storage.local_path(url))
     try:
         header = json.loads(fs.cat_file(path, start=8, end=8 + length))
     except ValueError:
@@ -221,4 +223,4 @@ def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
 def write(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file atomically; `metadata` gets format "pt", which loaders look for."""
     data = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    files.write_bytes(path, safetensors.numpy.save(data, {"format": "pt"} | (metadata or {})))
+    storage.write_bytes(path, safetensors.numpy.save(data, {"format": "pt"} | (metadata or {})))

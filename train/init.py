@@ -23,7 +23,7 @@ import numpy as np
 from common.params import initialise
 from common.store import Store
 from train.head import HeadConfig, parameters
-from train.plan import counted_targets
+from train.targets import counted_targets
 
 Weights = dict[str, np.ndarray]
 INITS = ("fitted", "target", "normal")

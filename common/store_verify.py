@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common import arrays
+from common import zarr
 from common.errors import EyasError
 from common.progress import Progress
 from common.store import Store
@@ -63,7 +63,7 @@ def _rows_array(store: Store, name: str) -> int:
     crc, size = 0, 0
     for part in _parts(range(rows), rows if name == "token_counts" else _ROWS):
         found = store.read_unchecked([name], part)[name]
-        crc, size = arrays.crc32(found, crc), size + found.nbytes
+        crc, size = zarr.crc32(found, crc), size + found.nbytes
     if crc != described["crc32"]:
         raise EyasError(f"{store.url}: {name} is not what was written; prepare a new store")
     return size

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from common import files
-from common.disk import readable_errors
+from common import storage
 from common.errors import EyasError
+from common.storage import readable_errors
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before
@@ -22,7 +22,7 @@ class Saved:
     def __init__(self, out: str):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs traces of what it then raises
         self._out = out
-        place = os.path.abspath(files.local_path(files.join(out, "state")))
+        place = os.path.abspath(storage.local_path(storage.join(out, "state")))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
         self._manager = ocp.CheckpointManager(place, options=options)
 
@@ -63,13 +63,13 @@ class Lines:
     """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped."""
 
     def __init__(self, out: str, step: int):
-        self._path = files.local_path(files.join(out, "metrics.jsonl"))
+        self._path = storage.local_path(storage.join(out, "metrics.jsonl"))
         kept = []
         if os.path.exists(self._path):
             with open(self._path, encoding="utf-8") as file:
                 # A killed run may leave half a line, its last.
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.write_bytes(self._path, "".join(kept).encode())
+        storage.write_bytes(self._path, "".join(kept).encode())
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line at once."""

@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from common import params as declared
 from common.errors import EyasError
-from common.files import join, list_names, local_path, read_json
 from common.params import Param
+from common.storage import join, list_names, local_path, read_json
 from train.head import HeadConfig, parameters
-from train.servers import AUX_KEY, canonical_rope, limits, read_serving_config, require_fit
+from train.serving_config import AUX_KEY, canonical_rope, limits, read_serving_config, require_fit
 
 WEIGHTS = "model.safetensors"
 

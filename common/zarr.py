@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 import tensorstore as ts
 
-from common import files
+from common import storage
 from common.errors import EyasError
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
@@ -38,11 +38,11 @@ def _context() -> ts.Context:
 
 def _kvstore(url: str) -> dict | str:
     """TensorStore's key-value store of a folder: a local path, or a URL that it knows (gs://, s3://)."""
-    if files.is_remote(url):
+    if storage.is_remote(url):
         return f"{url.rstrip('/')}/"
     # Mapped files save one of three copies: 1.5 times the rate of pread, measured on 2 cores with the files
     # in the page cache. Shards appear by rename and never change, so a mapping cannot lose its file's end.
-    path = f"{files.local_path(url).rstrip('/')}/"
+    path = f"{storage.local_path(url).rstrip('/')}/"
     return {"driver": "file", "path": path, "file_io_mode": {"mode": "memmap"}}
 
 
@@ -93,7 +93,7 @@ def open_array(url: str, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorSt
     try:
         array = _open(url, {})
     except ValueError as error:
-        raise EyasError(f"the array {url} could not be opened: {reason(error)}") from error
+        raise EyasError(f"the array {url} could not be opened: {storage.reason(error)}") from error
     found = (array.shape, array.dtype.name)
     if found != (shape, np.dtype(dtype).name):
         raise EyasError(
@@ -112,11 +112,6 @@ def _open(url: str, extra: dict, **options: bool) -> ts.TensorStore:
         "recheck_cached_data": "open",  # shards never change
     }
     return ts.open(spec | extra, context=_context(), **options).result()
-
-
-def reason(error: Exception) -> str:
-    """What TensorStore found wrong, without its spec, on one line."""
-    return " ".join(str(error).split(" [")[0].split())
 
 
 def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -158,7 +153,7 @@ def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) ->
         except ValueError as found:
             bad, error = [*bad, row], found
     named = f"row {rows[0]}" if len(rows) == 1 else f"rows {bad or list(rows)}"
-    raise EyasError(f"{name} {named}: missing or damaged on disk ({reason(error)})") from error
+    raise EyasError(f"{name} {named}: missing or damaged on disk ({storage.reason(error)})") from error
 
 
 def row_sums(array: np.ndarray) -> list[int]:

@@ -3,7 +3,7 @@
 import jinja2
 import pytest
 
-from common.answers import answer_spans
+from dump.answer_spans import answer_spans
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 # What follows has, one each, the habits of published templates.

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from common.errors import EyasError
 from tests.train.small_head import IDS, LLAMA3, TARGET, config_of, exported, made, tensors_of, without
-from train.check_head import check
+from train.check_export import check
 from train.export import export
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from common.chat import Chat, TemplateRefusedError
 from common.errors import EyasError
-from tests.common.chats import CHATML, counted_texts, write_model
+from dump.chat import Chat, TemplateRefusedError
+from tests.dump.chats import CHATML, counted_texts, write_model
 
 TALK = [
     {"role": "system", "content": "Be brief."},

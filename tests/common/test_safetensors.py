@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from common import checkpoint, files
-from common.checkpoint import INDEX, SINGLE, Checkpoint
+from common import safetensors, storage
 from common.errors import EyasError
+from common.safetensors import INDEX, SINGLE, Checkpoint
 
 TENSORS = {
     "a": np.arange(60, dtype=np.float32).reshape(6, 10),
@@ -22,15 +22,15 @@ TENSORS = {
 def sharded(folder, shard_of=lambda name: f"model-{name}.safetensors"):
     """Each tensor in a file of its own, and an index."""
     for name, value in TENSORS.items():
-        checkpoint.write(f"{folder}/model-{name}.safetensors", {name: value})
-    files.write_json(f"{folder}/{INDEX}", {"weight_map": {name: shard_of(name) for name in TENSORS}})
+        safetensors.write(f"{folder}/model-{name}.safetensors", {name: value})
+    storage.write_json(f"{folder}/{INDEX}", {"weight_map": {name: shard_of(name) for name in TENSORS}})
     return str(folder)
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_slices_equal_the_arrays(tmp_path, remote):
     folder = f"memory://{tmp_path.name}" if remote else str(tmp_path)
-    checkpoint.write(f"{folder}/{SINGLE}", TENSORS, {"made": "here"})
+    safetensors.write(f"{folder}/{SINGLE}", TENSORS, {"made": "here"})
     found = Checkpoint.open(folder)
     for name, value in TENSORS.items():
         read = found.read(name)
@@ -42,7 +42,7 @@ def test_slices_equal_the_arrays(tmp_path, remote):
 
 
 def test_a_remote_slice_fetches_only_its_rows(monkeypatch):
-    checkpoint.write(f"memory://ranged/{SINGLE}", TENSORS)
+    safetensors.write(f"memory://ranged/{SINGLE}", TENSORS)
     found = Checkpoint.open("memory://ranged")
     asked = []
     memory = type(fsspec.filesystem("memory"))
@@ -91,13 +91,13 @@ def test_an_index_that_misplaces_a_tensor_is_refused(tmp_path):
     folder = sharded(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["ghost"] = "model-a.safetensors"
-    files.write_json(f"{folder}/{INDEX}", index)
+    storage.write_json(f"{folder}/{INDEX}", index)
     refused(folder, "ghost", "model-a.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
-    checkpoint.write(f"{tmp_path}/{SINGLE}", TENSORS)
+    safetensors.write(f"{tmp_path}/{SINGLE}", TENSORS)
     data = (tmp_path / SINGLE).read_bytes()
     (tmp_path / SINGLE).write_bytes(data[:keep])
     refused(tmp_path, SINGLE, "cut off")
@@ -135,7 +135,7 @@ def test_folders_without_safetensors_are_refused(tmp_path):
     ],
 )
 def test_require_names_what_differs(tmp_path, name, shape, words):
-    checkpoint.write(f"{tmp_path}/{SINGLE}", TENSORS)
+    safetensors.write(f"{tmp_path}/{SINGLE}", TENSORS)
     with pytest.raises(EyasError) as error:
         Checkpoint.open(str(tmp_path)).require(name, shape)
     for word in [name, *words]:
