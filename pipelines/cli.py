@@ -261,7 +261,7 @@ def verify(store: str) -> None:
 
     Exit code 2 if anything is damaged or missing.
     """
-    from common import verify as stage
+    from common import store_verify as stage
 
     found = stage.verify(store)
     show(found)
