@@ -7,6 +7,8 @@ keys, E head_dim of values (and of the output), Q queries of a block, S keys tha
 import jax
 import jax.numpy as jnp
 
+from common.layers import einsum
+
 BLOCK = 512  # queries a block: scores of [B, N, BLOCK, S] are the largest thing held
 _MASKED = -1e30  # finite: a row that is masked everywhere gives no NaN
 
@@ -44,20 +46,10 @@ def attend(
     return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKE.shape[-1])
 
 
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
 def _scores(q_BKGQD: jax.Array, k_BKSD: jax.Array, scale: float, softcap: float | None) -> jax.Array:
     """Unmasked float32 scores [B, K, G, Q, S]; the heads that share keys go into one matmul."""
     B, K, G, Q, D = q_BKGQD.shape
-    s = jnp.einsum(
-        "bkqd,bksd->bkqs",
-        q_BKGQD.reshape(B, K, G * Q, D),
-        k_BKSD,
-        precision=_precision(k_BKSD),
-        preferred_element_type=jnp.float32,
-    ).reshape(B, K, G, Q, -1)
+    s = einsum("bkqd,bksd->bkqs", q_BKGQD.reshape(B, K, G * Q, D), k_BKSD).reshape(B, K, G, Q, -1)
     return s * scale if softcap is None else softcap * jnp.tanh(s * (scale / softcap))
 
 
@@ -79,10 +71,4 @@ def _exponentials(s: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax
 
 def _values(p_BKGQS: jax.Array, v_BKSE: jax.Array) -> jax.Array:
     B, K, G, Q, S = p_BKGQS.shape
-    return jnp.einsum(
-        "bkqs,bkse->bkqe",
-        p_BKGQS.reshape(B, K, G * Q, S),
-        v_BKSE,
-        precision=_precision(v_BKSE),
-        preferred_element_type=jnp.float32,
-    ).reshape(B, K, G, Q, -1)
+    return einsum("bkqs,bkse->bkqe", p_BKGQS.reshape(B, K, G * Q, S), v_BKSE).reshape(B, K, G, Q, -1)

@@ -7,11 +7,22 @@ import jax
 import jax.numpy as jnp
 
 
+def precision(*operands: jax.Array) -> jax.lax.Precision | None:
+    """What every matmul of the project asks for: all of float32 where an operand has it.
+
+    Accelerators round float32 operands to bfloat16, or to TF32, unless they are asked not to.
+    """
+    return jax.lax.Precision.HIGHEST if any(x.dtype == jnp.float32 for x in operands) else None
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """jnp.einsum, accumulated and returned in float32; the one way in which the project multiplies arrays."""
+    return jnp.einsum(spec, *operands, precision=precision(*operands), preferred_element_type=jnp.float32)
+
+
 def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
-    """x [..., I] times w transposed, accumulated in float32, in x's dtype."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # else TPUs round to bf16
-    y = jnp.einsum("...i,oi->...o", x, w_OI, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    """x [..., I] times w transposed, in x's dtype."""
+    return einsum("...i,oi->...o", x, w_OI).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from common.layers import einsum
+
 KEPT = "attended"  # names what a jax.checkpoint around attend should keep
 BLOCK = 256  # queries a block: large enough for a full matmul, small enough to skip half of the keys
 _MASKED = -1e30  # finite, so that a fully masked row gives no NaN
@@ -59,15 +61,11 @@ def _blocks(T: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
 def _scores(q_KGTD, k_KTD, segments_T, block: slice, scale: float) -> jax.Array:
     """Masked float32 scores [K, G, Q, S] of a block's queries."""
     q_KGQD, k_KSD = q_KGTD[:, :, block], k_KTD[:, : block.stop]
     K, G, Q, D = q_KGQD.shape
-    s = _product("kqd,ksd->kqs", q_KGQD.reshape(K, G * Q, D), k_KSD).reshape(K, G, Q, block.stop)
+    s = einsum("kqd,ksd->kqs", q_KGQD.reshape(K, G * Q, D), k_KSD).reshape(K, G, Q, block.stop)
     causal_QS = jnp.arange(block.stop)[None] <= jnp.arange(block.start, block.stop)[:, None]
     same_QS = segments_T[block, None] == segments_T[None, : block.stop]
     return jnp.where((causal_QS & same_QS)[None, None], s * scale, _MASKED)
@@ -84,7 +82,7 @@ def _row(q_TND, k_TKD, v_TKD, segments_T, scale):
         e = jnp.exp(s - top[..., None])
         total = e.sum(-1)
         flat = e.astype(v.dtype).reshape(K, -1, block.stop)
-        out = _product("kqs,ksd->kqd", flat, v[:, : block.stop]).reshape(*s.shape[:3], -1)
+        out = einsum("kqs,ksd->kqd", flat, v[:, : block.stop]).reshape(*s.shape[:3], -1)
         outs.append((out / total[..., None]).astype(q.dtype))
         lses.append(top + jnp.log(total))
     lse = jnp.concatenate(lses, axis=2)
@@ -104,12 +102,12 @@ def _row_back(q_TND, k_TKD, v_TKD, segments_T, out_TND, lse_TN, g_out_TND, g_lse
         p = jnp.exp(_scores(q, k, segments_T, block, scale) - lse[:, :, block])
         flat = K, -1, D
         q_part, g_part = q[:, :, block].reshape(flat), g[:, :, block].reshape(flat)
-        dp = _product("kqd,ksd->kqs", g_part, v[:, : block.stop]).reshape(p.shape)
+        dp = einsum("kqd,ksd->kqs", g_part, v[:, : block.stop]).reshape(p.shape)
         ds = (p * (dp - shift[:, :, block]) * scale).astype(q.dtype).reshape(K, -1, block.stop)
         p = p.astype(q.dtype).reshape(K, -1, block.stop)
-        dqs.append(_product("kqs,ksd->kqd", ds, k[:, : block.stop]).reshape(q[:, :, block].shape))
-        dk = dk.at[:, : block.stop].add(_product("kqs,kqd->ksd", ds, q_part))
-        dv = dv.at[:, : block.stop].add(_product("kqs,kqd->ksd", p, g_part))
+        dqs.append(einsum("kqs,ksd->kqd", ds, k[:, : block.stop]).reshape(q[:, :, block].shape))
+        dk = dk.at[:, : block.stop].add(einsum("kqs,kqd->ksd", ds, q_part))
+        dv = dv.at[:, : block.stop].add(einsum("kqs,kqd->ksd", p, g_part))
     dq = _ungrouped(jnp.concatenate(dqs, axis=2)).astype(q.dtype)
     back = (1, 0, 2)
     return dq, dk.transpose(back).astype(k.dtype), dv.transpose(back).astype(v.dtype)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from common.layers import einsum
+
 CHUNK = 128  # target positions a chunk: 128 * 7 rows fill a matmul; `make bench` measures it
 
 
@@ -36,21 +38,17 @@ def _chunk_of(tree: Any, start: jax.Array, size: int) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
 
 
-def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
 def _chunk_scores(z_cKH, lm_head_VH, teacher: Teacher):
     """(Scores of a chunk, q [c, K, V] and p [c, 1, V]: the head's and the renormalised teacher's)."""
     t_cV = teacher.logits_MV
     if t_cV is None:
-        t_cV = _matmul("ch,vh->cv", teacher.hidden_MH, teacher.lm_head_VH)
+        t_cV = einsum("ch,vh->cv", teacher.hidden_MH, teacher.lm_head_VH)
     t_cV = t_cV.astype(jnp.float32)
     draft_lse_c = jax.nn.logsumexp(t_cV, axis=-1)
     p_cV = jnp.exp(t_cV - draft_lse_c[:, None])
     mass_c = jnp.exp(draft_lse_c - teacher.logsumexp_M)  # the share of p that the draft vocabulary holds
 
-    l_cKV = _matmul("ckh,vh->ckv", z_cKH, lm_head_VH)
+    l_cKV = einsum("ckh,vh->ckv", z_cKH, lm_head_VH)
     top_cK = l_cKV.max(-1)
     e_cKV = jnp.exp(l_cKV - top_cK[..., None])
     total_cK = e_cKV.sum(-1)
@@ -102,9 +100,9 @@ def _loss_and_gradients(z_MKH, lm_head_VH, weight_MK, teacher, count):
         scores, q_cKV, p_c1V = _chunk_scores(z, lm_head_VH, _slice_teacher(teacher, start))
         d_cKV = ((q_cKV - p_c1V) * w[..., None]).astype(z.dtype)
         put = jax.lax.dynamic_update_slice_in_dim
-        dz = _matmul("ckv,vh->ckh", d_cKV, lm_head_VH).astype(z.dtype)
+        dz = einsum("ckv,vh->ckh", d_cKV, lm_head_VH).astype(z.dtype)
         rows = CHUNK * z.shape[1]
-        dw = _matmul("rv,rh->vh", d_cKV.reshape(rows, -1), z.reshape(rows, -1))
+        dw = einsum("rv,rh->vh", d_cKV.reshape(rows, -1), z.reshape(rows, -1))
         return (
             loss + (scores.loss * w).sum(),
             put(loss_MK, scores.loss, start, 0),

@@ -1,8 +1,11 @@
 """A problem of `problem.py` as the arrays that the trainer takes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from common.mesh import sharding
 from tests.train.problem import Problem
 from train.targets import compact, counted_targets, live_queries, round_up
 from train.ttt import Batch, Frozen
@@ -46,3 +49,13 @@ def batch_of(p: Problem, compat=None, shards=1, taught=None) -> Batch:
         targets=jnp.asarray(compact(targets, shards, size)),
         count=jnp.asarray(targets.reshape(shards, -1).sum(1), jnp.int32),
     )
+
+
+def on_mesh(p: Problem, mesh: Mesh, compat=None) -> tuple[dict, Frozen, Batch]:
+    """(parameters, frozen, batch) where a jitted step has them."""
+    everywhere = jax.device_put((parameters_of(p), frozen_of(p)), sharding(mesh, ()))
+    rows = jax.tree.map(
+        lambda x: jax.device_put(x, sharding(mesh, ("row",) + (None,) * (x.ndim - 1))),
+        batch_of(p, compat, shards=mesh.size),
+    )
+    return *everywhere, rows

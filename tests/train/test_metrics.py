@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from common.mesh import make_mesh, sharding
-from tests.train.on_device import STEPS, batch_of, frozen_of, parameters_of
+from common.mesh import make_mesh
+from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import head_config, problem
 from train import attention, loss, optimizer
 from train.metrics import add, summarise
@@ -21,15 +21,6 @@ DECAY = 0.8
 def small_blocks(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 16)
     monkeypatch.setattr(attention, "BLOCK", 16)
-
-
-def on_mesh(p, mesh, compat=None):
-    everywhere = jax.device_put((parameters_of(p), frozen_of(p)), sharding(mesh, ()))
-    rows = jax.tree.map(
-        lambda x: jax.device_put(x, sharding(mesh, ("row",) + (None,) * (x.ndim - 1))),
-        batch_of(p, compat, shards=mesh.size),
-    )
-    return *everywhere, rows
 
 
 @pytest.mark.parametrize("chips", [1, 2])
