@@ -1,7 +1,9 @@
-"""What of the states and logits goes to the store, and in which precision.
+"""What of the states and logits goes to the store, in which precision, and how it is read again.
 
-The full-vocabulary argmax and logsumexp are always kept. Codecs add: `topk` the largest k logits and their
-ids, `draft` the logits of a draft vocabulary, `full` all of them, `none` nothing.
+The full-vocabulary argmax and logsumexp are always kept. With `last_hidden` and the target's output head they
+are all that a teacher needs. Codecs add: `none` nothing, `topk` the largest k logits and their ids, `draft`
+the logits of a draft vocabulary, `full` all of them. `encode_…` make the arrays that `shapes` names; `decode`
+is their inverse, of NumPy and of JAX arrays.
 
 Dimensions: R rows, B rows of a batch, T positions, A aux states, H hidden size, V vocabulary, N draft
 vocabulary, k of topk.
@@ -14,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CODECS = ("topk", "draft", "full", "none")
-PRECISIONS = ("float32", "bfloat16", "float8_e4m3fn")
-FLOAT8_MAX = 448.0  # the largest float8_e4m3fn, arXiv 2209.05433
+CODECS = ("none", "topk", "draft", "full")
+FLOAT8 = "float8_e4m3fn"
+PRECISIONS = ("float32", "bfloat16", FLOAT8)
+FLOAT8_MAX = 448.0  # its largest number, arXiv 2209.05433
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Codec:
     @property
     def logits_dtype(self) -> Any:
         """Of draft_logits and full_logits: the states' precision, but not float8, which would need scales."""
-        return jnp.bfloat16 if self.precision == "float8_e4m3fn" else jnp.dtype(self.precision)
+        return jnp.bfloat16 if self.precision == FLOAT8 else jnp.dtype(self.precision)
 
 
 def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -42,7 +45,7 @@ def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tupl
         "argmax": ((R, T), np.int32),
         "logsumexp": ((R, T), np.float32),
     }
-    if codec.precision == "float8_e4m3fn":
+    if codec.precision == FLOAT8:
         found |= {"aux_scale": ((R, T, A), np.float32), "last_scale": ((R, T), np.float32)}
     if codec.name == "topk":
         found |= {
@@ -51,6 +54,15 @@ def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tupl
     if codec.name in ("draft", "full"):
         found[f"{codec.name}_logits"] = ((R, T, codec.size), codec.logits_dtype)
     return found
+
+
+def arrays_of(precision: str, *states: str) -> tuple[str, ...]:
+    """The stored arrays that hold `states` ("aux_hidden", "last_hidden"): float8 has scales beside them."""
+    return (*states, *(_scale_name(name) for name in states if precision == FLOAT8))
+
+
+def _scale_name(states: str) -> str:
+    return states.replace("_hidden", "_scale")
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,8 +75,50 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def encode_states(codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array) -> dict[str, jax.Array]:
     """The states in the codec's precision, with their scales where it is float8."""
-    if codec.precision == "float8_e4m3fn":
-        (aux, aux_scale), (last, last_scale) = quantise(aux_BTAH), quantise(last_BTH)
-        return {"aux_hidden": aux, "last_hidden": last, "aux_scale": aux_scale, "last_scale": last_scale}
-    dtype = jnp.dtype(codec.precision)
-    return {"aux_hidden": aux_BTAH.astype(dtype), "last_hidden": last_BTH.astype(dtype)}
+    states = {"aux_hidden": aux_BTAH, "last_hidden": last_BTH}
+    if codec.precision != FLOAT8:
+        return {name: x.astype(jnp.dtype(codec.precision)) for name, x in states.items()}
+    stored = {name: quantise(x) for name, x in states.items()}
+    return {name: x for name, (x, _) in stored.items()} | {
+        _scale_name(name): scale for name, (_, scale) in stored.items()
+    }
+
+
+def decode(stored: Any, scale: Any | None = None) -> Any:
+    """The states that were encoded, float32 where they have a scale, in the dtype of the store elsewhere.
+
+    `stored` [..., H] and `scale` [...] are NumPy or JAX arrays.
+    """
+    return stored if scale is None else stored.astype(np.float32) * scale[..., None]
+
+
+def decode_states(arrays: dict[str, Any]) -> dict[str, Any]:
+    """`arrays` by their stored names with every state decoded; the scales are used up and left out."""
+    scales = {_scale_name(name) for name in arrays if name.endswith("_hidden")}
+    return {
+        name: decode(x, arrays.get(_scale_name(name))) if name.endswith("_hidden") else x
+        for name, x in arrays.items()
+        if name not in scales
+    }
+
+
+def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | None) -> dict[str, jax.Array]:
+    """Argmax (the first of equals), logsumexp, and what the codec adds, of whole distributions in f32."""
+    if codec.name == "topk":
+        # The barrier: where slices of top_k's result are used, XLA for CPU sorts the whole vocabulary instead
+        # of selecting (jaxlib 0.10.2: 12 times the time).
+        top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BcV, codec.size))
+        largest, argmax = top[..., 0], ids[..., 0]
+    else:
+        largest, argmax = logits_BcV.max(-1), jnp.argmax(logits_BcV, -1).astype(jnp.int32)
+    found = {
+        "argmax": argmax,
+        "logsumexp": largest + jnp.log(jnp.exp(logits_BcV - largest[..., None]).sum(-1)),
+    }
+    if codec.name == "topk":
+        found |= {"topk_logits": top.astype(jnp.float16), "topk_ids": ids}
+    elif codec.name == "draft":
+        found["draft_logits"] = jnp.take(logits_BcV, draft_ids_N, axis=-1).astype(codec.logits_dtype)
+    elif codec.name == "full":
+        found["full_logits"] = logits_BcV.astype(codec.logits_dtype)
+    return found

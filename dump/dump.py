@@ -27,7 +27,7 @@ from common.store import Store
 from common.store_writer import FeatureWriter
 from dump import target
 from dump.plan import DumpConfig, Plan, make_plan
-from dump.reduce_logits import chunk_length, encode_logits
+from dump.reduce_logits import chunk_length, reduce_logits
 from dump.target_files import write_target
 
 __all__ = ["Discard", "DumpConfig", "Prefill", "run", "run_blocks"]
@@ -142,7 +142,7 @@ def _encode(plan: Plan, chunk: int, weights: dict[str, jax.Array], *batch: jax.A
 
     ids = None if plan.draft_ids is None else jnp.asarray(plan.draft_ids)
     found = encode_states(plan.codec, by_row(aux_BTAH), by_row(last_BTH))
-    found |= encode_logits(plan.codec, logits, last_BTH, ids, chunk)
+    found |= reduce_logits(plan.codec, logits, last_BTH, ids, chunk)
     return {name: by_row(value) for name, value in found.items()}
 
 

@@ -34,18 +34,19 @@ _SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
 class DumpConfig:
     """What to dump. `model` is a Hugging Face folder, `store` a store that prepare has made.
 
-    logits: topk, draft, full or none; topk: its k; draft_vocab: size of `draft`'s vocabulary (the most
-    frequent counted tokens of the train split); dtype: what the target computes in (None: float32 on CPU,
-    bfloat16 on accelerators); precision: what states are stored in (None: dtype); aux_layers: h_k terms
-    (None: the default of every server); block_rows: rows of a shard, the unit of resuming; batch_rows: rows
-    of a forward pass (None: about 2,048 tokens a chip); dp, tp: the mesh; experts: what of them is divided
-    over tp, `ffn` their columns or `expert` whole ones (None: the family's own); dequantise: float8 and
-    MXFP4 weights become plain at load (twice to four times the memory, the same results).
+    logits: none, topk, draft or full (see common/codec.py); topk: its k; draft_vocab: size of `draft`'s
+    vocabulary (the most frequent counted tokens of the train split); dtype: what the target computes in
+    (None: float32 on CPU, bfloat16 on accelerators); precision: what states are stored in (None: dtype);
+    aux_layers: h_k terms (None: the default of every server); block_rows: rows of a shard, the unit of
+    resuming; batch_rows: rows of a forward pass (None: about 2,048 tokens a chip); dp, tp: the mesh; experts:
+    what of them is divided over tp, `ffn` their columns or `expert` whole ones (None: the family's own);
+    dequantise: float8 and MXFP4 weights become plain at load (twice to four times the memory, the same
+    results).
     """
 
     model: str
     store: str
-    logits: str = "topk"
+    logits: str = "none"
     topk: int = 64
     draft_vocab: int = 32_000
     precision: str | None = None

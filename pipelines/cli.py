@@ -126,7 +126,7 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
 @data_option
 @model_option
 @store_option
-@knob("--logits", click.Choice(["topk", "draft", "full", "none"]), "topk", "Which logits to keep.")
+@knob("--logits", click.Choice(["none", "topk", "draft", "full"]), "none", "Which logits to keep.")
 @knob("--topk", count, 64, "The k of topk.")
 @knob("--draft-vocab", count, 32000, "Size of the vocabulary of --logits draft.")
 @knob("--precision", click.Choice(PRECISIONS), "--dtype", "What states are stored in.")

@@ -40,7 +40,7 @@ def whole(made, tmp_path_factory):
     model, rows = made
     store = f"{tmp_path_factory.mktemp('whole')}/store"
     os.system(f"cp -r {rows} {store}")
-    run(DumpConfig(model, store, topk=4, block_rows=1))
+    run(DumpConfig(model, store, logits="topk", topk=4, block_rows=1))
     return contents(store)
 
 
@@ -49,7 +49,7 @@ def config(tmp_path, made):
     """A model folder and a store of rows of the test's own."""
     for folder, place in zip(made, ("model", "store"), strict=True):
         os.system(f"cp -r {folder} {tmp_path}/{place}")
-    return DumpConfig(f"{tmp_path}/model", f"{tmp_path}/store", topk=4, block_rows=4)
+    return DumpConfig(f"{tmp_path}/model", f"{tmp_path}/store", logits="topk", topk=4, block_rows=4)
 
 
 def contents(folder: str) -> dict[str, bytes]:
@@ -161,7 +161,18 @@ def script(config: DumpConfig) -> list[str]:
         "FeatureWriter.write = lambda self, *a: (time.sleep(0.1), write(self, *a))\n"
         "main()\n"
     )
-    options = ["--model", config.model, "--store", config.store, "--topk", "4", "--block-rows", "1"]
+    options = [
+        "--logits",
+        "topk",
+        "--topk",
+        "4",
+        "--model",
+        config.model,
+        "--store",
+        config.store,
+        "--block-rows",
+        "1",
+    ]
     return [sys.executable, "-c", code, "dump", *options]
 
 

@@ -1,16 +1,29 @@
 """Codecs against NumPy in float64, ties and float8 included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from common.codec import PRECISIONS, Codec, encode_states, quantise, shapes
+from common.codec import (
+    CODECS,
+    PRECISIONS,
+    Codec,
+    arrays_of,
+    decode_states,
+    encode_logits,
+    encode_states,
+    quantise,
+    shapes,
+)
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
 from dump import reduce_logits
+from dump.plan import DumpConfig
 
 B, T, H, V, K = 4, 6, 16, 40, 5
 IDS = np.array([0, 3, 17, 39], np.int32)
@@ -34,7 +47,7 @@ def run(codec, chunk, mesh=None):
         found = jnp.einsum("bch,vh->bcv", last, head)
         return found if mesh is None else jax.sharding.reshard(found, sharding(mesh, ("row", None, None)))
 
-    encode = jax.jit(lambda x: reduce_logits.encode_logits(codec, whole, x, jnp.asarray(IDS), chunk))
+    encode = jax.jit(lambda x: reduce_logits.reduce_logits(codec, whole, x, jnp.asarray(IDS), chunk))
     return {n: np.asarray(x) for n, x in encode(jnp.asarray(last)).items()}
 
 
@@ -67,7 +80,7 @@ def test_the_vocabulary_is_never_sorted():
     last, head = map(jnp.asarray, inputs())
 
     def encode(last, head):
-        return reduce_logits.encode_logits(
+        return reduce_logits.reduce_logits(
             Codec("topk", K, "float32"),
             lambda part: jnp.einsum("bch,vh->bcv", part, head),
             last,
@@ -78,6 +91,30 @@ def test_the_vocabulary_is_never_sorted():
     compiled = jax.jit(encode).lower(last, head).compile().as_text()
     assert "TopK" in compiled
     assert " sort(" not in compiled
+
+
+def test_the_default_selects_nothing_but_the_largest():
+    assert CODECS[0] == DumpConfig("model", "store").logits == "none"
+    text = jax.jit(lambda x: encode_logits(Codec("none", 0, "float32"), x, None)).lower(jnp.ones((2, 3, V)))
+    assert not re.search("top_?k|sort", text.as_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_states_come_back_as_they_were(precision, kind):
+    rng = np.random.default_rng(0)
+    states = {
+        "aux_hidden": rng.standard_normal((B, T, 3, H)).astype(np.float32),
+        "last_hidden": 1000 * rng.standard_normal((B, T, H)).astype(np.float32),
+    }
+    stored = encode_states(Codec("none", 0, precision), *map(jnp.asarray, states.values()))
+    assert set(stored) == set(arrays_of(precision, *states))
+    found = decode_states({name: kind(x) for name, x in stored.items()} | {"argmax": kind(np.zeros(3))})
+    assert set(found) == {*states, "argmax"}
+    bits = {"float32": 24, "bfloat16": 8, "float8_e4m3fn": 4}[precision]
+    for name, x in states.items():
+        close = np.abs(np.asarray(found[name], np.float32) - x)
+        assert (close <= 2.0**-bits * np.abs(x) + 1e-5 * np.abs(x).max()).all()
 
 
 def test_a_mesh_gives_the_same():
@@ -95,7 +132,7 @@ def test_declared_shapes_are_those_made():
         def whole(last):
             return jnp.einsum("bch,vh->bcv", last, head)
 
-        return encode_states(codec, aux, last) | reduce_logits.encode_logits(codec, whole, last, IDS, 3)
+        return encode_states(codec, aux, last) | reduce_logits.reduce_logits(codec, whole, last, IDS, 3)
 
     for precision in PRECISIONS:
         for name, size in (("topk", K), ("draft", len(IDS)), ("full", V), ("none", 0)):
