@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CODECS = ("none", "topk", "draft", "full")
-FLOAT8 = "float8_e4m3fn"
-PRECISIONS = ("float32", "bfloat16", FLOAT8)
-FLOAT8_MAX = 448.0  # its largest number, arXiv 2209.05433
+from common.config import FLOAT8
+
+FLOAT8_MAX = 448.0  # the largest of float8_e4m3fn, arXiv 2209.05433
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,134 @@
-"""Stage configurations are frozen dataclasses; here they become JSON, hashes and differences."""
+"""Stage configurations are frozen dataclasses, whose fields state default, help and bounds in one place.
+
+A field made by `setting` carries what its command-line option and its check need; a field without one is a
+place (a model, a store, a folder) that every caller gives. Here configurations also become JSON, hashes and
+differences.
+"""
 
 import dataclasses
 import hashlib
 import json
+import math
+import types
+import typing
 from typing import Any
+
+DTYPES = ("float32", "bfloat16")  # of computing
+FLOAT8 = "float8_e4m3fn"
+PRECISIONS = (*DTYPES, FLOAT8)  # of storing
+CODECS = ("none", "topk", "draft", "full")  # which logits are stored, see common/codec.py
+DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a field says about itself besides its type and default.
+
+    A value is at least `least`, more than `above`, less than `below`, and one of `choices` where there are
+    any; of a tuple, each of its numbers. `otherwise` says in words what None stands for.
+    """
+
+    help: str
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    otherwise: str = ""
+
+    def problem(self, value: Any, kind: Any) -> str:
+        """What is wrong with a value of the type `kind`, behind 'name=value'; empty if nothing is."""
+        if typing.get_origin(kind) is tuple:
+            items = typing.get_args(kind)
+            fixed = None if items[-1] is Ellipsis else len(items)
+            if isinstance(value, tuple) and value and len(value) == (fixed or len(value)):
+                return next(filter(None, (self.problem(item, items[0]) for item in value)), "")
+            return f"must be {fixed or 'some'} numbers"
+        if self.choices:
+            return "" if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
+        if kind in (int, float):
+            good = _is(value, kind) and self._holds(value)
+            return "" if good else f"must be {_NAMES[kind]}{self._bounds()}"
+        return "" if _is(value, kind) else f"must be {_NAMES[kind]}"
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def _bounds(self) -> str:
+        words = (("of at least", self.least), ("above", self.above), ("below", self.below))
+        return " and".join(f" {word} {bound:g}" for word, bound in words if bound is not None)
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, and not empty"}
+
+
+def setting(default: Any, help: str, **bounds: Any) -> Any:
+    """A dataclass field with that default, the help of its option, and the bounds of `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, **bounds)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A field that has a setting. `kind` is its type without None."""
+
+    name: str
+    kind: Any
+    default: Any
+    setting: Setting
+
+
+def knobs(config: type) -> list[Knob]:
+    """The fields of a configuration class that have a setting, in order."""
+    kinds = typing.get_type_hints(config)
+    found = [field for field in dataclasses.fields(config) if "setting" in field.metadata]
+    return [Knob(f.name, _without_none(kinds[f.name]), f.default, f.metadata["setting"]) for f in found]
+
+
+def check(config: Any) -> None:
+    """ValueError that names the field, its value and what it must be, unless all fields hold what they state.
+
+    Called by a configuration's `__post_init__`. Lists (of TOML) become tuples and whole numbers floats where
+    the field has that type. A text field without a setting must not be empty.
+    """
+    known = knobs(type(config))
+    for knob in known:
+        value = getattr(config, knob.name)
+        if value is None and knob.default is None:
+            continue
+        value = _converted(value, knob.kind)
+        object.__setattr__(config, knob.name, value)
+        if problem := knob.setting.problem(value, knob.kind):
+            raise ValueError(f"{knob.name}={value!r} {problem}")
+    kinds = typing.get_type_hints(type(config))
+    for name in kinds.keys() - {knob.name for knob in known}:
+        value = getattr(config, name)
+        if kinds[name] is str and not _is(value, str):
+            raise ValueError(f"{name}={value!r} must be a folder or URL, and not empty")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """True for a value of exactly that kind: no bool is a number, no number infinite, no text empty."""
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is kind and value != ""
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    return value
+
+
+def _without_none(kind: Any) -> Any:
+    """`int` of `int | None`."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return kind
 
 
 def to_json(value: Any) -> Any:

@@ -26,7 +26,8 @@ from common.stopping import Stop
 from common.store import Store
 from common.store_writer import FeatureWriter
 from dump import target
-from dump.plan import DumpConfig, Plan, make_plan
+from dump.config import DumpConfig
+from dump.plan import Plan, make_plan
 from dump.reduce_logits import chunk_length, reduce_logits
 from dump.target_files import write_target
 

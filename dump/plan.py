@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common import zarr
-from common.codec import CODECS, PRECISIONS, Codec, shapes
+from common.codec import Codec, shapes
 from common.config import digest
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
@@ -22,73 +22,11 @@ from common.store import Store
 from common.store_writer import describe_arrays, raw_bytes, refuse_other_features
 from dump import target
 from dump.chat import tokenizer_hash
+from dump.config import DumpConfig
 
-_DTYPES = ("float32", "bfloat16")
-_CHIP_TOKENS = 2048  # of a batch by default: a few seconds on a laptop, enough to fill a matrix unit
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
 _SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
-
-
-@dataclass(frozen=True)
-class DumpConfig:
-    """What to dump. `model` is a Hugging Face folder, `store` a store that prepare has made.
-
-    logits: none, topk, draft or full (see common/codec.py); topk: its k; draft_vocab: size of `draft`'s
-    vocabulary (the most frequent counted tokens of the train split); dtype: what the target computes in
-    (None: float32 on CPU, bfloat16 on accelerators); precision: what states are stored in (None: dtype);
-    aux_layers: h_k terms (None: the default of every server); block_rows: rows of a shard, the unit of
-    resuming; batch_rows: rows of a forward pass (None: about 2,048 tokens a chip); dp, tp: the mesh; experts:
-    what of them is divided over tp, `ffn` their columns or `expert` whole ones (None: the family's own);
-    dequantise: float8 and MXFP4 weights become plain at load (twice to four times the memory, the same
-    results).
-    """
-
-    model: str
-    store: str
-    logits: str = "none"
-    topk: int = 64
-    draft_vocab: int = 32_000
-    precision: str | None = None
-    dtype: str | None = None
-    aux_layers: tuple[int, ...] | None = None
-    block_rows: int = 32
-    batch_rows: int | None = None
-    dp: int = 1
-    tp: int = 1
-    experts: str | None = None
-    dequantise: bool = False
-
-    def __post_init__(self) -> None:
-        for field, allowed in (
-            ("logits", CODECS),
-            ("precision", (None, *PRECISIONS)),
-            ("dtype", (None, *_DTYPES)),
-            ("experts", (None, "ffn", "expert")),
-        ):
-            if getattr(self, field) not in allowed:
-                known = ", ".join(str(value) for value in allowed if value)
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {known}")
-        for field in ("topk", "draft_vocab", "block_rows", "dp", "tp"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        self.batch(1)
-
-    def batch(self, length: int) -> int:
-        """Rows of a forward pass over rows of `length` tokens: a multiple of dp*tp, a part of block_rows."""
-        chips = self.dp * self.tp
-        if self.block_rows % chips:
-            raise ValueError(f"block_rows={self.block_rows} must be a multiple of dp*tp={chips}")
-        if self.batch_rows is not None:
-            if self.batch_rows < 1 or self.batch_rows % chips or self.block_rows % self.batch_rows:
-                raise ValueError(
-                    f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips} that divides "
-                    f"block_rows={self.block_rows}"
-                )
-            return self.batch_rows
-        wanted = max(1, _CHIP_TOKENS // length)
-        share = self.block_rows // chips
-        return chips * max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
 
 
 @dataclass(frozen=True)

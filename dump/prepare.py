@@ -15,7 +15,6 @@ Counts beside those of dump/clean.py, in conversations:
 
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from common import storage
@@ -26,6 +25,7 @@ from common.store import INDEX, MANIFEST, read_manifest
 from common.store_writer import write_rows
 from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError, TemplateRefusedError
 from dump.clean import Cleaner, Conversation
+from dump.config import PrepareConfig
 from dump.conversations import DataFile
 from dump.pack import TEST, pack, split
 
@@ -41,40 +41,6 @@ COUNTS = (
     "files_cut_off",
 )
 _BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to prepare. `data`: files or URLs; `model`: a Hugging Face folder; `store`: where rows go.
-
-    `length`: tokens a row (T). `holdout`: share of chats held out for evaluation; 0 holds none out.
-    `max_conversations`: stop reading after so many usable ones.
-    """
-
-    data: tuple[str, ...]
-    model: str
-    store: str
-    length: int = 2048
-    holdout: float = 0.05
-    seed: int = 0
-    max_conversations: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.data or isinstance(self.data, str):
-            raise ValueError(f"data is {self.data!r}: give a tuple of at least one file")
-        for field in ("model", "store"):
-            if not getattr(self, field):
-                raise ValueError(f"{field} is empty: give a folder or URL")
-        if self.length < 8:
-            raise ValueError(f"length is {self.length}: give at least 8 tokens a row")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is {self.holdout}: give a share from 0 up to, but not, 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: give 0 or more")
-        if self.max_conversations is not None and self.max_conversations < 1:
-            raise ValueError(
-                f"max_conversations is {self.max_conversations}: give 1 or more, or leave it out"
-            )
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:

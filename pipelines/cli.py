@@ -1,21 +1,26 @@
 """`eyas`: one command, a verb a stage, each a thin layer over the stage's `run(config)`.
 
-Heavy modules are imported inside the commands, so that `eyas --help` is instant.
+The options are those of the stages' configurations. Heavy modules are imported inside the commands, so that
+`eyas --help` is instant.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from common import storage
 from common.errors import EyasError
+from dump.config import DumpConfig, PrepareConfig
 from pipelines import recipes
 from pipelines.exit_codes import Group
+from pipelines.options import options
+from train.config import EvaluateConfig, TrainConfig
 
 EMBEDDED = recipes.EMBEDDED
+RECIPES = "default: the recipe's, else {}"
 
 
 def configure(kind: type, recipe: recipes.Recipe | None, stage: str, given: dict[str, Any]) -> Any:
@@ -27,9 +32,16 @@ def configure(kind: type, recipe: recipes.Recipe | None, stage: str, given: dict
         raise EyasError(str(error)) from None
 
 
-def knob(name: str, kind: Any, default: Any, text: str) -> Callable:
-    """An option that a recipe may set too; `default` is what holds where neither does."""
-    return click.option(name, type=kind, default=None, help=f"{text} (default: the recipe's, else {default})")
+def fetch(config: Any, cache: str) -> Any:
+    """The configuration with its model and data fetched to `cache`: paths in place of names."""
+    from pipelines import embedded
+
+    found = {"model": recipes.folder(config.model, cache)}
+    if hasattr(config, "data"):
+        found["data"] = tuple(
+            embedded.fetch_conversations(cache) if d == EMBEDDED else d for d in config.data
+        )
+    return replace(config, **found)
 
 
 def show(value: dict[str, Any]) -> None:
@@ -50,21 +62,6 @@ data_option = click.option(
     f"`{EMBEDDED}` is ShareGPT V3 from its wheel.",
 )
 store_option = click.option("--store", required=True, help="The feature store: a folder or gs:// prefix.")
-DTYPE = "float32 on CPU, bfloat16 on accelerators"
-PRECISIONS = ["float32", "bfloat16", "float8_e4m3fn"]
-count, share = click.IntRange(min=1), click.FloatRange(min=0)
-
-
-class Layers(click.ParamType):
-    """Comma-separated layer numbers."""
-
-    name = "layers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            return tuple(int(number) for number in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} are no layers; write, say, 2,16,29", param, ctx)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -86,12 +83,6 @@ def main(ctx: click.Context, cache: str) -> None:
     ctx.obj = cache
 
 
-def _data(data: tuple[str, ...], cache: str) -> tuple[str, ...]:
-    from pipelines import embedded
-
-    return tuple(embedded.fetch_conversations(cache) if d == EMBEDDED else d for d in data or (EMBEDDED,))
-
-
 @main.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Where the demo's results go.")
 @click.pass_obj
@@ -106,42 +97,25 @@ def demo(cache: str, out: str) -> None:
 @data_option
 @model_option
 @store_option
-@knob("--length", click.IntRange(min=8), 2048, "Tokens a row.")
-@knob("--holdout", share, 0.05, "Share of the conversations held out for evaluation.")
-@knob("--seed", click.IntRange(min=0), 0, "Shuffles and splits the conversations.")
-@knob("--max-conversations", count, "all", "Stop reading after so many usable ones.")
+@options(PrepareConfig, RECIPES)
 @click.pass_obj
 def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
     """Turns conversations into packed rows of tokens; no device is touched.
 
     Example: eyas prepare --data chats.jsonl --model qwen3-8b --store stores/qwen3-8b --length 2048
     """
-    from dump.prepare import PrepareConfig, run
+    from dump.prepare import run
 
-    place = {"model": recipes.folder(model, cache), "data": _data(data, cache), "store": store}
-    show(run(configure(PrepareConfig, recipes.find(model), "prepare", given | place))["counts"])
+    place = {"model": model, "data": data or (EMBEDDED,), "store": store}
+    config = configure(PrepareConfig, recipes.find(model), "prepare", given | place)
+    show(run(fetch(config, cache))["counts"])
 
 
 @main.command()
 @data_option
 @model_option
 @store_option
-@knob("--logits", click.Choice(["none", "topk", "draft", "full"]), "none", "Which logits to keep.")
-@knob("--topk", count, 64, "The k of topk.")
-@knob("--draft-vocab", count, 32000, "Size of the vocabulary of --logits draft.")
-@knob("--precision", click.Choice(PRECISIONS), "--dtype", "What states are stored in.")
-@knob("--dtype", click.Choice(["float32", "bfloat16"]), DTYPE, "What the target computes in.")
-@knob(
-    "--aux-layers", Layers(), "2,n/2,n-3, as servers have it", "Layers whose input the head reads: 2,16,29."
-)
-@knob("--block-rows", count, 32, "Rows written and resumed as one.")
-@knob("--batch-rows", count, "about 2,048 tokens a chip", "Rows of a forward pass.")
-@knob("--dp", count, 1, "Chips along the batch.")
-@knob("--tp", count, 1, "Chips that share each layer.")
-@knob("--experts", click.Choice(["ffn", "expert"]), "the family's", "Experts over tp: by columns or whole.")
-@click.option(
-    "--dequantise", is_flag=True, default=None, help="Quantised weights become plain at load: faster, larger."
-)
+@options(DumpConfig, RECIPES)
 @click.pass_obj
 def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
     """Runs the frozen target over the rows and writes the feature store.
@@ -152,46 +126,22 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
     """
     from common.store import MANIFEST
     from dump import dump as stage
-    from dump.prepare import PrepareConfig
     from dump.prepare import run as prepare_rows
 
     recipe = recipes.find(model)
-    place = {"model": recipes.folder(model, cache), "store": store}
-    config = configure(stage.DumpConfig, recipe, "dump", given | place)
+    place = {"model": model, "store": store}
+    config = configure(DumpConfig, recipe, "dump", given | place)
     if data and not storage.exists(f"{store.rstrip('/')}/{MANIFEST}"):
-        prepare_rows(configure(PrepareConfig, recipe, "prepare", place | {"data": _data(data, cache)}))
-    show(stage.run(config))
+        rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data})
+        prepare_rows(fetch(rows, cache))
+    show(stage.run(fetch(config, cache)))
 
 
 @main.command()
 @model_option
 @store_option
 @click.option("--out", required=True, help="The experiment's folder; best/ in it is what a server loads.")
-@knob("--seed", click.IntRange(min=0), 0, "Seed of the initial head and of the order of rows.")
-@knob("--epochs", share, 3.0, "Passes over the train split.")
-@knob("--steps", count, "from --epochs", "Optimiser steps; overrides --epochs.")
-@knob("--batch-rows", count, 4, "Rows a step.")
-@knob("--ttt-steps", count, 7, "Steps K of the rollout.")
-@knob("--decay", share, 0.8, "Step k's loss weighs decay^k.")
-@knob("--draft-vocab", count, "32000, or a smaller target's all", "Size of the draft vocabulary.")
-@knob("--ffn", count, "the target's", "Width of the head's feed-forward part.")
-@knob("--learning-rate", share, "1e-4", "Peak learning rate.")
-@knob("--warmup", share, 0.02, "Share of the steps that warms up.")
-@knob("--weight-decay", share, 0.0, "Decoupled weight decay.")
-@knob("--clip", share, 0.5, "Largest norm of the gradient.")
-@knob(
-    "--init",
-    click.Choice(["fitted", "target", "normal"]),
-    "fitted",
-    "Start: a regression, the target's lm_head, noise.",
-)
-@knob("--compat", click.Choice(["specforge"]), "none", "Reproduce another trainer's losses.")
-@knob("--dtype", click.Choice(["float32", "bfloat16"]), DTYPE, "What the head computes in.")
-@knob("--teacher", click.Choice(["recompute", "stored"]), "recompute", "Logits from states, or stored ones.")
-@knob("--eval-every", count, "chosen from the steps", "Steps between evaluations.")
-@knob("--save-every", count, "chosen from the steps", "Steps between checkpoints.")
-@knob("--log-every", count, 10, "Steps between lines of metrics.jsonl.")
-@knob("--dp", count, 1, "Chips along the batch.")
+@options(TrainConfig, RECIPES)
 def train(model: str, store: str, out: str, **given: Any) -> None:
     """Trains a head from the store; the target's checkpoint is not needed.
 
@@ -201,7 +151,7 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
     from train import run as stage
 
     recipe = recipes.find(model)
-    config = configure(stage.TrainConfig, recipe, "train", given | {"store": store, "out": out})
+    config = configure(TrainConfig, recipe, "train", given | {"store": store, "out": out})
     require_same_target(store, model, recipe)
     show(stage.run(config))
 
@@ -209,12 +159,7 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
 @main.command("eval")
 @click.option("--head", required=True, help="A head's folder, such as EXP/best.")
 @store_option
-@click.option("--ttt-steps", type=count, default=7, show_default=True, help="Tokens drafted a step.")
-@click.option("--batch-rows", type=count, default=4, show_default=True, help="Rows of a forward pass.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help=f"What to compute in; else {DTYPE}."
-)
-@click.option("--dp", type=count, default=1, show_default=True, help="Chips along the batch.")
+@options(EvaluateConfig)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     """Measures a head on the held-out rows, beside a unigram and a bigram predictor.
@@ -224,7 +169,7 @@ def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     from pipelines.report import table
     from train import evaluate as stage
 
-    found = stage.run(configure(stage.EvaluateConfig, None, "", given | {"head": head, "store": store}))
+    found = stage.run(configure(EvaluateConfig, None, "", given | {"head": head, "store": store}))
     show(found) if as_json else click.echo(table(found))
 
 

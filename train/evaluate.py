@@ -4,7 +4,6 @@ Dimensions: B rows a batch, T positions, K steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from common.progress import Progress, note
 from common.safetensors import Checkpoint
 from common.store import Store
 from train import check_export, ngram
+from train.config import EvaluateConfig
 from train.head import HeadConfig, parameters
 from train.metrics import Sums, add, summarise
 from train.plan import frozen
@@ -26,30 +26,6 @@ from train.serving_config import read_serving_config
 from train.step import score_step
 from train.stream import Plan, Stream
 from train.ttt import Frozen, Params
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What to evaluate: `head`, a folder that a server loads, on the test rows of `store`.
-
-    ttt_steps: K, the tokens drafted a step; ngrams: measure the unigram and bigram predictors as well;
-    dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); dp: chips.
-    """
-
-    head: str
-    store: str
-    ttt_steps: int = 7
-    batch_rows: int = 4
-    ngrams: bool = True
-    dtype: str | None = None
-    dp: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("ttt_steps", "batch_rows", "dp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.batch_rows % self.dp:
-            raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp={self.dp}")
 
 
 class Evaluator:

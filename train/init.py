@@ -26,7 +26,6 @@ from train.head import HeadConfig, parameters
 from train.targets import counted_targets
 
 Weights = dict[str, np.ndarray]
-INITS = ("fitted", "target", "normal")
 _POSITIONS = 65_536  # sampled, counted or not: 28 for each feature of a target with H=576, 3 with H=5,120
 _RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
 _KEEP_OUT = 8  # every so many-th row is for choosing the ridge

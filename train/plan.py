@@ -23,8 +23,9 @@ from common.params import shapes
 from common.storage import require_room
 from common.store import Store
 from train import optimizer
+from train.config import TrainConfig
 from train.head import HeadConfig, head_config, parameters
-from train.init import INITS, feature_units, start
+from train.init import feature_units, start
 from train.stream import Plan, Stream, order, teaching_arrays
 from train.targets import Capacity
 from train.ttt import Frozen, Params
@@ -32,70 +33,6 @@ from train.ttt import Frozen, Params
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _PACE = ("out", "log_every", "eval_every", "save_every")  # change nothing of the weights
-_CHOICES = {
-    "init": INITS,
-    "compat": (None, "specforge"),
-    "dtype": (None, "float32", "bfloat16"),
-    "teacher": ("recompute", "stored"),
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train. `store`: a complete feature store; `out`: the experiment's folder.
-
-    epochs: passes over the train split (steps overrides it); ttt_steps: K; decay: step k weighs decay^k;
-    draft_vocab: None is 32,000, or the whole vocabulary of a smaller target; warmup: share of the steps;
-    init: see train/init.py; compat "specforge": its mask and divisor, to compare
-    losses; dtype: of matmuls (None: float32 on CPU, bfloat16 on accelerators); teacher: recompute it from
-    last_hidden and lm_head, or take stored logits; ffn: width (None: the target's);
-    eval_every, save_every: steps (None: chosen so that they cost little); dp: chips.
-    """
-
-    store: str
-    out: str
-    seed: int = 0
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_rows: int = 4
-    ttt_steps: int = 7
-    decay: float = 0.8
-    draft_vocab: int | None = None
-    learning_rate: float = 1e-4
-    warmup: float = 0.02
-    weight_decay: float = 0.0
-    clip: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.95)
-    init: str = "fitted"
-    compat: str | None = None
-    dtype: str | None = None
-    teacher: str = "recompute"
-    ffn: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    log_every: int = 10
-    dp: int = 1
-
-    def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                known = ", ".join(str(value) for value in allowed if value)
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
-        optional = ("steps", "draft_vocab", "ffn", "eval_every", "save_every")
-        for name in ("batch_rows", "ttt_steps", "log_every", "dp", *optional):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name in ("epochs", "learning_rate", "clip", "decay"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
-        for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in self.betas)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must be from 0 up to, but not, 1")
-        if self.weight_decay < 0 or self.seed < 0:
-            raise ValueError("weight_decay and seed must be 0 or more")
-        if self.batch_rows % self.dp:
-            raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp={self.dp}")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from common.mesh import sharding
 from common.progress import Progress, note
 from common.stopping import Stop
 from train import optimizer, stream
+from train.config import TrainConfig
 from train.evaluate import Evaluator
 from train.export import export
-from train.plan import Experiment, TrainConfig, claim, frozen, make
+from train.plan import Experiment, claim, frozen, make
 from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
 

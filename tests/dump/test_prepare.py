@@ -247,5 +247,5 @@ def test_a_model_without_config_is_refused(config, tmp_path):
     ],
 )
 def test_the_configuration_names_the_field_that_is_wrong(config, field, value):
-    with pytest.raises(ValueError, match=f"^{field} is .*give"):
+    with pytest.raises(ValueError, match=f"^{field}=.* must be "):
         replace(config, **{field: value})

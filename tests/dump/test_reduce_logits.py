@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from common.codec import (
-    CODECS,
-    PRECISIONS,
     Codec,
     arrays_of,
     decode_states,
@@ -19,6 +17,7 @@ from common.codec import (
     quantise,
     shapes,
 )
+from common.config import CODECS, PRECISIONS
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding

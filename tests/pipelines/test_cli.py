@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import aiohttp
@@ -18,11 +18,11 @@ from click.testing import CliRunner
 
 from common import storage
 from common.errors import EyasError, MachineError
-from dump.dump import DumpConfig
-from dump.prepare import PrepareConfig
+from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli
 from pipelines.checks import require_same_target
 from tests.dump import chats, tiny
+from train.config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
@@ -56,14 +56,48 @@ def test_every_verb_has_a_help_with_words_for_every_option(verb):
     assert all(getattr(option, "help", "") for option in cli.main.commands[verb].params)
 
 
-@pytest.mark.parametrize(("verb", "config"), [("prepare", PrepareConfig), ("dump", DumpConfig)])
-def test_the_defaults_in_the_help_are_those_of_the_configuration(verb, config):
-    defaults = {field.name: field.default for field in fields(config)}
-    options = {o.name: o.help for o in cli.main.commands[verb].params if "else " in (o.help or "")}
-    assert options.keys() <= defaults.keys()
-    for name, text in options.items():
-        if defaults[name] is not None:
-            assert text.endswith(f"else {defaults[name]})"), name
+CONFIGURATIONS = {"prepare": PrepareConfig, "dump": DumpConfig, "train": TrainConfig, "eval": EvaluateConfig}
+
+
+@pytest.mark.parametrize("verb", CONFIGURATIONS)
+def test_every_field_of_a_configuration_is_an_option_or_a_required_place(verb):
+    options = {o.name: o for o in cli.main.commands[verb].params}
+    for field in fields(CONFIGURATIONS[verb]):
+        option = options.pop(field.name)
+        if field.default is MISSING:
+            assert option.required or field.name in ("model", "data"), "these two have a default"
+            continue
+        assert option.default is None, "None is what is not given, so that a recipe's value can hold"
+        assert "default: " in option.help or field.default is False
+    assert options.keys() <= {"model", "data", "as_json"}
+
+
+def test_what_the_help_says_of_a_default_is_the_default():
+    helps = {o.name: o.help for o in cli.main.commands["train"].params}
+    assert helps["learning_rate"].endswith("(default: the recipe's, else 0.0001)")
+    assert helps["betas"].endswith("else 0.9,0.95)")
+    assert helps["steps"].endswith("else from --epochs)")
+    assert "(default: 7)" in {o.name: o.help for o in cli.main.commands["eval"].params}["ttt_steps"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --store s --out o --betas 0.9", "betas=(0.9,) must be 2 numbers"),
+        (
+            "train --store s --out o --betas 0.9,1",
+            "betas=(0.9, 1.0) must be a number of at least 0 and",
+        ),
+        ("train --store s --out o --betas fast", "'fast' are not floats with commas between them"),
+        ("train --store s --out o --learning-rate inf", "learning_rate=inf must be a number above 0"),
+        ("train --store s --out o --epochs nan", "epochs=nan must be a number above 0"),
+        ("train --store s --out o --warmup 1", "1.0 is not in the range 0<=x<1"),
+        ("dump --store s --aux-layers=-1,2,3", "aux_layers=(-1, 2, 3) must be a whole number of at least 0"),
+        ("dump --store s --precision int8", "'int8' is not one of 'float32', 'bfloat16', 'float8_e4m3fn'"),
+    ],
+)
+def test_a_value_that_a_field_cannot_have_is_refused(command, message):
+    assert message in refused(invoke(*command.split()))
 
 
 def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_the_default():

@@ -5,8 +5,7 @@ from dataclasses import fields
 import pytest
 
 from common.errors import EyasError
-from dump.dump import DumpConfig
-from dump.prepare import PrepareConfig
+from dump.config import DumpConfig, PrepareConfig
 from dump.target.families import FAMILIES
 from pipelines import recipes
 

@@ -1,0 +1,84 @@
+"""What can be chosen about preparing rows and dumping features."""
+
+from dataclasses import dataclass
+
+from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, setting
+
+_CHIP_TOKENS = 2048  # of a batch by default: a few seconds on a laptop, enough to fill a matrix unit
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare. `data`: files or URLs; `model`: a Hugging Face folder; `store`: where rows go."""
+
+    data: tuple[str, ...]
+    model: str
+    store: str
+    length: int = setting(2048, "Tokens a row.", least=8)
+    holdout: float = setting(
+        0.05, "Share of the conversations held out for evaluation; 0 holds none out.", least=0, below=1
+    )
+    seed: int = setting(0, "Shuffles and splits the conversations.", least=0)
+    max_conversations: int | None = setting(
+        None, "Stop reading after so many usable ones.", least=1, otherwise="all"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not isinstance(self.data, tuple) or not all(isinstance(d, str) and d for d in self.data or [0]):
+            raise ValueError(f"data={self.data!r} must be a tuple of at least one file")
+
+
+@dataclass(frozen=True)
+class DumpConfig:
+    """What to dump. `model` is a Hugging Face folder, `store` a store that prepare has made."""
+
+    model: str
+    store: str
+    logits: str = setting("none", "Which logits to keep.", choices=CODECS)
+    topk: int = setting(64, "The k of topk.", least=1)
+    draft_vocab: int = setting(
+        32_000, "Size of the vocabulary of --logits draft: the most frequent tokens learnt from.", least=1
+    )
+    precision: str | None = setting(
+        None, "What states are stored in.", choices=PRECISIONS, otherwise="--dtype"
+    )
+    dtype: str | None = setting(None, "What the target computes in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
+    aux_layers: tuple[int, ...] | None = setting(
+        None,
+        "Layers whose input the head reads: 2,16,29.",
+        least=0,
+        otherwise="2,n/2,n-3, as servers have it",
+    )
+    block_rows: int = setting(32, "Rows written and resumed as one.", least=1)
+    batch_rows: int | None = setting(
+        None, "Rows of a forward pass.", least=1, otherwise="about 2,048 tokens a chip"
+    )
+    dp: int = setting(1, "Chips along the batch.", least=1)
+    tp: int = setting(1, "Chips that share each layer.", least=1)
+    experts: str | None = setting(
+        None, "Experts over tp: by columns or whole.", choices=("ffn", "expert"), otherwise="the family's"
+    )
+    dequantise: bool = setting(
+        False, "Quantised weights become plain at load: faster, two to four times as large."
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.batch(1)
+
+    def batch(self, length: int) -> int:
+        """Rows of a forward pass over rows of `length` tokens: a multiple of dp*tp, a part of block_rows."""
+        chips = self.dp * self.tp
+        if self.block_rows % chips:
+            raise ValueError(f"block_rows={self.block_rows} must be a multiple of dp*tp={chips}")
+        if self.batch_rows is not None:
+            if self.batch_rows % chips or self.block_rows % self.batch_rows:
+                raise ValueError(
+                    f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips} that divides "
+                    f"block_rows={self.block_rows}"
+                )
+            return self.batch_rows
+        wanted = max(1, _CHIP_TOKENS // length)
+        share = self.block_rows // chips
+        return chips * max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)

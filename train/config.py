@@ -1,0 +1,83 @@
+"""What can be chosen about training and evaluating a head."""
+
+from dataclasses import dataclass
+
+from common.config import DEFAULT_DTYPE, DTYPES, check, setting
+
+
+def _check_batch(batch_rows: int, dp: int) -> None:
+    if batch_rows % dp:
+        raise ValueError(f"batch_rows={batch_rows} must be a multiple of dp={dp}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train. `store`: a complete feature store; `out`: the experiment's folder."""
+
+    store: str
+    out: str
+    seed: int = setting(0, "Seed of the initial head and of the order of rows.", least=0)
+    epochs: float = setting(3.0, "Passes over the train split.", above=0)
+    steps: int | None = setting(
+        None, "Optimiser steps; overrides --epochs.", least=1, otherwise="from --epochs"
+    )
+    batch_rows: int = setting(4, "Rows a step.", least=1)
+    ttt_steps: int = setting(7, "Steps K of the rollout.", least=1)
+    decay: float = setting(0.8, "Step k's loss weighs decay^k.", above=0)
+    draft_vocab: int | None = setting(
+        None, "Size of the draft vocabulary.", least=1, otherwise="32000, or a smaller target's all"
+    )
+    learning_rate: float = setting(1e-4, "Peak learning rate.", above=0)
+    warmup: float = setting(0.02, "Share of the steps that warms up.", least=0, below=1)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", least=0)
+    clip: float = setting(0.5, "Largest norm of the gradient.", above=0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "How slowly AdamW forgets gradients and their squares.", least=0, below=1
+    )
+    init: str = setting(
+        "fitted",
+        "Start: a regression, the target's lm_head, noise.",
+        choices=("fitted", "target", "normal"),
+    )
+    compat: str | None = setting(
+        None,
+        "Reproduce another trainer's mask and divisor, to compare losses.",
+        choices=("specforge",),
+        otherwise="none",
+    )
+    dtype: str | None = setting(None, "What the head computes in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
+    teacher: str = setting(
+        "recompute", "Logits from states, or stored ones.", choices=("recompute", "stored")
+    )
+    ffn: int | None = setting(
+        None, "Width of the head's feed-forward part.", least=1, otherwise="the target's"
+    )
+    eval_every: int | None = setting(
+        None, "Steps between evaluations.", least=1, otherwise="chosen so that they cost little"
+    )
+    save_every: int | None = setting(
+        None, "Steps between checkpoints.", least=1, otherwise="chosen so that they cost little"
+    )
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
+    dp: int = setting(1, "Chips along the batch.", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_batch(self.batch_rows, self.dp)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate: `head`, a folder that a server loads, on the test rows of `store`."""
+
+    head: str
+    store: str
+    ttt_steps: int = setting(7, "Tokens K drafted a step.", least=1)
+    batch_rows: int = setting(4, "Rows of a forward pass.", least=1)
+    ngrams: bool = setting(True, "Measure a unigram and a bigram predictor as well.")
+    dtype: str | None = setting(None, "What to compute in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
+    dp: int = setting(1, "Chips along the batch.", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_batch(self.batch_rows, self.dp)
