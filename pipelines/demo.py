@@ -104,8 +104,9 @@ def as_text(summary: dict[str, Any], out: str) -> str:
         + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         f"Held out    first token right {head['acc'][0]:.1%} (bigram {found['bigram']['acc'][0]:.1%}, "
         f"unigram {found['unigram']['acc'][0]:.1%})",
-        f"            estimated acceptance length {head['length_greedy']:.2f} greedy, "
-        f"{head['length_sampled']:.2f} sampled (bigram {found['bigram']['length_greedy']:.2f})",
+        f"            estimated acceptance length, {len(head['acc'])} tokens a draft: "
+        f"{head['length_greedy']:.2f} greedy, {head['length_sampled']:.2f} sampled (bigram "
+        f"{found['bigram']['length_greedy']:.2f} greedy)",
         f"Head        {summary['head']}, checked; give it to a server beside its target",
         f"All figures {os.path.join(out, 'summary.json')}",
     ]

@@ -15,20 +15,31 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """An evaluation: the head beside the n-gram predictors, by TTT step."""
+    """An evaluation: the head beside the n-gram predictors; by position, then walked as a server does."""
     head, steps = found["head"], len(found["head"]["acc"])
-    rows = [["", *(f"step {k}" for k in range(steps))]]
-    for name in ("acc", "cond_acc", "full_acc", "alpha"):
-        rows.append([f"head {name}", *(f"{value:.3f}" for value in head[name])])
-    for name in ("unigram", "bigram"):
-        if name in found:
-            rows.append([f"{name} acc", *(f"{value:.3f}" for value in found[name]["acc"])])
-    lines = [f"head: {head['length_greedy']:.3f} greedy, {head['length_sampled']:.3f} sampled"]
-    lines += [f"{n}: {found[n]['length_greedy']:.3f} greedy" for n in ("unigram", "bigram") if n in found]
+    others = [name for name in ("unigram", "bigram") if name in found]
+
+    def numbers(label: str, values: Sequence[float]) -> list[str]:
+        return [label, *(f"{value:.3f}" for value in values)]
+
+    by_step = [["", *(f"step {k}" for k in range(steps))]]
+    by_step += [numbers(f"head {name}", head[name]) for name in ("acc", "cond_acc", "full_acc", "alpha")]
+    by_step += [numbers(f"{name} acc", found[name]["acc"]) for name in others]
+    by_k = [["tokens drafted at once", *(f"k={k}" for k in range(1, steps + 1))]]
+    by_k += [
+        numbers("head, temperature 0", head["length_greedy_by_k"]),
+        numbers("head, temperature 1, sampled drafts", head["length_sampled_by_k"]),
+    ]
+    by_k += [numbers(f"{name}, temperature 0", found[name]["length_greedy_by_k"]) for name in others]
+    accepted = ", ".join(f"{share:.3f}" for share in head["accepted_greedy"])
     return (
-        f"{columns(rows)}\n\nestimated acceptance length, tokens a step\n  "
-        + "\n  ".join(lines)
-        + f"\ndraft vocabulary covers {head['coverage']:.1%} of {head['counted']:,} counted positions"
+        f"by position, {head['counted']:,} answer positions\n{columns(by_step)}\n\n"
+        f"estimated acceptance length: tokens a draft, every answer walked through as a server does\n"
+        f"{columns(by_k)}\n"
+        f"accepted at each position of {head['drafts']:,} drafts of {steps}, temperature 0: {accepted}\n"
+        f"the answers are the target's own first choice at {head['own_text']:.1%} of the positions "
+        "(100%: the estimate at temperature 0 is exact)\n"
+        f"the draft vocabulary covers {head['coverage']:.1%} of the positions"
     )
 
 

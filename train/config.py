@@ -72,7 +72,10 @@ class EvaluateConfig:
 
     head: str
     store: str
-    ttt_steps: int = setting(7, "Tokens K drafted a step.", least=1)
+    ttt_steps: int = setting(7, "Tokens drafted at once, at most (K).", least=1)
+    answer_tokens: int | None = setting(
+        None, "Walk through so many tokens of each answer.", least=2, otherwise="all"
+    )
     batch_rows: int = setting(4, "Rows of a forward pass.", least=1)
     ngrams: bool = setting(True, "Measure a unigram and a bigram predictor as well.")
     dtype: str | None = setting(None, "What to compute in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)

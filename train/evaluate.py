@@ -42,6 +42,7 @@ class Evaluator:
         batch_rows: int,
         dtype: Any,
         teacher: str = "recompute",
+        answer_tokens: int | None = None,
     ):
         size = max(mesh.size, min(batch_rows, -(-len(rows) // mesh.size) * mesh.size))
         filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
@@ -53,7 +54,7 @@ class Evaluator:
         self.counted = plan.counted
         capacity = plan.capacity(np.maximum(self._batches, rows[0]), mesh.size)
         self._stream = Stream(store, plan, capacity, mesh, teacher, draft_ids)
-        self._score: Callable = jax.jit(score_step(head, mesh, ttt_steps, dtype))
+        self._score: Callable = jax.jit(score_step(head, mesh, ttt_steps, dtype, answer_tokens))
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
         """The metrics of train/metrics.py."""
@@ -83,13 +84,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise EyasError(str(error)) from None
     dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
-    evaluator = Evaluator(store, rows, head, draft_ids, mesh, config.ttt_steps, config.batch_rows, dtype)
+    shape = (store, rows, head, draft_ids, mesh, config.ttt_steps, config.batch_rows, dtype)
+    evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens)
     if not evaluator.counted:
         raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
     taught = frozen(store, draft_ids, "recompute", mesh, dtype)
     found = {"head": evaluator(jax.device_put(params, sharding(mesh, ())), taught)}
     if config.ngrams:
-        found |= ngram.evaluate(store, config.ttt_steps)
+        found |= ngram.evaluate(store, config.ttt_steps, config.answer_tokens)
     return found | {"rows": len(rows), "store": store.hash}
 
 

@@ -1,15 +1,24 @@
 """What a head is worth, from its scores on counted positions.
 
+Two kinds of figures, which differ by some percent. By position, over all counted ones:
+
 - acc_k: the head's top token of step k is the target's; targets outside of the draft vocabulary are misses.
 - full_acc_k: steps 0..k are all right. cond_acc_k: step k is right where steps 0..k-1 were.
 - alpha_k: mean of sum_v min(p_v, q_v), the acceptance at temperature 1.
-- length_greedy = 1 + sum_k full_acc_k: tokens a step of greedy chain drafting, exact where the text is the
-  target's own greedy output. length_sampled = 1 + sum_k prod_{j<=k} alpha_j.
 - coverage: share of counted positions whose target lies in the draft vocabulary.
+- own_text: share of counted positions whose text goes on with the target's own first choice; 1 on greedy
+  answers of the target.
 
 full_acc and cond_acc are taken over the indices at which steps 0..k all count. A share of nothing is 0.
 
-Dimensions: M target positions, n positions, K steps.
+By the walk of a server through each answer (train/walk.py), chains only, the target's own token counted:
+
+- length_greedy, length_sampled: tokens a draft of K tokens, at temperature 0, and at temperature 1 where the
+  draft is sampled too. length_greedy_by_k, length_sampled_by_k: of drafts of 1..K tokens.
+- accepted_greedy, accepted_sampled: accepted a draft at each of its K positions.
+- drafts: how many greedy drafts of K tokens the answers took.
+
+Dimensions: B rows, T positions, M target positions, K steps.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.loss import Scores
+from train.walk import Walk, answers, by_position, lengths, walk
+
+LENGTH = "length_greedy"  # what one head is better by than another
 
 
 class Sums(NamedTuple):
-    """Sums over counted positions, [K] each; they add up over batches and chips."""
+    """Sums over counted positions, float32 [K] each; they add up over batches and chips."""
 
     counted: Any
     correct: Any
@@ -30,47 +42,84 @@ class Sums(NamedTuple):
     chains: Any  # indices at which steps 0..k all count
     chains_right: Any  # and are right
     chains_open: Any  # and are right up to k-1
-    covered: Any  # targets in the draft vocabulary
-    loss: Any  # over the covered ones
+    greedy: Walk
+    sampled: Walk
+    covered: Any = 0.0  # targets in the draft vocabulary
+    loss: Any = 0.0  # over the covered ones
+    own_text: Any = 0.0  # []: targets whose text says what the target says
 
 
-def shard_sums(scores: Scores, valid_MK: jax.Array, known_M: jax.Array, targets_M: jax.Array, n: int) -> Sums:
+def shard_sums(
+    scores: Scores, valid_MK: jax.Array, known_M: jax.Array, batch: Any, answer_tokens: int | None = None
+) -> Sums:
     """The sums of one shard. `known_M`: the target's argmax has a place in the draft vocabulary."""
-    counts, right = valid_MK, valid_MK & (scores.correct > 0)
-    taught = counts & known_M[:, None]
-    whole, good = _by_index(counts, targets_M, n), _by_index(right, targets_M, n)
-    # TTT is a chain: what step k is worth depends on all steps before it at the same index.
-    whole, good = (jnp.cumprod(x.astype(jnp.int32), axis=1) > 0 for x in (whole, good))
-    before = jnp.concatenate([jnp.ones((n, 1), bool), good[:, :-1]], axis=1)
+    (B, T), K = batch.tokens.shape, valid_MK.shape[1]
+    taught_MK = valid_MK & known_M[:, None]
+    counted_BT = jnp.zeros(B * T, bool).at[batch.targets].set(True, mode="drop").reshape(B, T)
+    says = batch.tokens[:, 2:] == batch.argmax[:, 1:-1]  # what index i drafts first is in the text
+    place = _places(batch.targets, valid_MK, B * T)
 
-    def total(x):
-        return x.astype(jnp.float32).sum(0)
+    def by_index(x_MK: jax.Array) -> jax.Array:
+        flat = jnp.zeros(B * T * K, x_MK.dtype).at[place].set(x_MK, mode="drop")
+        return flat.reshape(B, T, K)
 
-    return Sums(
-        counted=total(counts),
-        correct=total(right),
-        alpha=total(jnp.where(counts, scores.alpha, 0.0)),
-        chains=total(whole),
-        chains_right=total(good),
-        chains_open=total(whole & before),
-        covered=total(taught),
-        loss=total(jnp.where(taught, scores.loss, 0.0)),
+    valid_BTK = by_index(valid_MK)
+    sums = index_sums(
+        valid_BTK,
+        by_index(valid_MK & (scores.correct > 0)),
+        by_index(jnp.where(valid_MK, scores.alpha, 0.0)),
+        counted_BT,
+        batch.segment_ids,
+        answer_tokens,
+    )
+    return sums._replace(
+        covered=_total(taught_MK),
+        loss=_total(jnp.where(taught_MK, scores.loss, 0.0)),
+        own_text=(valid_BTK[:, :-2, 0] & says).astype(jnp.float32).sum(),
     )
 
 
-def _by_index(flags_MK: jax.Array, targets_M: jax.Array, n: int) -> jax.Array:
-    """bool [n, K] by drafting index i = j - 1 - k of target j at step k; False where there is none."""
-    K = flags_MK.shape[1]
-    index_MK = targets_M[:, None] - 1 - jnp.arange(K, dtype=targets_M.dtype)[None]
-    # A flag that is set has its index inside; the others may fall anywhere, so they go out of range.
-    place = jnp.where(flags_MK, index_MK * K + jnp.arange(K, dtype=index_MK.dtype)[None], n * K)
-    return jnp.zeros(n * K, bool).at[place].set(True, mode="drop").reshape(n, K)
+def _places(targets_M: jax.Array, valid_MK: jax.Array, n: int) -> jax.Array:
+    """int32 [M, K]: i * K + k of drafting index i = j - 1 - k of target j at step k; n * K where invalid."""
+    step_K = jnp.arange(valid_MK.shape[1], dtype=targets_M.dtype)
+    index_MK = targets_M[:, None] - 1 - step_K[None]
+    return jnp.where(valid_MK, index_MK * len(step_K) + step_K[None], n * len(step_K))
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """Sums over all but the last axis, [K]."""
+    return x.astype(jnp.float32).reshape(-1, x.shape[-1]).sum(0)
+
+
+def index_sums(
+    valid_BTK: jax.Array,
+    right_BTK: jax.Array,
+    alpha_BTK: jax.Array,
+    counted_BT: jax.Array,
+    segments_BT: jax.Array,
+    answer_tokens: int | None = None,
+) -> Sums:
+    """The sums of what index i drafts at step k: bool `valid`, bool `right`, float32 `alpha`."""
+    # What step k is worth depends on all steps before it at the same index.
+    whole, good = (jnp.cumprod(x.astype(jnp.int32), axis=-1) > 0 for x in (valid_BTK, right_BTK))
+    before = jnp.concatenate([jnp.ones_like(good[..., :1]), good[..., :-1]], axis=-1)
+    begins, drafts = answers(counted_BT, segments_BT, answer_tokens)
+    return Sums(
+        counted=_total(valid_BTK),
+        correct=_total(right_BTK),
+        alpha=_total(alpha_BTK),
+        chains=_total(whole),
+        chains_right=_total(good),
+        chains_open=_total(whole & before),
+        greedy=walk(right_BTK.astype(jnp.float32), begins, drafts),
+        sampled=walk(alpha_BTK, begins, drafts),
+    )
 
 
 def add(a: Sums | None, b: Sums) -> Sums:
     """Sums of two parts, in float64: a float32 no longer counts by ones beyond 16.7 million."""
-    new = Sums(*(np.asarray(x, np.float64) for x in b))
-    return new if a is None else Sums(*(x + y for x, y in zip(a, new, strict=True)))
+    new = jax.tree.map(lambda x: np.asarray(x, np.float64), b)
+    return new if a is None else jax.tree.map(np.add, a, new)
 
 
 def shares(parts: np.ndarray, of: np.ndarray) -> list[float]:
@@ -80,15 +129,30 @@ def shares(parts: np.ndarray, of: np.ndarray) -> list[float]:
 
 def summarise(sums: Sums) -> dict[str, Any]:
     """The metrics by name: lists of K, and numbers."""
-    full, alpha = shares(sums.chains_right, sums.chains), shares(sums.alpha, sums.counted)
-    return {
+    found = {
         "acc": shares(sums.correct, sums.counted),
         "cond_acc": shares(sums.chains_right, sums.chains_open),
-        "full_acc": full,
-        "alpha": alpha,
+        "full_acc": shares(sums.chains_right, sums.chains),
+        "alpha": shares(sums.alpha, sums.counted),
         "loss": shares(sums.loss, sums.covered),
-        "length_greedy": 1 + sum(full),
-        "length_sampled": 1 + float(np.cumprod(alpha).sum()),
-        "coverage": shares(sums.covered[:1], sums.counted[:1])[0],
+        "coverage": shares(sums.covered, sums.counted)[0],
+        "own_text": shares(sums.own_text, sums.counted[0]),
         "counted": int(sums.counted[0]),
+        "drafts": int(sums.greedy.drafts[-1]),
     }
+    for way, walked in (("greedy", sums.greedy), ("sampled", sums.sampled)):
+        by_k = lengths(walked)
+        found |= {
+            f"length_{way}": by_k[-1],
+            f"length_{way}_by_k": by_k,
+            f"accepted_{way}": by_position(walked),
+        }
+    return found
+
+
+def better(found: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Whether an evaluation beats the best one so far, by its walked greedy length; a tie does not.
+
+    Where nothing is measured (no held-out rows) the later one is the better one.
+    """
+    return best is None or LENGTH not in found or found[LENGTH] > best[LENGTH]

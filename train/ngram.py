@@ -1,34 +1,48 @@
 """What a predictor without a network reaches: a head that does not clearly beat it has learnt little.
 
 Both are fitted on the train rows, on what the target says at counted positions: the unigram always predicts
-the most frequent token, the bigram the most frequent one after the current token (the unigram's where that
-was never seen). Scored on the test rows like a head: step k is teacher-forced, a chain is steps 0..k right.
+the most frequent token, the bigram the most frequent one after the current token (or the unigram's, after a
+token that was never seen). They are scored on the test rows like a head: at step k the text's own tokens are
+the input, and each answer is walked through as a server does.
 """
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from common.store import Store
-from train.metrics import Sums, summarise
+from train.metrics import Sums, add, index_sums, summarise
 from train.targets import counted_targets
 
-_ROWS = 1024  # read at once
+_ROWS = 256  # read at once
 _NAMES = ("tokens", "segment_ids", "loss_mask", "argmax")
+# An n-gram has no probabilities to sample from.
+_FIGURES = (
+    "acc",
+    "cond_acc",
+    "full_acc",
+    "length_greedy",
+    "length_greedy_by_k",
+    "accepted_greedy",
+    "counted",
+    "drafts",
+)
+_index_sums = jax.jit(index_sums, static_argnums=5)
 
 
-def evaluate(store: Store, steps: int) -> dict[str, dict[str, Any]]:
-    """{"unigram", "bigram": {"acc", "cond_acc", "full_acc": [K], "length_greedy", ...}} on the test rows."""
+def evaluate(store: Store, steps: int, answer_tokens: int | None = None) -> dict[str, dict[str, Any]]:
+    """{"unigram", "bigram": the greedy ones of train/metrics.py's figures} on the test rows."""
     unigram, bigram = fit(store)
     test = store.split_rows("test")
     found = {}
     for name, table_V in (("unigram", np.full_like(bigram, unigram)), ("bigram", bigram)):
         sums = None
         for start in range(0, len(test), _ROWS):
-            part = _sums(store.read(_NAMES, test[start : start + _ROWS]), table_V, steps)
-            sums = part if sums is None else Sums(*(a + b for a, b in zip(sums, part, strict=True)))
+            rows = store.read(_NAMES, test[start : start + _ROWS])
+            sums = add(sums, _sums(rows, table_V, steps, answer_tokens))
         metrics = summarise(sums)
-        found[name] = {n: metrics[n] for n in ("acc", "cond_acc", "full_acc", "length_greedy", "counted")}
+        found[name] = {figure: metrics[figure] for figure in _FIGURES}
     return found
 
 
@@ -48,26 +62,23 @@ def fit(store: Store) -> tuple[int, np.ndarray]:
     after, said = pairs // V, pairs % V
     unigram = int(np.bincount(said, counts, minlength=V).argmax())
     best = np.full(V, unigram)
-    rising = np.lexsort((-said, counts))  # the last one written of a token is its most frequent
+    # Assigned in the order of rising counts, a token's entry ends up as what came most often after it; among
+    # equals the lowest id is assigned last.
+    rising = np.lexsort((-said, counts))
     best[after[rising]] = said[rising]
     return unigram, best
 
 
-def _sums(found: dict[str, np.ndarray], table_V: np.ndarray, steps: int) -> Sums:
+def _sums(found: dict[str, np.ndarray], table_V: np.ndarray, steps: int, answer_tokens: int | None) -> Sums:
     """The sums of rows [B, T]: index i drafts for the targets i+1+k of its document."""
     segments = found["segment_ids"]
     counted = counted_targets(segments, found["loss_mask"])
     right = counted & (table_V[found["tokens"]] == found["argmax"])
-    totals: dict[str, list[float]] = {name: [] for name in Sums._fields}
-    whole = np.ones(segments.shape, bool)
-    good = whole.copy()
-    for step in range(steps):
-        here, hit = (_ahead(flags, segments, step + 1) for flags in (counted, right))
-        whole, before, good = whole & here, good, good & hit
-        values = (here, hit, np.zeros(1), whole, good, whole & before, np.zeros(1), np.zeros(1))
-        for name, value in zip(Sums._fields, values, strict=True):
-            totals[name].append(float(value.sum()))
-    return Sums(**{name: np.array(values) for name, values in totals.items()})
+    valid_BTK, right_BTK = (
+        np.stack([_ahead(flags, segments, step + 1) for step in range(steps)], -1)
+        for flags in (counted, right)
+    )
+    return _index_sums(valid_BTK, right_BTK, right_BTK.astype(np.float32), counted, segments, answer_tokens)
 
 
 def _ahead(flags_BT: np.ndarray, segments_BT: np.ndarray, by: int) -> np.ndarray:

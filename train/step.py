@@ -29,7 +29,8 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: loss is the sum that is minimised; loss and acc by TTT step [K]; norm of all gradients."""
+    """Of one step: loss is the sum that is minimised; by TTT step [K] the loss, and the share that is right
+    of the targets in the draft vocabulary; the norm of all gradients."""
 
     loss: jax.Array
     loss_K: jax.Array
@@ -89,12 +90,14 @@ def train_step(
     return step
 
 
-def score_step(c: HeadConfig, mesh: Mesh, steps: int, dtype: Any) -> Callable[[Params, Frozen, Batch], Sums]:
+def score_step(
+    c: HeadConfig, mesh: Mesh, steps: int, dtype: Any, answer_tokens: int | None = None
+) -> Callable[[Params, Frozen, Batch], Sums]:
     """A function that gives the sums behind the metrics of a batch."""
 
     def on_rows(params: Params, frozen: Frozen, batch: Batch) -> Sums:
         scores, valid_MK = shard_scores(c, params, frozen, batch, steps, dtype)
         known_M = teacher(frozen, batch, dtype).argmax_M >= 0
-        return shard_sums(scores, valid_MK, known_M, batch.targets, batch.tokens.size)
+        return shard_sums(scores, valid_MK, known_M, batch, answer_tokens)
 
     return _over_mesh(mesh, on_rows)

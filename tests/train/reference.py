@@ -11,6 +11,7 @@ and thereby predicts x[i+2+k].
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -164,12 +165,14 @@ def losses(
 
 
 def metrics(logits_KBTN, segments_BT, mask_BT, target_logits_BTV, draft_ids_N) -> dict:
-    """{acc, cond_acc, full_acc, alpha: [K]; length_greedy, length_sampled, coverage: float; counted: [K]}.
+    """{acc, cond_acc, full_acc, alpha: [K]; coverage: float; counted: [K]}, and for both ways of the walk
+    {length_greedy_by_k, accepted_greedy: [K], drafts: float}.
 
     Counted as in `losses`, save that a target outside the draft vocabulary counts, as a miss. A share of
     nothing is 0.
     """
     K, B, T, _ = logits_KBTN.shape
+    greedy, sampled = np.zeros((2, B, T, K))
     acc, cond, full = ([[] for _ in range(K)] for _ in range(3))
     alpha: list[list] = [[] for _ in range(K)]
     covered = []
@@ -185,6 +188,7 @@ def metrics(logits_KBTN, segments_BT, mask_BT, target_logits_BTV, draft_ids_N) -
                 acc[k].append(right)
                 p_full_N = softmax(teacher_V)[draft_ids_N]
                 alpha[k].append(np.minimum(p_full_N, softmax(logits_KBTN[k, b, i])).sum())
+                greedy[b, i, k], sampled[b, i, k] = right, alpha[k][-1]
                 if k == 0:
                     covered.append(teacher_V.argmax() in draft_ids_N)
                 if all_counted:
@@ -192,7 +196,47 @@ def metrics(logits_KBTN, segments_BT, mask_BT, target_logits_BTV, draft_ids_N) -
                         cond[k].append(right)
                     all_right = all_right and right
                     full[k].append(all_right)
-    return _summary(acc, cond, full, alpha, covered)
+    found = _summary(acc, cond, full, alpha, covered)
+    for way, accept in (("greedy", greedy), ("sampled", sampled)):
+        found |= {f"length_{way}_by_k": [], "drafts": 0.0}
+        for k in range(1, K + 1):
+            drafts, by_position = served(accept[..., :k], segments_BT, mask_BT)
+            found[f"length_{way}_by_k"].append(1 + by_position.sum() / drafts)
+            found[f"accepted_{way}"], found[f"drafts_{way}"] = by_position / drafts, drafts
+    return found
+
+
+def served(accept_BTK, segments_BT, mask_BT) -> tuple[float, np.ndarray]:
+    """(drafts, accepted by position [K]) that a server is expected to need for all answers.
+
+    `accept_BTK`: the probability that what index i drafts at step k is accepted. Backwards from the answer's
+    end: drafting at i costs a draft and leads to i + m + 1 when just m tokens are accepted.
+    """
+    K = accept_BTK.shape[-1]
+    total = np.zeros(1 + K)
+    for b, (segments, mask) in enumerate(zip(segments_BT, mask_BT, strict=True)):
+        for start, stop in answers_of(segments, mask):
+            rest = np.zeros((stop + K + 1, 1 + K))  # [index]: drafts, accepted by position, from there on
+            for i in range(stop - 3, start - 2, -1):  # the draft's first token is i + 2
+                run = np.concatenate([[1.0], np.cumprod(accept_BTK[b, i])]) if i >= 0 else np.zeros(1 + K)
+                rest[i] += run
+                for m in range(K + 1):
+                    rest[i] += (run[m] - (run[m + 1] if m < K else 0)) * rest[i + m + 1]
+            first = start - 1 if start > 0 and segments[start - 1] == segments[start] else start
+            total += rest[first]
+    return total[0], total[1:]
+
+
+def answers_of(segments_T, mask_T) -> list[tuple[int, int]]:
+    """[start, stop) of every run of answer tokens of one document."""
+    inside = (mask_T > 0) & (segments_T > 0)
+    edges = [
+        i
+        for i in range(len(inside) + 1)
+        if (i < len(inside) and inside[i]) != (i > 0 and inside[i - 1])
+        or (0 < i < len(inside) and inside[i] and segments_T[i] != segments_T[i - 1])
+    ]
+    return [(start, stop) for start, stop in pairwise(edges) if inside[start]]
 
 
 def _summary(acc, cond, full, alpha, covered) -> dict:
@@ -200,8 +244,6 @@ def _summary(acc, cond, full, alpha, covered) -> dict:
         return np.array([np.mean(values) if values else 0.0 for values in lists])
 
     out = {"acc": means(acc), "cond_acc": means(cond), "full_acc": means(full), "alpha": means(alpha)}
-    out["length_greedy"] = 1 + out["full_acc"].sum()
-    out["length_sampled"] = 1 + sum(np.prod(out["alpha"][: k + 1]) for k in range(len(acc)))
     out["coverage"] = means([covered])[0]
     out["counted"] = np.array([len(values) for values in acc])
     return out

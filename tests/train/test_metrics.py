@@ -10,8 +10,9 @@ from common.mesh import make_mesh
 from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import head_config, problem
 from train import attention, loss, optimizer
-from train.metrics import add, summarise
+from train.metrics import add, better, summarise
 from train.step import State, gradient, score_step, train_step
+from train.targets import counted_targets
 
 CONFIG = head_config()
 DECAY = 0.8
@@ -28,10 +29,24 @@ def test_metrics_are_the_references(chips):
     p, mesh = problem(), make_mesh(chips)
     score = jax.jit(score_step(CONFIG, mesh, STEPS, jnp.float32))
     found, expected = summarise(add(None, score(*on_mesh(p, mesh)))), p.metrics(STEPS)
-    for name in ("acc", "cond_acc", "full_acc", "alpha", "length_greedy", "length_sampled", "coverage"):
+    by_position = ("acc", "cond_acc", "full_acc", "alpha", "coverage")
+    walked = [
+        f"{name}_{way}{k}"
+        for way in ("greedy", "sampled")
+        for name, k in (("length", "_by_k"), ("accepted", ""))
+    ]
+    for name in (*by_position, *walked):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+    assert found["drafts"] == expected["drafts_greedy"]
+    assert found["length_greedy"] == found["length_greedy_by_k"][-1] > 1.1
     np.testing.assert_allclose(found["loss"], p.losses(STEPS).steps, rtol=1e-5)
     assert found["counted"] == expected["counted"][0]
+    own = [
+        p.tokens[b, j + 1] == p.target_logits[b, j].argmax()
+        for b, j in np.argwhere(counted_targets(p.segments, p.mask))
+        if j > 0 and p.segments[b, j] == p.segments[b, j - 1]  # there is an index that drafts it
+    ]
+    assert found["own_text"] == pytest.approx(np.mean(own))
     assert 0 < found["full_acc"][-1] < found["acc"][-1] < 1  # the figures could have differed
 
 
@@ -40,7 +55,7 @@ def test_sums_of_batches_add_up_to_the_sums_of_all():
     score = jax.jit(score_step(CONFIG, mesh, STEPS, jnp.float32))
     params, frozen, batch = on_mesh(p, mesh)
     once = add(None, score(params, frozen, batch))
-    np.testing.assert_allclose(add(once, once), 2 * np.array(once))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y), add(once, once), once)
 
 
 @pytest.mark.parametrize(("chips", "compat"), [(1, None), (2, "specforge")])
@@ -79,3 +94,10 @@ def test_weight_decay_spares_norms():
         updates, _ = made.update(jax.tree.map(jnp.zeros_like, params), made.init(params), params)
     assert (updates["w"] < 0).all()
     assert (updates["norm"] == 0).all()
+
+
+def test_a_better_head_accepts_more_and_an_equal_one_is_not_better():
+    assert better({"length_greedy": 1.2}, None)
+    assert better({"length_greedy": 1.3}, {"length_greedy": 1.2})
+    assert not better({"length_greedy": 1.2}, {"length_greedy": 1.2})
+    assert better({"step": 3}, {"step": 2})  # nothing is measured: the later one

@@ -75,5 +75,16 @@ def test_scores_are_those_of_a_loop(store, monkeypatch):
     found = ngram.evaluate(store, STEPS)["bigram"]
     np.testing.assert_allclose(found["acc"], acc[0] / acc[1])
     np.testing.assert_allclose(found["full_acc"], full[0] / full[1])
-    assert found["length_greedy"] == pytest.approx(1 + sum(full[0] / full[1]))
+    drafts, accepted = 0, 0
+    for tokens, argmax, counted in documents(store, "test"):
+        i = counted.index(True)  # the answer's first token is known, and the first draft stands before it
+        while i + 2 < len(tokens) and counted[i + 1]:
+            draft = [
+                bigram.get(tokens[j], unigram) == argmax[j]
+                for j in range(i + 1, min(i + 1 + STEPS, len(tokens) - 1))
+            ]
+            run = [*draft, False].index(False)
+            drafts, accepted, i = drafts + 1, accepted + run, i + run + 1
+    assert found["drafts"] == drafts
+    assert found["length_greedy"] == pytest.approx(1 + accepted / drafts)
     assert found["counted"] == acc[1, 0]

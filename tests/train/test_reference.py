@@ -159,8 +159,18 @@ def test_metrics_by_hand():
     np.testing.assert_allclose(found["cond_acc"], [2 / 4, 1])
     # Draft tokens hold 0.8 of a covered target, 0.2 of the other: right 0.7+0.1, wrong 0.1+0.1, miss 0.1+0.1.
     np.testing.assert_allclose(found["alpha"], [(0.8 + 0.8 + 0.2 + 0.2) / 4, (0.8 + 0.8 + 0.2) / 3])
-    np.testing.assert_allclose(found["length_greedy"], 1 + 1 / 2 + 2 / 3)
-    np.testing.assert_allclose(found["length_sampled"], 1 + 0.5 + 0.5 * 0.6)
+    # Drafts of one token stand at index 0 (right), 2 (wrong) and 3 (miss), of two at 0 (both right) and 3.
+    np.testing.assert_allclose(found["length_greedy_by_k"], [1 + 1 / 3, 1 + 2 / 2])
+    np.testing.assert_allclose(found["accepted_greedy"], [1 / 2, 1 / 2])
+    # Of one token, expected from index 3, 2, 1, 0 on: 1, 1.8, 2.16, 1.872 drafts...
+    drafts = [1.0, 1 + 0.8 * 1.0]
+    drafts += [1 + 0.2 * drafts[1] + 0.8 * drafts[0]]
+    drafts += [1 + 0.2 * drafts[2] + 0.8 * drafts[1]]
+    accepted = [0.2, 0.2 + 0.8 * 0.2]
+    accepted += [0.8 + 0.2 * accepted[1] + 0.8 * accepted[0]]
+    accepted += [0.8 + 0.2 * accepted[2] + 0.8 * accepted[1]]
+    by_k = [1 + accepted[3] / drafts[3], 1 + 1.9424 / 2.232]  # of two tokens: worked out by hand
+    np.testing.assert_allclose(found["length_sampled_by_k"], by_k)
     assert found["coverage"] == 3 / 4
     assert found["counted"].tolist() == [4, 3]
 
