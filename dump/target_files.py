@@ -31,7 +31,7 @@ def write_target(plan: Plan) -> None:
     note(f"dump: copying embeddings, output head and tokenizer to {folder}")
     source, declared = safetensors.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
     names = ("embed_tokens",) if plan.target.tied else ("embed_tokens", "lm_head")
-    tensors = {name: source.read(declared[name].sources[0]) for name in names}
+    tensors = {name: source.read(declared[name].weight.source) for name in names}
     with readable_errors(folder):
         safetensors.write(f"{folder}/{safetensors.SINGLE}", tensors)
         storage.write_json(f"{folder}/config.json", plan.target.text)

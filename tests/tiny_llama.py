@@ -28,6 +28,6 @@ def write_weights(folder: str, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {}
     for stack in stacks(target.read_config(folder)).values():
-        shapes |= dict.fromkeys(stack.sources, stack.weight.shape)
+        shapes |= dict.fromkeys(stack.sources(), stack.weight.shape)
     tensors = {n: rng.normal("norm" in n, 0.1, shape).astype(np.float32) for n, shape in shapes.items()}
     safetensors.write(f"{folder}/model.safetensors", tensors)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from common.errors import EyasError
-from common.layers import rms_norm
+from common.layers import einsum, rms_norm
 from common.mesh import RULES, sharding, spec
 from dump.target.groups import Group, group
 from dump.target.quant import dequantised
@@ -163,5 +163,4 @@ def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context:
 def logits(cfg: TargetConfig, weights: dict[str, jax.Array], last: jax.Array) -> jax.Array:
     """float32 logits [..., V] of last hidden states [..., H]; with tp > 1 split by "vocab"."""
     head_VH = weights["embed_tokens" if cfg.tied else "lm_head"]
-    precision = jax.lax.Precision.HIGHEST if last.dtype == jnp.float32 else None
-    return jnp.einsum("...h,vh->...v", last, head_VH, precision=precision, preferred_element_type=jnp.float32)
+    return einsum("...h,vh->...v", last, head_VH)

@@ -10,9 +10,9 @@ Dimensions: B rows, T positions, N heads, D of a key, E of a value; Z chunks of 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64  # positions: the size of the matmuls, and of the triangular systems
+from common.layers import einsum
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+CHUNK = 64  # positions: the size of the matmuls, and of the triangular systems
 
 
 def delta_rule(
@@ -33,27 +33,23 @@ def delta_rule(
     segments_ZBC = _chunks(segments_BT[:, :, None, None])[:, :, 0, :, 0]
     total = jnp.cumsum(decay, -1)  # [Z, B, N, C]
     within = _within(total, segments_ZBC)
-    system = _dot("zbnid,zbnjd->zbnij", k * beta[..., None], k) * within
+    system = einsum("zbnid,zbnjd->zbnij", k * beta[..., None], k) * within
     both = jnp.concatenate([v, k * jnp.exp(total)[..., None]], -1) * beta[..., None]
-    solved = _dot("zbnij,zbnje->zbnie", _inverse(system), both)
+    solved = einsum("zbnij,zbnje->zbnie", _inverse(system), both)
     new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reads, writes, survives = _crossings(segments_ZBC)
     steps = (
-        _dot("zbnid,zbnjd->zbnij", q, k) * within,
+        einsum("zbnid,zbnjd->zbnij", q, k) * within,
         new_values,
         old_keys * reads,
         q * jnp.exp(total)[..., None] * reads,
         k * jnp.exp(total[..., -1:] - total)[..., None] * writes,
         jnp.exp(total[..., -1])[..., None, None] * survives,
     )
-    state_BNDE = jnp.zeros_like(_dot("bnid,bnie->bnde", k[0], v[0]))
+    state_BNDE = jnp.zeros_like(einsum("bnid,bnie->bnde", k[0], v[0]))
     _, out_ZBNCE = jax.lax.scan(_step, state_BNDE, steps)
     out_BTNE = out_ZBNCE.transpose(1, 0, 3, 2, 4).reshape(q_BTND.shape[0], -1, *v_BTNE.shape[2:])
     return out_BTNE[:, :T]
-
-
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, precision=_HIGHEST)
 
 
 def _inverse(system_ZBNij: jax.Array) -> jax.Array:
@@ -68,7 +64,7 @@ def _inverse(system_ZBNij: jax.Array) -> jax.Array:
     while size < CHUNK:
         below = (i // size == j // size + 1) & (i // (2 * size) == j // (2 * size))
         corner = jnp.where(below[None, None, None], system_ZBNij, 0.0)
-        product = _dot("zbnij,zbnjk->zbnik", _dot("zbnij,zbnjk->zbnik", inverse, corner), inverse)
+        product = einsum("zbnij,zbnjk->zbnik", einsum("zbnij,zbnjk->zbnik", inverse, corner), inverse)
         inverse, size = inverse - product, 2 * size
     return inverse
 
@@ -76,9 +72,9 @@ def _inverse(system_ZBNij: jax.Array) -> jax.Array:
 def _step(state_BNDE: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """One chunk: what the old state predicts is taken off the new values, then both are read."""
     attention, new_values, old_keys, queries, keys, survives = step
-    values = new_values - _dot("bnid,bnde->bnie", old_keys, state_BNDE)
-    out = _dot("bnid,bnde->bnie", queries, state_BNDE) + _dot("bnij,bnje->bnie", attention, values)
-    return state_BNDE * survives + _dot("bnid,bnie->bnde", keys, values), out
+    values = new_values - einsum("bnid,bnde->bnie", old_keys, state_BNDE)
+    out = einsum("bnid,bnde->bnie", queries, state_BNDE) + einsum("bnij,bnje->bnie", attention, values)
+    return state_BNDE * survives + einsum("bnid,bnie->bnde", keys, values), out
 
 
 def _chunks(x_BTND: jax.Array) -> jax.Array:

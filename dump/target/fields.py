@@ -1,124 +1,111 @@
-"""config.json is read field by field; what nobody read and nobody knows to be harmless is refused."""
+"""config.json is checked once against a table of types, then read field by field; what nobody read and nobody
+knows to be harmless is refused."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.errors import EyasError
 from common.rope import check_scaling
+from dump.target.schema import CONFIG, HARMLESS, Table, check_types, short
 from dump.target.spec import Rope
 
 _REQUIRED = object()
 
-# Fields that do not change what the forward pass computes: bookkeeping, training, generation, other runtimes.
-_HARMLESS = """
-    note cache_implementation
-    _name_or_path _attn_implementation architectures model_type torch_dtype dtype transformers_version
-    use_cache bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop embd_pdrop
-    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
-    max_position_embeddings pretraining_tp gradient_checkpointing chunk_size_feed_forward
-    id2label label2id problem_type finetuning_task task_specific_params tokenizer_class prefix
-    is_decoder is_encoder_decoder tie_encoder_decoder add_cross_attention cross_attention_hidden_size
-    pruned_heads torchscript use_bfloat16 tf_legacy_loss use_return_dict unsloth_version unsloth_fixed
-    is_llama_config transformers.js_config base_model_tp_plan base_model_pp_plan
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences num_beams num_beam_groups
-    diversity_penalty early_stopping max_length min_length do_sample remove_invalid_values
-    output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id
-    forced_eos_token_id"""
-HARMLESS = frozenset(_HARMLESS.split())
-
 
 class Fields:
-    """Reads config.json and remembers what was read; `finish` refuses the rest by name."""
+    """Reads a JSON object and remembers what was read; `finish` refuses the rest by name.
 
-    def __init__(self, raw: dict[str, Any], where: str):
-        self.raw = self.original = raw
+    `found` is the object as the file has it, `raw` the same completed (see `complete`). Every value of a name
+    that is in `types` has its type; reading another name is a mistake of the caller's.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        types: Table = CONFIG,
+        harmless: frozenset[str] = HARMLESS,
+    ):
+        check_types(raw, where, types)
+        self.found: dict[str, Any] = dict(raw)
+        self.raw = self.found
         self.where = where
         self.dynamic_limit: int | None = None  # rows longer than this would change a dynamic rotation
+        self._types, self._harmless = types, harmless
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The field, or `default` where it is absent or null; EyasError if it is required."""
+        assert name in self._types, name
         self._read.add(name)
         value = self.raw.get(name)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise EyasError(f"{self.where} lacks {name!r}; complete config.json")
+            raise EyasError(f"{self.where} lacks {name!r}; complete it")
         return default
 
-    def nullable(self, name: str, default: Any) -> Any:
-        """The field, null included; `default` only where it is absent."""
-        self._read.add(name)
-        return self.raw.get(name, default)
+    def alike(self, *names: str) -> Any:
+        """The value of a field that goes by several names; EyasError where two of them differ."""
+        present = {name: self.get(name, None) for name in names}
+        present = {name: value for name, value in present.items() if value is not None}
+        if not present:
+            return self.get(names[0])
+        first, *others = present
+        for other in others:
+            if present[other] != present[first]:
+                raise EyasError(
+                    f"{self.where}: {first}={present[first]!r} and {other}={present[other]!r} are two names "
+                    "of one field; make them equal"
+                )
+        return present[first]
 
-    def size(self, name: str, default: Any = _REQUIRED) -> int:
-        """A field that must be a positive integer."""
-        value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise EyasError(f"{self.where}: {name}={value!r} must be a positive integer")
-        return value
-
-    def any_size(self, *names: str) -> int:
-        """The first of several names of one field that is present."""
-        present = [name for name in names if self.raw.get(name) is not None]
-        self._read.update(names)
-        return self.size(present[0] if present else names[0])
-
-    def only(self, name: str, known: tuple[Any, ...], default: Any) -> Any:
-        """A field of which only some values are implemented."""
-        value = self.get(name, default)
+    def only(self, name: str, *known: Any) -> Any:
+        """A field of which only some values are implemented; the first of them where it is absent or null."""
+        value = self.get(name, known[0])
         if value not in known:
-            raise EyasError(f"{self.where}: {name}={value!r} is not supported; supported: {_list(known)}")
+            supported = ", ".join(map(repr, known))
+            raise EyasError(f"{self.where}: {name}={short(value)} is not supported; supported: {supported}")
         return value
 
     def skip(self, *names: str) -> None:
-        """Fields of the family that the forward pass does not depend on."""
+        """Fields that the forward pass does not depend on."""
         self._read.update(names)
 
-    def defaults(self, **values: Any) -> None:
-        """Values of fields that the family's published files leave out."""
-        self.raw = values | {name: value for name, value in self.raw.items() if value is not None}
+    def rope(self, head_dim: int, partial: bool = False) -> Rope:
+        """The rotation of all layers. A part of the dimensions may be rotated only with `partial`: in other
+        families transformers rotates all of them and servers a part.
+        """
+        self.skip("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim")
+        scaling = self.get("rope_parameters")
+        factor = scaling.get("partial_rotary_factor")
+        if not partial and factor not in (None, 1.0):
+            raise EyasError(
+                f"{self.where}: partial_rotary_factor={factor} is not supported for this architecture, of "
+                "which transformers rotates all and other servers a part; remove it if that is wrong"
+            )
+        return self.rotation(head_dim if factor is None else int(head_dim * factor), scaling)
 
-    def rope(self, head_dim: int, theta: float = 10000.0, partial: float = 1.0) -> Rope:
-        """The rotation that `rope_parameters`, or `rope_theta` and `rope_scaling`, describe."""
-        scaling = dict(self.get("rope_scaling", None) or {}) | dict(self.get("rope_parameters", None) or {})
-        theta = scaling.get("rope_theta") or self.get("rope_theta", theta)
-        partial = scaling.get("partial_rotary_factor") or self.get("partial_rotary_factor", partial)
-        self._read.update({"rope_theta", "partial_rotary_factor"})
-        return self.rotation(int(head_dim * partial), theta, scaling)
-
-    def rotation(self, dim: int, theta: float, scaling: dict[str, Any]) -> Rope:
-        """A checked Rope; EyasError with the file's name if the scaling is not supported."""
-        if scaling.get("factor") is None and scaling.get("original_max_position_embeddings"):
-            context = scaling["original_max_position_embeddings"]
-            scaling = scaling | {"factor": self.size("max_position_embeddings") / context}
+    def rotation(self, dim: int, scaling: Mapping[str, Any]) -> Rope:
+        """One rotation of `dim` dimensions; EyasError naming the file if the scaling is not supported."""
         try:
-            kind = check_scaling(scaling)
+            kind = check_scaling(dict(scaling))
         except EyasError as error:
             raise EyasError(f"{self.where}: {error}") from None
+        if dim < 2 or dim % 2:
+            raise EyasError(f"{self.where}: RoPE turns pairs of dimensions, but {dim} of a head are rotated")
         if kind == "dynamic":
-            self.dynamic_limit = self.size("max_position_embeddings")
+            self.dynamic_limit = self.get("max_position_embeddings")
         kept = {} if kind == "default" else scaling
         known = tuple(sorted((name, value) for name, value in kept.items() if value is not None))
-        return Rope(dim, float(theta), known)
+        return Rope(dim, float(scaling["rope_theta"]), known)
 
     def finish(self) -> None:
         """EyasError naming the first field that is set, was not read, and is not known to be harmless."""
-        for name, value in self.raw.items():
-            if name in self._read or name in HARMLESS or value in (None, False, [], {}):
+        for name, value in self.found.items():
+            if name in self._read or name in self._harmless or value in (None, False, [], {}):
                 continue
             raise EyasError(
-                f"{self.where} sets {name}={_short(value)}, which this family does not know here; "
+                f"{self.where} sets {name}={short(value)}, which is not supported here; "
                 "remove it only if it leaves the model's result alone"
             )
-
-
-def _list(values: tuple[Any, ...]) -> str:
-    return ", ".join(map(repr, values))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

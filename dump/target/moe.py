@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import EyasError
-from common.layers import linear
+from common.layers import linear, precision
 from dump.target.dense import ACTIVATIONS, Dense, must_divide
 from dump.target.routing import Router
 from dump.target.spec import Context, TargetConfig, Weight
@@ -42,8 +42,8 @@ class Experts(Protocol):
 
 def grouped(x_SI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Rows times the matrix of their expert: the first sizes[0] rows times w[0], and so on; in x's dtype."""
-    precision = jax.lax.Precision.HIGHEST if x_SI.dtype == jnp.float32 else None
-    y = jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=precision, preferred_element_type=jnp.float32)
+    exact, f32 = precision(x_SI, w_EIO), jnp.float32
+    y = jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=exact, preferred_element_type=f32)
     return y.astype(x_SI.dtype)
 
 

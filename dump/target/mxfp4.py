@@ -24,7 +24,7 @@ class Mxfp4:
         experts, into, out = weight.shape
         shape = (experts, out, into // _BLOCK)
         expert = weight.axes[0]
-        common = {"dtype": _BYTE, "stored": _BYTE, "linear": False}
+        common = {"dtype": _BYTE, "stored": (_BYTE,), "linear": False}
         axes = (expert, None, None)
         blocks = replace(
             weight,

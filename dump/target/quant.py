@@ -17,44 +17,50 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import EyasError
+from common.safetensors import DTYPES, FLOATS
 from dump.target.mxfp4 import Mxfp4
 from dump.target.spec import Context, TargetConfig, Weight
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-METHODS = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
+_SUFFIXES = ("weight_scale", "weight_scale_inv")  # both names are in use for the same thing
 
 
 @dataclass(frozen=True)
 class Float8:
-    """`block` is (rows, columns) that share a scale; None in both places: all of them."""
+    """`block` is (rows, columns) of the checkpoint's matrix that share a scale; None: all of them."""
 
     block: tuple[int | None, int | None]
     suffix: str  # what the scale's name has in place of "weight"
-    scalar: bool = False  # one number a tensor is stored as [] rather than [1]
 
     def declare(self, name: str, weight: Weight) -> dict[str, Weight]:
-        """The stored matrix and its scale. Block scales are whole on every chip: they are tiny."""
+        """The stored matrix and its scale [rows / block, columns / block], 1 where all share one.
+
+        Scales of single rows are split as the rows are; others are whole on every chip: they are tiny.
+        """
         shape = tuple(1 if b is None else -(-n // b) for n, b in zip(weight.shape, self.block, strict=True))
-        rows_alone = self.block == (1, None)
-        axes = (weight.axes[0] if rows_alone else None, None)
-        if self.block == (None, None):
-            shape, axes = ((), ()) if self.scalar else ((1,), (None,))
-        stored = replace(weight, dtype=FLOAT8, stored=FLOAT8)
-        source = weight.source.removesuffix("weight") + self.suffix
+        axes = tuple(axis if b == 1 else None for axis, b in zip(weight.axes, self.block, strict=True))
+        module = weight.source.removesuffix("weight")
+        (other,) = set(_SUFFIXES) - {self.suffix}
         scale = replace(
-            weight, source=source, shape=shape, axes=axes, dtype=np.dtype(np.float32), linear=False
+            weight,
+            source=module + self.suffix,
+            other=module + other,
+            shape=shape,
+            axes=axes,
+            dtype=np.dtype(np.float32),
+            stored=(*FLOATS, DTYPES["F8_E8M0"]),
+            squeezed=True,
+            linear=False,
         )
-        return {name: stored, f"{name}.scale": scale}
+        return {name: replace(weight, dtype=FLOAT8, stored=(FLOAT8,)), f"{name}.scale": scale}
 
     def apply(
         self, value: jax.Array, scale: jax.Array, weight: Weight, dtype: Any, context: Context
     ) -> jax.Array:
         """The matrix (or the experts' matrices) in `dtype`."""
-        if self.block == (None, None):
-            scale = scale.reshape(*scale.shape[: 1 if weight.experts else 0], 1, 1)
-        elif self.block != (1, None):
-            block = self.block[::-1] if weight.transposed else self.block
-            for axis, size in ((-2, block[0]), (-1, block[1])):
+        block = self.block[::-1] if weight.transposed else self.block
+        for axis, size in zip((-2, -1), block, strict=True):
+            if size not in (None, 1):  # those broadcast
                 scale = _spread(scale, axis, size, value.shape[axis], context)
         return (value.astype(jnp.float32) * scale).astype(dtype)
 
@@ -80,28 +86,38 @@ def dequantised(
     return done
 
 
-def quantise(cfg: TargetConfig, raw: dict[str, Any], where: str) -> TargetConfig:
-    """The target with every linear matrix that `quantization_config` covers declared as quantised."""
-    scheme, skipped = _scheme(raw, where)
-    dimensions = 3 if isinstance(scheme, Mxfp4) else 2  # MXFP4 is for experts that are one tensor a layer
+def quantise(cfg: TargetConfig, scheme: Any, left_out: list[str]) -> TargetConfig:
+    """The target with every linear matrix but those of `left_out` declared as quantised.
+
+    EyasError where the scheme meets a layout that no checkpoint stores in it.
+    """
+    fused = isinstance(scheme, Mxfp4)  # for experts that are one tensor a layer, and for nothing else
     layers = []
     for number, layer in enumerate(cfg.layers):
-        named = layer.plain_weights(1)
-        covered = tuple(
-            (name, scheme)
-            for name, weight in named.items()
-            if weight.linear
-            and len(weight.shape) == dimensions
-            and not _skips(skipped, cfg.prefix + layer.own_name(weight.source), number)
-        )
-        layers.append(replace(layer, quantised=covered))
+        covered = []
+        for name, weight in layer.plain_weights(1).items():
+            source = cfg.prefix + layer.own_name(weight.source)
+            if not weight.linear or is_left_out(left_out, source, number):
+                continue
+            if len(weight.shape) == 3 and not fused:
+                module = source.format(layer=number)
+                raise EyasError(
+                    f"the experts {module} are one tensor, which is supported in mxfp4 but not in float8; "
+                    "use the model's mxfp4 or unquantised checkpoint"
+                )
+            if fused == (len(weight.shape) == 3):
+                covered.append((name, scheme))
+        layers.append(replace(layer, quantised=tuple(covered)))
+    if not any(layer.quantised for layer in layers):
+        kind = "experts that are one tensor a layer" if fused else "linear layers"
+        raise EyasError(f"covers nothing: this target has no {kind} that are not left out")
     return replace(cfg, layers=tuple(layers))
 
 
-def _skips(skipped: list[str], source: str, layer: int) -> bool:
-    """Whether a module is on the list of those that were left unquantised (exact, a parent, `*` or `re:`)."""
+def is_left_out(left_out: list[str], source: str, layer: int) -> bool:
+    """Whether a module is among those that were left unquantised (exact, a parent, `*` or `re:`)."""
     module = source.format(layer=layer, expert=0).removesuffix(".weight")
-    for pattern in skipped:
+    for pattern in left_out:
         if pattern.startswith("re:") or "*" in pattern:
             expression = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
             if re.match(expression, module):
@@ -109,46 +125,3 @@ def _skips(skipped: list[str], source: str, layer: int) -> bool:
         elif module == pattern or module.startswith(f"{pattern}.") or f".{pattern}." in f".{module}.":
             return True
     return False
-
-
-def _scheme(raw: dict[str, Any], where: str) -> tuple[Float8 | Mxfp4, list[str]]:
-    """The scheme and the modules that it leaves out; EyasError for anything else than weights in float8."""
-    method = raw.get("quant_method")
-    if method not in METHODS:
-        raise EyasError(f"{where}: quantisation {method!r} is not supported; supported: {', '.join(METHODS)}")
-    if method == "mxfp4":
-        return Mxfp4(), list(raw.get("modules_to_not_convert") or [])
-    if method == "fp8":
-        if raw.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-            raise EyasError(f"{where}: float8 format {raw['fmt']!r} is not supported; only e4m3 is")
-        block = raw.get("weight_block_size")
-        kept = list(raw.get("modules_to_not_convert") or [])
-        return Float8(tuple(block) if block else (None, None), "weight_scale_inv", scalar=not block), kept
-    if method == "fbgemm_fp8":
-        return Float8((1, None), "weight_scale"), list(raw.get("modules_to_not_convert") or [])
-    if method == "modelopt":
-        if raw.get("quant_algo") != "FP8":
-            raise EyasError(
-                f"{where}: modelopt quant_algo {raw.get('quant_algo')!r} is not supported; only FP8 is"
-            )
-        return Float8((None, None), "weight_scale", scalar=True), list(
-            raw.get("ignore") or raw.get("exclude_modules") or []
-        )
-    return _compressed(raw, where)
-
-
-def _compressed(raw: dict[str, Any], where: str) -> tuple[Float8, list[str]]:
-    """compressed-tensors: one group of 8-bit floats for all linear layers; EyasError for others."""
-    groups = list((raw.get("config_groups") or {}).values())
-    about = groups[0].get("weights") or {} if len(groups) == 1 else {}
-    known = about.get("num_bits") == 8 and about.get("type") == "float" and about.get("symmetric", True)
-    blocks = {
-        "tensor": (None, None),
-        "channel": (1, None),
-        "block": tuple(about.get("block_structure") or ()),
-    }
-    if not known or groups[0].get("targets") != ["Linear"] or not blocks.get(about.get("strategy")):
-        raise EyasError(
-            f"{where}: this compressed-tensors scheme is not supported; one group of 8-bit floats is"
-        )
-    return Float8(blocks[about["strategy"]], "weight_scale"), list(raw.get("ignore") or [])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from common.layers import einsum
 from dump.target.spec import F32, Weight
 
 
@@ -51,9 +52,7 @@ class Router:
 
     def __call__(self, w: Mapping[str, jax.Array], x_MH: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(ids int32 [M, k], weights float32 [M, k])."""
-        logits_ME = jnp.einsum(
-            "mh,eh->me", x_MH.astype(jnp.float32), w["router"], precision=jax.lax.Precision.HIGHEST
-        )
+        logits_ME = einsum("mh,eh->me", x_MH.astype(jnp.float32), w["router"])
         if self.bias:
             logits_ME = logits_ME + w["router.bias"][None]
         if self.scoring == "selected_softmax":

@@ -16,6 +16,7 @@ import numpy as np
 from common.layers import rope_tables
 from common.mesh import RULES
 from common.rope import inverse_frequencies
+from common.safetensors import FLOATS
 
 F32 = np.dtype(np.float32)
 
@@ -34,7 +35,9 @@ class Weight:
     experts: int = 0
     expert_axis: str | None = None
     dtype: Any = None  # its dtype in memory; None: the model's own
-    stored: Any = None  # the dtype it must have in the checkpoint; None: any float
+    stored: tuple[np.dtype, ...] = FLOATS  # the dtypes that it may have in the checkpoint
+    other: str | None = None  # another name that it may have in the checkpoint
+    squeezed: bool = False  # the checkpoint may have more or fewer dimensions of 1
     linear: bool = False  # the matrix of a linear layer, which a quantised checkpoint may quantise
     transposed: bool = False  # memory holds [in, out], the checkpoint [out, in]
 

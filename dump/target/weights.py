@@ -5,7 +5,7 @@ A stacked weight of group g, place p of its period is named "g.p.LOCAL", [repeat
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from common.errors import EyasError
 from common.mesh import RULES, sharding, spec
 from common.params import Declaration, Param
 from common.progress import Progress
-from common.safetensors import FLOATS, Checkpoint
+from common.safetensors import Checkpoint, Tensor
 from dump.target.groups import group
 from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight
@@ -28,19 +28,32 @@ _READERS = 12  # pieces read at once: one stream from gs:// is slow
 # Tensors that checkpoints carry and a forward pass does without: tables, activation and cache scales.
 _SURPLUS = (
     r"\.inv_freq$",
-    r"\.(input|output|k|v|q|kv|prob)_(proj\.)?(scale|zero_point)$",
+    r"[._](input|output|activation|act|k|v|q|kv|prob)_(proj\.)?(scale|zero_point)(_ub|_inv)?$",
     r"\.(masked_)?bias_mask$",
 )
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A weight of the target and the checkpoint's tensors that it is stacked from (in C order)."""
+    """A weight of the target, stacked over `layers` (none: a weight beside the layers) and over experts.
+
+    Its names are those of the family's checkpoints.
+    """
 
     weight: Weight
-    sources: tuple[str, ...]
-    lead: tuple[int, ...]  # dimensions in front: (repeats,), (repeats, experts) or ()
+    layers: tuple[int, ...]
     param: Param
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Dimensions in front: (layers, experts), (layers,) or ()."""
+        experts = (self.weight.experts,) if self.weight.experts else ()
+        return (len(self.layers), *experts) if self.layers else ()
+
+    def sources(self, name: str | None = None) -> Iterator[str]:
+        """Names of the checkpoint's tensors in the order of `lead`; `name`: the weight's other name."""
+        places = itertools.product(self.layers or (0,), range(self.weight.experts or 1))
+        return ((name or self.weight.source).format(layer=i, expert=e) for i, e in places)
 
 
 def parameters(cfg: TargetConfig, tp: int = 1) -> Declaration:
@@ -64,11 +77,11 @@ def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     declared = _ends(cfg, tp)
     for number, found in enumerate(group(cfg.layers)):
         for place, layer in enumerate(found.period):
-            layers = found.layers_at(place)
             held = layer.plain_weights(tp) if cfg.dequantise else layer.weights(tp)
             for local, weight in held.items():
-                source = cfg.prefix + layer.own_name(weight.source)
-                declared[f"{number}.{place}.{local}"] = _stacked(weight, source, layers)
+                other = weight.other and cfg.prefix + layer.own_name(weight.other)
+                named = replace(weight, source=cfg.prefix + layer.own_name(weight.source), other=other)
+                declared[f"{number}.{place}.{local}"] = _stacked(named, tuple(found.layers_at(place)))
     return declared
 
 
@@ -83,21 +96,19 @@ def _ends(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     if not cfg.tied:
         ends["lm_head"] = Weight("lm_head.weight", (V, H), (vocab, None))
     return {
-        name: Stack(w, (w.source,), (), Param(w.shape, w.axes, "ones" if name == "norm" else "normal"))
+        name: Stack(w, (), Param(w.shape, w.axes, "ones" if name == "norm" else "normal"))
         for name, w in ends.items()
     }
 
 
-def _stacked(weight: Weight, source: str, layers: list[int]) -> Stack:
-    lead = (len(layers), weight.experts) if weight.experts else (len(layers),)
-    experts = range(weight.experts) if weight.experts else (0,)
-    sources = tuple(source.format(layer=i, expert=e) for i, e in itertools.product(layers, experts))
+def _stacked(weight: Weight, layers: tuple[int, ...]) -> Stack:
+    experts = (weight.experts,) if weight.experts else ()
     axes = (None, weight.expert_axis) if weight.experts else (None,)
     shape, inner = weight.shape, weight.axes
     if weight.transposed:
-        shape, inner = shape[::-1], inner[::-1]
-    init = "ones" if "norm" in source and len(weight.shape) == 1 else "normal"
-    return Stack(weight, sources, lead, Param(lead + shape, axes + inner, init, weight.dtype))
+        shape, inner = (*shape[:-2], shape[-1], shape[-2]), (*inner[:-2], inner[-1], inner[-2])
+    init = "ones" if "norm" in weight.source and len(weight.shape) == 1 else "normal"
+    return Stack(weight, layers, Param((len(layers), *experts, *shape), axes + inner, init, weight.dtype))
 
 
 def check(folder: str, cfg: TargetConfig, tp: int = 1) -> None:
@@ -106,14 +117,30 @@ def check(folder: str, cfg: TargetConfig, tp: int = 1) -> None:
 
 
 def _checked(folder: str, cfg: TargetConfig, tp: int) -> tuple[Checkpoint, dict[str, Stack]]:
+    """The checkpoint, its tensors under the declared names and in the declared shapes; the declarations."""
     declared = stacks(replace(cfg, dequantise=False), tp)
     checkpoint = Checkpoint.open(folder)
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
     for stack in declared.values():
-        for source in stack.sources:
-            stored = stack.weight.stored
-            checkpoint.require(source, stack.weight.shape, (stored,) if stored else FLOATS)
-    _refuse_surplus(checkpoint, cfg, {source for stack in declared.values() for source in stack.sources})
-    return checkpoint, declared
+        for names in zip(stack.sources(), stack.sources(stack.weight.other), strict=True):
+            name = next((name for name in names if name in checkpoint.tensors), names[0])
+            found[names[0]] = _find(checkpoint, name, stack.weight)
+            used.add(name)
+    _refuse_surplus(checkpoint, cfg, used)
+    return Checkpoint(folder, found), declared
+
+
+def _find(checkpoint: Checkpoint, name: str, weight: Weight) -> Tensor:
+    """The tensor of a weight, in the weight's shape; EyasError if it has another shape or dtype."""
+    tensor = checkpoint.tensors.get(name)
+    if tensor and weight.squeezed and _squeezed(tensor.shape) == _squeezed(weight.shape):
+        return replace(checkpoint.require(name, tensor.shape, weight.stored), shape=weight.shape)
+    return checkpoint.require(name, weight.shape, weight.stored)
+
+
+def _squeezed(shape: tuple[int, ...]) -> list[int]:
+    return [n for n in shape if n != 1]
 
 
 def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
@@ -140,7 +167,7 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
 
 
 def _placing(checkpoint: Checkpoint, stack: Stack, mesh: Mesh, dtype: Any) -> Placing:
-    names = np.array(stack.sources).reshape(stack.lead)
+    names = np.array(list(stack.sources())).reshape(stack.lead)
     source = Source(names, stack.weight.shape, stack.param.shape, stack.weight.transposed)
     return Placing(checkpoint, source, np.dtype(stack.param.dtype or dtype), sharding(mesh, stack.param.axes))
 

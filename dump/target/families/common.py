@@ -1,8 +1,9 @@
 """Pieces that the families' descriptions share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.errors import EyasError
+from dump.target.complete import complete
 from dump.target.dense import ACTIVATIONS, Dense
 from dump.target.fields import Fields
 from dump.target.gqa import Gqa
@@ -12,9 +13,21 @@ from dump.target.spec import Layer, Norm, Rope, TargetConfig
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def described(
+    model_type: str, describe: Callable[[Fields], TargetConfig]
+) -> Callable[[Fields], TargetConfig]:
+    """A family: its config.json, completed by transformers' class of `model_type`, and then described."""
+
+    def read(f: Fields) -> TargetConfig:
+        complete(f, model_type)
+        return describe(f)
+
+    return read
+
+
 def norm(f: Fields, offset: float = 0.0) -> Norm:
     """The family's RMS norm."""
-    return Norm(float(f.get("rms_norm_eps", 1e-6)), offset)
+    return Norm(float(f.get("rms_norm_eps")), offset)
 
 
 def gqa(
@@ -24,10 +37,10 @@ def gqa(
     head_norm: Norm | None = None,
     rope: Rope | None = None,
 ) -> Gqa:
-    """Full attention as most families write it; `rope` where the family's fields are not the usual ones."""
-    hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
-    kv_heads = f.size("num_key_value_heads", heads)
-    head_dim = f.size("head_dim", max(hidden // heads, 1))
+    """Full attention as most families write it; `rope` where the family's rotation is not the usual one."""
+    hidden, heads = f.get("hidden_size"), f.get("num_attention_heads")
+    kv_heads = f.get("num_key_value_heads", heads)
+    head_dim = f.get("head_dim", max(hidden // heads, 1))
     if heads % kv_heads:
         raise EyasError(
             f"{f.where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
@@ -46,28 +59,29 @@ def gqa(
     )
 
 
-def activation(f: Fields, name: str = "hidden_act", default: str = "silu") -> str:
+def activation(f: Fields, name: str = "hidden_act") -> str:
     """The feed-forward activation; EyasError if it is not implemented."""
-    return f.only(name, tuple(ACTIVATIONS), default)
+    return f.only(name, *ACTIVATIONS)
 
 
 def dense(f: Fields, bias: bool = False, activation_field: str = "hidden_act") -> Dense:
     """The gated feed-forward part."""
-    return Dense(f.size("hidden_size"), f.size("intermediate_size"), activation(f, activation_field), bias)
+    return Dense(f.get("hidden_size"), f.get("intermediate_size"), activation(f, activation_field), bias)
 
 
 def gated_experts(f: Fields, ffn: str = "moe_intermediate_size") -> GatedExperts:
     """Experts whose matrices are tensors of their own."""
-    return GatedExperts(f.size("hidden_size"), f.size(ffn), activation(f))
+    return GatedExperts(f.get("hidden_size"), f.get(ffn), activation(f))
 
 
-def layer_types(f: Fields, default: Sequence[str]) -> list[str]:
-    """One kind a layer: `layer_types`, or what the older fields mean."""
-    kinds = list(f.get("layer_types", list(default)))
-    if len(kinds) != f.size("num_hidden_layers"):
-        raise EyasError(
-            f"{f.where}: layer_types has {len(kinds)} entries for {f.size('num_hidden_layers')} layers"
-        )
+def layer_types(f: Fields, *known: str, name: str = "layer_types") -> list[str]:
+    """One kind a layer; EyasError for a kind that is not among `known` or for another number of them."""
+    kinds, n = f.get(name), f.get("num_hidden_layers")
+    for kind in kinds:
+        if kind not in known:
+            raise EyasError(f"{f.where}: {name} has {kind!r}; supported: {', '.join(known)}")
+    if len(kinds) != n:
+        raise EyasError(f"{f.where}: {name} has {len(kinds)} entries for {n} layers; make them equal")
     return kinds
 
 
@@ -77,12 +91,12 @@ def model(f: Fields, layers: Sequence[Layer], **more) -> TargetConfig:
         reason = "dynamic RoPE scaling changes with the length beyond max_position_embeddings"
         more = {"max_length": f.dynamic_limit, "max_length_reason": reason} | more
     return TargetConfig(
-        architecture=f.raw["architectures"][0],
-        hidden_size=f.size("hidden_size"),
-        vocab_size=f.size("vocab_size"),
+        architecture=f.get("architectures")[0],
+        hidden_size=f.get("hidden_size"),
+        vocab_size=f.get("vocab_size"),
         layers=tuple(layers),
         norm=layers[0].norm,
-        raw=f.original,
+        raw=f.found,
         text=f.raw,
-        **({"tied": bool(f.get("tie_word_embeddings", False))} | more),
+        **({"tied": f.get("tie_word_embeddings")} | more),
     )

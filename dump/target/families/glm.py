@@ -3,17 +3,18 @@
 Behaviour: transformers `models/glm4_moe`.
 """
 
-from dump.target.families.common import gqa, norm
+from dump.target.families.common import described, gqa, norm
 from dump.target.families.deepseek import leading_dense, sigmoid_router
 from dump.target.fields import Fields
 from dump.target.spec import TargetConfig
 
 
 def _glm4_moe(f: Fields) -> TargetConfig:
-    f.defaults(partial_rotary_factor=0.5)
-    head_norm = norm(f) if f.get("use_qk_norm", False) else None
-    attention = gqa(f, bias=bool(f.get("attention_bias", False)), head_norm=head_norm)
-    return leading_dense(f, attention, sigmoid_router(f), 1)
+    head_norm = norm(f) if f.get("use_qk_norm") else None
+    head_dim = f.get("head_dim", f.get("hidden_size") // f.get("num_attention_heads"))
+    rope = f.rope(head_dim, partial=True)
+    attention = gqa(f, bias=f.get("attention_bias"), head_norm=head_norm, rope=rope)
+    return leading_dense(f, attention, sigmoid_router(f))
 
 
-ARCHITECTURES = {"Glm4MoeForCausalLM": _glm4_moe}
+ARCHITECTURES = {"Glm4MoeForCausalLM": described("glm4_moe", _glm4_moe)}

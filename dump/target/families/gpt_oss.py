@@ -5,7 +5,7 @@ Behaviour: transformers `models/gpt_oss`.
 
 from dataclasses import replace
 
-from dump.target.families.common import FULL, SLIDING, gqa, layer_types, model, norm
+from dump.target.families.common import FULL, SLIDING, described, gqa, layer_types, model, norm
 from dump.target.fields import Fields
 from dump.target.moe import ClampedExperts, Moe
 from dump.target.routing import Router
@@ -13,23 +13,19 @@ from dump.target.spec import Layer, TargetConfig
 
 
 def _gpt_oss(f: Fields) -> TargetConfig:
-    f.only("hidden_act", ("silu",), "silu")
+    f.only("hidden_act", "silu")
     f.skip("experts_per_token", "initial_context_length")  # repeated under other names
-    bias = bool(f.get("attention_bias", True))
+    bias = f.get("attention_bias")
     attention = replace(gqa(f, bias, bias), sinks=True)
-    H = f.size("hidden_size")
-    experts = f.any_size("num_local_experts", "num_experts")
+    H = f.get("hidden_size")
+    experts = f.alike("num_local_experts", "num_experts")
     router = Router(
-        H, experts, f.size("num_experts_per_tok"), "selected_softmax", module="mlp.router", bias=True
+        H, experts, f.get("num_experts_per_tok"), "selected_softmax", module="mlp.router", bias=True
     )
-    clamped = ClampedExperts(
-        H, f.size("intermediate_size"), f.get("swiglu_alpha", 1.702), f.get("swiglu_limit", 7.0)
-    )
+    clamped = ClampedExperts(H, f.get("intermediate_size"), f.get("swiglu_alpha"), f.get("swiglu_limit"))
     base = Layer(attention, Moe(router, clamped, split="expert"), norm(f), H)
-    slides = replace(base, attention=replace(attention, window=f.size("sliding_window", 128)))
-    n = f.size("num_hidden_layers")
-    kinds = layer_types(f, [FULL if i % 2 else SLIDING for i in range(n)])
-    return model(f, [slides if kind == SLIDING else base for kind in kinds])
+    slides = replace(base, attention=replace(attention, window=f.get("sliding_window", None)))
+    return model(f, [slides if kind == SLIDING else base for kind in layer_types(f, FULL, SLIDING)])
 
 
-ARCHITECTURES = {"GptOssForCausalLM": _gpt_oss}
+ARCHITECTURES = {"GptOssForCausalLM": described("gpt_oss", _gpt_oss)}

@@ -56,6 +56,11 @@ def qwen3(*sizes: int) -> dict[str, Any]:
     )
 
 
+def _gemma3_text(*sizes: int) -> dict[str, Any]:
+    found = fields(*sizes)
+    return {name: value for name, value in found.items() if name not in ("hidden_act", "tie_word_embeddings")}
+
+
 def _gemma3(layers: int, hidden: int, ffn: int, **more: Any) -> dict[str, Any]:
     """The multimodal files: the text decoder's fields in `text_config`, its defaults left out."""
     text = {
@@ -91,11 +96,10 @@ DENSE: dict[str, dict[str, Any]] = {
     "qwen3-8b": qwen3(36, 4096, 12288, 32, 8),
     "qwen3-14b": qwen3(40, 5120, 17408, 40, 8),
     "qwen3-32b": qwen3(64, 5120, 25600, 64, 8),
-    "gemma-3-1b": fields(26, 1152, 6912, 4, 1, 262144)
+    "gemma-3-1b": _gemma3_text(26, 1152, 6912, 4, 1, 262144)
     | {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "hidden_act": None,
         "hidden_activation": "gelu_pytorch_tanh",
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
@@ -108,7 +112,6 @@ DENSE: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "cache_implementation": "hybrid",
-        "tie_word_embeddings": None,
     },
     "gemma-3-4b": _gemma3(34, 2560, 10240),
     "gemma-3-12b": _gemma3(48, 3840, 15360, num_attention_heads=16, num_key_value_heads=8),

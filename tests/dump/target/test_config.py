@@ -47,7 +47,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope"]),
         ({"logit_scale": 2.0}, ["logit_scale"]),
-        ({"hidden_size": "absent"}, ["hidden_size"]),
+        ({"hidden_size": "absent"}, ["hidden size (4096)"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads=6"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quant", "awq"]),

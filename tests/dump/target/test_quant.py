@@ -107,8 +107,8 @@ def test_older_modelopt_checkpoints_describe_themselves_in_their_own_file(tmp_pa
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, ["NVFP4", "FP8"]),
         (compressed("channel", type="int"), ["8-bit floats"]),
         (compressed("channel", num_bits=4), ["8-bit floats"]),
-        (compressed("group"), ["8-bit floats"]),
-        (compressed("block"), ["8-bit floats"]),
+        (compressed("group"), ['strategy="group"', "'channel'"]),
+        (compressed("block"), ["block_structure"]),
         (compressed("channel") | {"config_groups": {}}, ["8-bit floats"]),
     ],
 )
