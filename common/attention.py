@@ -1,74 +1,186 @@
-"""Causal attention inside the documents of packed rows, block of queries by block of queries.
+"""Causal attention inside the documents of packed rows, a block of queries and a block of keys at a time.
 
-Dimensions: B rows, T positions, N query heads, K key/value heads, G = N // K, D head_dim of queries and
-keys, E head_dim of values (and of the output), Q queries of a block, S keys that a block can see.
+Both stages use it. Nothing of the size of T x T is ever held, in neither direction, and blocks of keys that
+no query of a block can see (later ones, other documents', those behind the window) are never touched.
+
+Dimensions: B rows, T positions, N query heads, J key/value heads, G = N // J, d head_dim of queries and
+keys, e head_dim of values; n blocks of Q queries, R = G * Q queries that share keys, S keys of a block.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from common.layers import einsum
 
-BLOCK = 512  # queries a block: scores of [B, N, BLOCK, S] are the largest thing held
-_MASKED = -1e30  # finite: a row that is masked everywhere gives no NaN
+KEPT = "attended"  # names what a jax.checkpoint around attend should keep
+BLOCK = 256  # queries, and keys: large enough for full matmuls, small enough to skip half of the keys
+_MASKED = -1e30  # finite: a query that sees nothing of a block gives no NaN
+_LAST = 2**30  # padding's segment: behind all others, so that no document's block looks at it
+
+
+class _Form(NamedTuple):
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 def attend(
-    q_BTND: jax.Array,
-    k_BTKD: jax.Array,
-    v_BTKE: jax.Array,
+    q_BTNd: jax.Array,
+    k_BTJd: jax.Array,
+    v_BTJe: jax.Array,
     segments_BT: jax.Array,
     scale: float,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
     softcap: float | None = None,
-) -> jax.Array:
-    """softmax(scale * q k) v [B, T, N, E] over earlier-or-equal positions of the same segment.
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale * q k) v [B, T, N, e] over earlier-or-equal positions of the same segment.
 
     `window`: only the latest `window` keys, the query's own included. `sinks_N`: a logit a head that takes
     part in the softmax and carries no value. `softcap`: logits become softcap * tanh(logits / softcap).
+    `return_lse`: also the logsumexp of the logits [B, T, N], float32, by which more keys can join later.
+    Differentiable in q, k, v and sinks. Formulas: FlashAttention (arXiv 2205.14135), with the cotangent of
+    the logsumexp added.
     """
-    B, T, N, D = q_BTND.shape
-    K = k_BTKD.shape[2]
-    q = q_BTND.reshape(B, T, K, N // K, D).transpose(0, 2, 3, 1, 4)
-    k, v = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
-    sinks = None if sinks_N is None else sinks_N.reshape(1, K, N // K, 1).astype(jnp.float32)
-    outs = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        first = 0 if window is None else max(0, start + 1 - window)
-        s = _scores(q[:, :, :, start:stop], k[:, :, first:stop], scale, softcap)
-        mask = _mask(segments_BT, start, stop, first, window)
-        p, total = _exponentials(jnp.where(mask, s, _MASKED), sinks)
-        out = _values(p.astype(v.dtype), v[:, :, first:stop]) / total[..., None]
-        outs.append(out.astype(q_BTND.dtype))
-    out_BKGTE = jnp.concatenate(outs, axis=3)
-    return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKE.shape[-1])
+    out, lse = _attend(_Form(scale, window, softcap), q_BTNd, k_BTJd, v_BTJe, sinks_N, segments_BT)
+    return (out, lse) if return_lse else out
 
 
-def _scores(q_BKGQD: jax.Array, k_BKSD: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Unmasked float32 scores [B, K, G, Q, S]; the heads that share keys go into one matmul."""
-    B, K, G, Q, D = q_BKGQD.shape
-    s = einsum("bkqd,bksd->bkqs", q_BKGQD.reshape(B, K, G * Q, D), k_BKSD).reshape(B, K, G, Q, -1)
-    return s * scale if softcap is None else softcap * jnp.tanh(s * (scale / softcap))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, q, k, v, sinks, segments):
+    return _forward(form, q, k, v, sinks, segments)[0]
 
 
-def _mask(segments_BT: jax.Array, start: int, stop: int, first: int, window: int | None) -> jax.Array:
-    """True [B, 1, 1, Q, S] where a query of start..stop may see a key of first..stop."""
-    apart_QS = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None]
-    seen_QS = apart_QS >= 0 if window is None else (apart_QS >= 0) & (apart_QS < window)
-    same_BQS = segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop]
-    return (same_BQS & seen_QS[None])[:, None, None]
+def _forward(form, q, k, v, sinks, segments):
+    out, lse = jax.lax.map(lambda row: _row(form, sinks, *row), (q, k, v, segments))
+    out, lse = (checkpoint_name(x, KEPT) for x in (out, lse))
+    return (out, lse), (q, k, v, sinks, segments, out, lse)
 
 
-def _exponentials(s: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """(exp(s - max), their sum with the sink's)."""
-    top = s.max(-1) if sinks is None else jnp.maximum(s.max(-1), sinks)
-    p = jnp.exp(s - top[..., None])
-    total = p.sum(-1)
-    return p, total if sinks is None else total + jnp.exp(sinks - top)
+def _backward(form, saved, cotangents):
+    q, k, v, sinks, segments, out, lse = saved
+    g_out, g_lse = cotangents
+    # d logits = p * (d p - sum(out * d out) + d lse)
+    shift = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - g_lse
+    rows = q, k, v, segments, lse, g_out, shift
+    dq, dk, dv = jax.lax.map(lambda row: _row_back(form, *row), rows)
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(sinks.astype(jnp.float32)[None, None] - lse)
+        d_sinks = -(share * shift).sum((0, 1)).astype(sinks.dtype)
+    return dq, dk, dv, d_sinks, None
 
 
-def _values(p_BKGQS: jax.Array, v_BKSE: jax.Array) -> jax.Array:
-    B, K, G, Q, S = p_BKGQS.shape
-    return einsum("bkqs,bkse->bkqe", p_BKGQS.reshape(B, K, G * Q, S), v_BKSE).reshape(B, K, G, Q, -1)
+_attend.defvjp(_forward, _backward)
+
+
+def _in_blocks(x_TNd: jax.Array, J: int) -> jax.Array:
+    """[T, N, d] -> [n, J, R, d]: blocks of positions, and the heads that share keys beside each other."""
+    T, N, d = x_TNd.shape
+    Q = min(BLOCK, T)
+    x = jnp.pad(x_TNd, ((0, -T % Q), (0, 0), (0, 0)))
+    return x.reshape(-1, Q, J, N // J, d).transpose(0, 2, 3, 1, 4).reshape(-1, J, N // J * Q, d)
+
+
+def _from_blocks(x_nJRd: jax.Array, T: int) -> jax.Array:
+    """The inverse of `_in_blocks`."""
+    n, J, R, d = x_nJRd.shape
+    Q = min(BLOCK, T)
+    return x_nJRd.reshape(n, J, R // Q, Q, d).transpose(0, 3, 1, 2, 4).reshape(n * Q, -1, d)[:T]
+
+
+def _segments(form: _Form, segments_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(segments [n, Q], the first block of keys [n] that each block of queries has to look at)."""
+    T = len(segments_T)
+    Q = min(BLOCK, T)
+    segments_nQ = jnp.pad(jnp.where(segments_T > 0, segments_T, _LAST), (0, -T % Q), constant_values=_LAST)
+    segments_nQ = segments_nQ.reshape(-1, Q)
+    low, high, number = segments_nQ.min(1), segments_nQ.max(1), jnp.arange(len(segments_nQ))
+    seen = (low[None] <= high[:, None]) & (high[None] >= low[:, None])
+    if form.window is not None:
+        seen &= (number[None] + 1) * Q > number[:, None] * Q + 1 - form.window
+    return segments_nQ, jnp.minimum(jnp.argmax(seen, 1), number).astype(jnp.int32)
+
+
+def _logits(form: _Form, q_JRd, k_JSd, segments_nQ, i, j) -> tuple[jax.Array, jax.Array]:
+    """(float32 logits [J, R, S] of block i's queries for block j's keys, unmasked; bool [1, R, S], what is
+    seen)."""
+    s = einsum("jrd,jsd->jrs", q_JRd, k_JSd)
+    s = s * form.scale if form.softcap is None else form.softcap * jnp.tanh(s * (form.scale / form.softcap))
+    Q = segments_nQ.shape[1]
+    apart_QS = (i - j) * Q + jnp.arange(Q)[:, None] - jnp.arange(Q)[None]
+    seen_QS = (segments_nQ[i][:, None] == segments_nQ[j][None]) & (apart_QS >= 0)
+    if form.window is not None:
+        seen_QS &= apart_QS < form.window
+    return s, jnp.tile(seen_QS, (q_JRd.shape[1] // Q, 1))[None]
+
+
+def _row(form: _Form, sinks_N, q_TNd, k_TJd, v_TJe, segments_T) -> tuple[jax.Array, jax.Array]:
+    """(out [T, N, e], logsumexp [T, N]) of one row."""
+    (T, N, _), J = q_TNd.shape, k_TJd.shape[1]
+    q, k, v = (_in_blocks(x, J) for x in (q_TNd, k_TJd, v_TJe))
+    segments, first = _segments(form, segments_T)
+    R = q.shape[2]
+
+    def start(q_JRd):
+        zero_JR = jnp.zeros_like(q_JRd[..., 0], jnp.float32)
+        out = jnp.zeros_like(q_JRd[..., :1], jnp.float32) * jnp.zeros((1, 1, v.shape[-1]), jnp.float32)
+        if sinks_N is None:
+            return zero_JR + _MASKED, zero_JR, out
+        sinks = jnp.repeat(sinks_N.astype(jnp.float32).reshape(J, N // J), R * J // N, 1)
+        return zero_JR + sinks, zero_JR + 1, out
+
+    def of_queries(block):
+        i, q_JRd = block
+
+        def of_keys(j, carry):
+            top, total, out = carry
+            s, seen = _logits(form, q_JRd, k[j], segments, i, j)
+            s = jnp.where(seen, s, _MASKED)
+            new = jnp.maximum(top, s.max(-1))
+            p, fade = jnp.exp(s - new[..., None]), jnp.exp(top - new)
+            mixed = einsum("jrs,jse->jre", p.astype(v.dtype), v[j])
+            return new, total * fade + p.sum(-1), out * fade[..., None] + mixed
+
+        top, total, out = jax.lax.fori_loop(first[i], i + 1, of_keys, start(q_JRd))
+        return (out / total[..., None]).astype(q.dtype), (top + jnp.log(total))[..., None]
+
+    out, lse = jax.lax.map(of_queries, (jnp.arange(len(q), dtype=jnp.int32), q))
+    return _from_blocks(out, T), _from_blocks(lse, T)[..., 0]
+
+
+def _row_back(form: _Form, q_TNd, k_TJd, v_TJe, segments_T, lse_TN, g_TNe, shift_TN):
+    """The cotangents of q, k and v of one row."""
+    T, J = len(segments_T), k_TJd.shape[1]
+    q, k, v, g, lse, shift = (
+        _in_blocks(x, J) for x in (q_TNd, k_TJd, v_TJe, g_TNe, lse_TN[..., None], shift_TN[..., None])
+    )
+    segments, first = _segments(form, segments_T)
+
+    def of_queries(carry, block):
+        i, q_JRd, g_JRe, lse_JR1, shift_JR1 = block
+
+        def of_keys(j, carry):
+            dq, dk, dv = carry
+            s, seen = _logits(form, q_JRd, k[j], segments, i, j)
+            p = jnp.where(seen, jnp.exp(s - lse_JR1), 0.0)
+            ds = p * (einsum("jre,jse->jrs", g_JRe, v[j]) - shift_JR1) * form.scale
+            if form.softcap is not None:
+                ds = ds * (1 - jnp.square(s / form.softcap))
+            p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+            dq = dq + einsum("jrs,jsd->jrd", ds, k[j])
+            dk = dk.at[j].add(einsum("jrs,jrd->jsd", ds, q_JRd))
+            return dq, dk, dv.at[j].add(einsum("jrs,jre->jse", p, g_JRe))
+
+        dq, *carry = jax.lax.fori_loop(first[i], i + 1, of_keys, (jnp.zeros_like(q_JRd, jnp.float32), *carry))
+        return tuple(carry), dq.astype(q.dtype)
+
+    zeros = tuple(jnp.zeros_like(x, jnp.float32) for x in (k, v))
+    numbered = jnp.arange(len(q), dtype=jnp.int32), q, g, lse, shift
+    (dk, dv), dq = jax.lax.scan(of_queries, zeros, numbered)
+    return _from_blocks(dq, T), _from_blocks(dk, T).astype(k.dtype), _from_blocks(dv, T).astype(v.dtype)

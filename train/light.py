@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.attention import KEPT
+from common.attention import KEPT
 
 
 def light(fn: Callable, needed: jax.Array) -> Callable:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from common.attention import attend
 from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
-from train.attention import attend
 from train.head import HeadConfig
 from train.light import light
 from train.loss import Scores, Teacher, score, weighted_loss
@@ -182,7 +182,7 @@ def _advance(c: HeadConfig, at: _Places, step: int, shared: _Shared, state, keys
         own = _rope(k, at.positions_C + step, c), v
         keys, values = [*keys, own[0]], [*values, own[1]]
     everywhere = rearrange(q_CND, at.slot, at.live).reshape(B, T, N, D)
-    base, lse = attend(everywhere, shared.k_BTJD, shared.v_BTJD, at.segments_BT, scale)
+    base, lse = attend(everywhere, shared.k_BTJD, shared.v_BTJD, at.segments_BT, scale, return_lse=True)
     base_CND, lse_CN = (rearrange(y, at.live, at.slot) for y in (base.reshape(n, N, D), lse.reshape(n, N)))
     mixed = _join(base_CND, lse_CN, q_CND, keys, values, scale).reshape(C, N * D)
     state = state + linear(mixed, p["midlayer.self_attn.o_proj.weight"])

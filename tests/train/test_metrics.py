@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from common import attention
 from common.mesh import make_mesh
 from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import head_config, problem
-from train import attention, loss, optimizer
+from train import loss, optimizer
 from train.metrics import add, better, summarise
 from train.step import State, gradient, score_step, train_step
 from train.targets import counted_targets

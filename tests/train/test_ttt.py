@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common import attention
 from common.mesh import make_mesh
 from tests.train.on_device import STEPS, batch_of, f32, frozen_of, parameters_of
 from tests.train.problem import Problem, head_config, problem
 from tests.train.reference import directional_derivative
-from train import attention, loss
+from train import loss
 from train.ttt import shard_counts, shard_loss, shard_scores
 
 CONFIG = head_config()
