@@ -24,7 +24,7 @@ from train.metrics import Sums, add, summarise
 from train.plan import frozen
 from train.serving_config import read_serving_config
 from train.step import score_step
-from train.stream import Plan, Stream
+from train.stream import Stream, Workload
 from train.ttt import Frozen, Params
 
 
@@ -50,10 +50,10 @@ class Evaluator:
         self._batches = filled.reshape(-1, size)
         self._tokens = size * store.length
         # The default mask, whatever the training's was: figures of different runs compare.
-        plan = Plan(store, rows, ttt_steps)
-        self.counted = plan.counted
-        capacity = plan.capacity(np.maximum(self._batches, rows[0]), mesh.size)
-        self._stream = Stream(store, plan, capacity, mesh, teacher, draft_ids)
+        workload = Workload(store, rows, ttt_steps)
+        self.counted = workload.counted
+        capacity = workload.capacity(np.maximum(self._batches, rows[0]), mesh.size)
+        self._stream = Stream(store, workload, capacity, mesh, teacher, draft_ids)
         self._score: Callable = jax.jit(score_step(head, mesh, ttt_steps, dtype, answer_tokens))
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:

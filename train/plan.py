@@ -4,8 +4,7 @@ Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 """
 
 import math
-from dataclasses import dataclass, fields
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from common import storage, zarr
-from common.config import differences, to_json
+from common.config import to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
@@ -26,18 +25,22 @@ from train import optimizer
 from train.config import TrainConfig
 from train.head import HeadConfig, head_config, parameters
 from train.init import feature_units, start
-from train.stream import Plan, Stream, order, teaching_arrays
+from train.stream import Stream, Workload, order, teaching_arrays
 from train.targets import Capacity
 from train.ttt import Frozen, Params
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
-_PACE = ("out", "log_every", "eval_every", "save_every")  # change nothing of the weights
+# A run may be continued with other values of these: they change nothing of the weights, or their rounding,
+_FREE = ("out", "log_every", "eval_every", "save_every", "dp")
+# or decide on something else that the identity holds.
+_RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A checked run. `order` int64 [steps, B] names the rows of every step."""
+class Plan:
+    """A checked run that has not begun. `order` int64 [steps, B] names the rows of every step; `identity` is
+    what two runs must share for one to continue the other."""
 
     config: TrainConfig
     store: Store
@@ -46,7 +49,7 @@ class Experiment:
     mesh: Mesh
     dtype: Any
     order: np.ndarray
-    plan: Plan
+    workload: Workload
     capacity: Capacity
     train_rows: np.ndarray
     test_rows: np.ndarray
@@ -60,7 +63,9 @@ class Experiment:
 
     def stream(self) -> Stream:
         """The train split's batches."""
-        return Stream(self.store, self.plan, self.capacity, self.mesh, self.config.teacher, self.draft_ids)
+        return Stream(
+            self.store, self.workload, self.capacity, self.mesh, self.config.teacher, self.draft_ids
+        )
 
     def shapes(self) -> Any:
         """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
@@ -88,7 +93,7 @@ def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype:
     return jax.device_put(Frozen(embed.astype(dtype), rows, index), sharding(mesh, ()))
 
 
-def make(config: TrainConfig) -> Experiment:
+def make_plan(config: TrainConfig) -> Plan:
     """Checks everything; writes nothing. EyasError names what is wrong."""
     if storage.is_remote(config.out):
         raise EyasError(f"out={config.out} is not a local folder; train into a local one and copy it there")
@@ -102,8 +107,8 @@ def make(config: TrainConfig) -> Experiment:
     _check_room(config, head)
     mesh = _mesh(config)
     rows, test_rows = store.split_rows("train"), store.split_rows("test")
-    plan = Plan(store, rows, config.ttt_steps, config.compat)
-    if not plan.counted:
+    workload = Workload(store, rows, config.ttt_steps, config.compat)
+    if not workload.counted:
         raise EyasError(
             f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
             "an answer's token; prepare conversations with assistant turns"
@@ -113,7 +118,7 @@ def make(config: TrainConfig) -> Experiment:
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     # An evaluation costs about a third of as many training rows; all of them stay below a tenth.
     pace = max(-(-steps // 10), -(-len(test_rows) * 10 // (3 * config.batch_rows)))
-    return Experiment(
+    return Plan(
         config=config,
         store=store,
         head=head,
@@ -121,8 +126,8 @@ def make(config: TrainConfig) -> Experiment:
         mesh=mesh,
         dtype=jnp.dtype(dtype),
         order=wanted,
-        plan=plan,
-        capacity=plan.capacity(wanted, mesh.size),
+        workload=workload,
+        capacity=workload.capacity(wanted, mesh.size),
         train_rows=rows,
         test_rows=test_rows,
         eval_every=config.eval_every or pace,
@@ -166,35 +171,11 @@ def _identity(
 ) -> dict[str, Any]:
     """What two runs must share for one to continue the other."""
     return {
-        "config": {f.name: to_json(getattr(config, f.name)) for f in fields(config) if f.name not in _PACE}
-        | {"store": store.hash},
+        "config": {name: value for name, value in to_json(config).items() if name not in _FREE + _RESOLVED},
+        "store": store.hash,
         "head": to_json(head),
         "draft_ids_crc32": zarr.crc32(draft_ids),
         "target": store.features["target"],
         "steps": steps,
         "dtype": dtype,
     }
-
-
-def claim(experiment: Experiment) -> None:
-    """Writes experiment.json, or finds that the folder is this experiment's. EyasError if it is another's."""
-    place = storage.join(experiment.config.out, FILE)
-    if storage.exists(place):
-        different = differences(storage.read_json(place).get("identity"), experiment.identity)
-        if different:
-            raise EyasError(
-                f"{experiment.config.out} holds another experiment: {'; '.join(different[:5])}; use the same "
-                "options to continue it, or name a new folder"
-            )
-        return
-    foreign = storage.list_names(experiment.config.out)
-    if foreign:
-        raise EyasError(f"{experiment.config.out} already holds {foreign[0]}; name a new or an empty folder")
-    storage.write_json(
-        place,
-        {
-            "identity": experiment.identity,
-            "config": to_json(experiment.config),
-            "versions": {name: version(name) for name in ("eyas", "jax", "jaxlib", "optax", "numpy")},
-        },
-    )

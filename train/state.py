@@ -1,19 +1,89 @@
-"""What of a run is on disk: the resumable state (orbax) and the lines of metrics."""
+"""What a run has on disk, and what is read of it again: experiment.json, state/ and metrics.jsonl."""
 
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from common import storage
-from common.errors import EyasError
+from common import schema, storage
+from common.config import differences, to_json
+from common.errors import EyasError, MachineError
+from common.lock import FILE as LOCK
+from common.lock import locked
+from common.schema import Count, TypedDict
 from common.storage import readable_errors
+from train.plan import FILE, Plan
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before
+
+
+class _Experiment(TypedDict):
+    identity: dict[str, Any]
+
+
+class _Evaluation(TypedDict):
+    step: Count
+
+
+class _Noted(TypedDict):
+    """Beside a saved state: the evaluations of the heads in best/ and last/."""
+
+    best: _Evaluation | None
+    last: _Evaluation
+
+
+@contextmanager
+def claimed(plan: Plan) -> Iterator[None]:
+    """Holds the plan's folder, for this process alone, with the plan in its experiment.json.
+
+    EyasError if another process is at work there, or the folder holds another experiment or anything else.
+    """
+    out = plan.config.out
+    _require_own(plan)
+    with locked(out):
+        if not _require_own(plan):
+            names = ("eyas", "jax", "jaxlib", "optax", "numpy")
+            storage.write_json(
+                storage.join(out, FILE),
+                {
+                    "identity": plan.identity,
+                    "config": to_json(plan.config),
+                    "versions": {name: version(name) for name in names},
+                },
+            )
+        yield
+
+
+def _require_own(plan: Plan) -> bool:
+    """Whether the folder has this plan's experiment already. EyasError if it has anything else."""
+    out = plan.config.out
+    place = storage.join(out, FILE)
+    if not storage.exists(place):
+        foreign = [name for name in storage.list_names(out) if name != LOCK]
+        if foreign:
+            raise EyasError(f"{out} already holds {foreign[0]}; name a new or an empty folder")
+        return False
+    found = schema.read(_Experiment, place, "restore the file, or name a new folder")
+    different = differences(found["identity"], plan.identity)
+    if different:
+        raise EyasError(
+            f"{out} holds another experiment: {'; '.join(different[:5])}; use the same options to continue "
+            "it, or name a new folder"
+        )
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, shortened."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 class Saved:
@@ -21,57 +91,102 @@ class Saved:
 
     def __init__(self, out: str):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs traces of what it then raises
-        self._out = out
-        place = os.path.abspath(storage.local_path(storage.join(out, "state")))
+        self._place = storage.join(out, "state")
+        path = os.path.abspath(storage.local_path(self._place))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
-        self._manager = ocp.CheckpointManager(place, options=options)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(path, options=options)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax and its background threads raise what they like: a MachineError of one line."""
+        try:
+            with readable_errors(self._place):
+                yield
+        except EyasError:
+            raise
+        except Exception as error:
+            raise MachineError(
+                f"{self._place}: saving failed ({_reason(error)}); mend that and run the same command again; "
+                "what is complete is kept"
+            ) from error
 
     def step(self) -> int | None:
         """The newest saved step, None if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, like: State, where: jax.sharding.Sharding) -> tuple[State, dict[str, Any]]:
-        """(the newest state, in the shapes and dtypes of `like`; what was noted beside it)."""
+    def restore(
+        self, like: State, where: jax.sharding.Sharding
+    ) -> tuple[State, dict[str, Any] | None, dict[str, Any]]:
+        """(the newest state, in the shapes and dtypes of `like`; what `save` was given beside it)."""
+        step = self.step()
+        place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(self.step(), args=args)
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise EyasError(
-                f"{self._out}/state/{self.step()} cannot be read ({reason}); delete it to continue from the "
-                "state before it"
-            ) from error
-        return found["state"], found["noted"]
+            found = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
+            raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
+        state, noted = found["state"], schema.check(_Noted, found["noted"], f"{place}/noted", advice)
+        if int(state.step) != step:
+            raise EyasError(f"{place} holds the state of step {int(state.step)}; {advice}")
+        return state, noted["best"], noted["last"]
 
-    def save(self, state: State, noted: dict[str, Any]) -> None:
-        """Begins to save; waits only for an earlier save. EyasError if the disk is full."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=ocp.args.JsonSave(noted))
-        with readable_errors(f"{self._out}/state"):
+    def save(self, state: State, best: dict[str, Any] | None, last: dict[str, Any]) -> None:
+        """Begins to save; waits only for an earlier save. MachineError if that or this one fails."""
+        noted = ocp.args.JsonSave({"best": best, "last": last})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=noted)
+        with self._writing():
             self._manager.save(int(state.step), args=args, force=True)
 
     def finish(self) -> None:
-        """Waits until everything is on disk."""
-        with readable_errors(f"{self._out}/state"):
+        """Waits until everything is on disk. MachineError if it does not get there."""
+        with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """`finish`, and no more."""
+        with self._writing():
+            self._manager.close()
 
 
 class Lines:
     """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped."""
 
     def __init__(self, out: str, step: int):
-        self._path = storage.local_path(storage.join(out, "metrics.jsonl"))
-        kept = []
-        if os.path.exists(self._path):
-            with open(self._path, encoding="utf-8") as file:
-                # A killed run may leave half a line, its last.
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        storage.write_bytes(self._path, "".join(kept).encode())
+        """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
+        self._url = storage.join(out, "metrics.jsonl")
+        kept: list[bytes] = []
+        if storage.exists(self._url):
+            lines = storage.read_bytes(self._url).splitlines(keepends=True)
+            kept = [
+                line
+                for number, line in enumerate(lines, 1)
+                if line.endswith(b"\n") and self._step_of(line, number) <= step
+            ]
+        storage.write_bytes(self._url, b"".join(kept))
+        with readable_errors(self._url):
+            self._file = open(storage.local_path(self._url), "a", encoding="utf-8")  # noqa: SIM115
+
+    def _step_of(self, line: bytes, number: int) -> int:
+        where, advice = f"{self._url}, line {number}", "mend or delete that line: the weights do not need it"
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EyasError(f"{where} is not JSON ({error}); {advice}") from None
+        return schema.check(_Evaluation, found, where, advice)["step"]
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line at once."""
-        with readable_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        with readable_errors(self._url):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        """Waits until every line is on disk."""
+        with readable_errors(self._url):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No more lines."""
+        self._file.close()

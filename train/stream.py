@@ -36,7 +36,7 @@ def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int) -> np.ndarra
     return np.concatenate(epochs)[:count].reshape(steps, batch_rows)
 
 
-class Plan:
+class Workload:
     """Which positions of every row are computed (see train/targets.py), from the store's masks alone."""
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
@@ -85,9 +85,15 @@ class Stream:
     """
 
     def __init__(
-        self, store: Store, plan: Plan, capacity: Capacity, mesh: Mesh, teacher: str, draft_ids: np.ndarray
+        self,
+        store: Store,
+        workload: Workload,
+        capacity: Capacity,
+        mesh: Mesh,
+        teacher: str,
+        draft_ids: np.ndarray,
     ):
-        self._store, self._plan, self._capacity, self._mesh = store, plan, capacity, mesh
+        self._store, self._workload, self._capacity, self._mesh = store, workload, capacity, mesh
         self._names = teaching_arrays(store, teacher)
         self._draft_ids = draft_ids
         self.waited = 0.0
@@ -118,7 +124,7 @@ class Stream:
         shards = self._mesh.size
         mine = np.array_split(rows, jax.process_count())[jax.process_index()]
         found = self._read(mine)
-        live, targets = self._plan.masks(found["segment_ids"], found.pop("loss_mask"))
+        live, targets = self._workload.masks(found["segment_ids"], found.pop("loss_mask"))
         local = shards // jax.process_count()
         if (logits := found.pop("full_logits", None)) is not None:
             found["draft_logits"] = np.take(logits, self._draft_ids, axis=-1)

@@ -18,7 +18,7 @@ from dump import dump, prepare, target
 from dump.plan import make_plan
 from dump.target_files import write_target
 from train import run as train
-from train.stream import Plan, Stream, order
+from train.stream import Stream, Workload, order
 
 _CONVERSATIONS = 1_500
 _DUMPED = 24  # rows of 512 tokens: a minute of forward passes on two cores
@@ -113,10 +113,10 @@ def streamed(place: str) -> dict[str, dict[str, Any]]:
     url = f"{place}/streamed"
     note(f"bench: a store of {_STREAMED} rows of {_LENGTH} tokens to stream")
     store = _random_store(url)
-    plan = Plan(store, np.arange(_STREAMED), ttt_steps=7)
+    workload = Workload(store, np.arange(_STREAMED), ttt_steps=7)
     wanted = order(np.arange(_STREAMED), 0, _STREAMED // 4, 4)
     mesh = make_mesh()
-    stream = Stream(store, plan, plan.capacity(wanted, 1), mesh, "recompute", np.arange(8))
+    stream = Stream(store, workload, workload.capacity(wanted, 1), mesh, "recompute", np.arange(8))
     paths = [os.path.join(where, name) for where, _, names in os.walk(f"{url}/features") for name in names]
     raw = [_rate(lambda: _read_all(paths)) for _ in range(2)]
     shuffled = [_rate(lambda: _stream_all(stream, wanted)) for _ in range(3)]

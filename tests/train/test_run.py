@@ -81,10 +81,11 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     assert whole["best"] == best
     assert whole["last"]["step"] == whole["steps"] == 11
     assert whole["best"]["length_greedy"] > measured[0]["evaluation"]["length_greedy"] > 1
-    assert sorted(os.listdir(config.out)) == ["best", "experiment.json", "last", "metrics.jsonl", "state"]
+    left = [".lock", "best", "experiment.json", "last", "metrics.jsonl", "state"]
+    assert sorted(os.listdir(config.out)) == left
     kept = storage.read_json(f"{config.out}/experiment.json")
     assert kept["config"]["learning_rate"] == 3e-2
-    assert kept["identity"]["config"]["store"] == Store.open(config.store).hash
+    assert kept["identity"]["store"] == Store.open(config.store).hash
 
 
 def test_evaluating_best_gives_what_training_said(config, whole, store):

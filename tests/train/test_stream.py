@@ -7,7 +7,7 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
-from train.stream import Plan, Stream, order, teaching_arrays
+from train.stream import Stream, Workload, order, teaching_arrays
 
 STEPS = 3
 
@@ -32,10 +32,10 @@ def test_a_shorter_run_reads_the_same_batches():
 
 def stream_of(store, rows, chips=1):
     mesh = make_mesh(chips)
-    plan = Plan(store, store.split_rows("train"), STEPS)
+    workload = Workload(store, store.split_rows("train"), STEPS)
     wanted = np.asarray(rows).reshape(1, -1)
     return Stream(
-        store, plan, plan.capacity(np.maximum(wanted, 0), mesh.size), mesh, "recompute", np.arange(4)
+        store, workload, workload.capacity(np.maximum(wanted, 0), mesh.size), mesh, "recompute", np.arange(4)
     )
 
 
@@ -48,7 +48,7 @@ def test_a_batch_holds_the_rows_asked_for(store):
 
 
 @pytest.mark.parametrize("chips", [1, 2])
-def test_the_plan_is_that_of_a_loop_over_positions(store, chips):
+def test_the_workload_is_that_of_a_loop_over_positions(store, chips):
     rows = np.array([0, 1, 3, 4])
     (batch,) = stream_of(store, rows, chips).batches([rows])
     found = store.read(("segment_ids", "loss_mask"), rows)

@@ -1,0 +1,50 @@
+"""One process at a time works in a folder."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common import storage
+from common.errors import EyasError
+from common.progress import note
+
+FILE = ".lock"  # stays when the lock is released: removing it would let two processes lock two files
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Holds the lock of the local `folder`, which is made if it is missing, while the context lasts.
+
+    The system releases it when the process ends, however it ends. EyasError, naming process and host, while
+    another one holds it.
+    """
+    path = os.path.join(storage.local_path(folder), FILE)
+    with storage.readable_errors(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        _take(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+        raise EyasError(
+            f"{folder} is in use by {holder}; wait until it ends, or name another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        note(f"{folder} is on a file system without locks: let no other process work in it")
+        return
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -1,0 +1,200 @@
+"""One head in training: it takes batches one by one, wherever they come from, and keeps its folder."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common import storage
+from common.errors import EyasError
+from common.mesh import sharding
+from common.progress import note
+from train import optimizer
+from train.evaluate import Evaluator
+from train.export import export
+from train.metrics import LENGTH, better
+from train.plan import Plan, frozen
+from train.state import Lines, Saved
+from train.step import Metrics, State, gradient, train_step
+from train.ttt import Batch
+
+
+class Trainer:
+    """`step` steps are done; `best` and `last` are the evaluations of the heads in the folders of that name.
+
+    A context, at whose end its last save is on disk. `status` says in a few words how it goes.
+    """
+
+    def __init__(self, plan: Plan):
+        """A new head, or the newest saved state of the plan's folder. EyasError if that cannot be read."""
+        self._plan = plan
+        self._rate = optimizer.schedule(plan.config.learning_rate, plan.config.warmup, plan.steps)
+        self._optimizer = plan.optimizer(self._rate)
+        self._saved = Saved(plan.config.out)
+        self.best: dict[str, Any] | None = None
+        self.last: dict[str, Any] = {"step": 0}
+        self._state = self._begin()
+        self.step = int(self._state.step)
+        self._lines = Lines(plan.config.out, self.step)
+        self._frozen = frozen(plan.store, plan.draft_ids, plan.config.teacher, plan.mesh, plan.dtype)
+        self._evaluator = self._make_evaluator()
+        self._compiled: Callable | None = None
+        self._unread: Metrics | None = None  # of the step before, which the device may still compute
+        self._clock = time.monotonic()
+        self.status = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._saved.close()
+
+    @property
+    def done(self) -> bool:
+        """Whether every step is."""
+        return self.step == self._plan.steps
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest state on disk; 0 if there is none."""
+        return self._saved.step() or 0
+
+    def _begin(self) -> State:
+        plan = self._plan
+        everywhere = sharding(plan.mesh, ())
+        if self._saved.step() is None:
+            note(f"train: making a head ({plan.config.init})")
+            return jax.device_put(self._new_state(plan.initial()), everywhere)
+        state, self.best, self.last = self._saved.restore(
+            jax.eval_shape(self._new_state, plan.shapes()), everywhere
+        )
+        note(f"train: continuing after step {int(state.step)} of {plan.steps}")
+        return state
+
+    def _new_state(self, params: Any) -> State:
+        return State(params, self._optimizer.init(params), jnp.int32(0))
+
+    def _make_evaluator(self) -> Evaluator | None:
+        plan, c = self._plan, self._plan.config
+        if not len(plan.test_rows):
+            note("train: the store has no held-out rows, so best/ is the last head")
+            return None
+        shape = (plan.store, plan.test_rows, plan.head, plan.draft_ids, plan.mesh, c.ttt_steps, c.batch_rows)
+        return Evaluator(*shape, plan.dtype, c.teacher)
+
+    def take(self, batch: Batch) -> None:
+        """One step. EyasError once the loss of the step before turns out not to be finite."""
+        if self._compiled is None:
+            self._compiled = self._compile(batch)
+        self._state, metrics = self._compiled(self._state, self._frozen, batch)
+        self._read()  # one step late: the device has the next one to do meanwhile
+        self.step += 1
+        self._unread = metrics
+
+    def _compile(self, batch: Batch) -> Callable:
+        plan, c = self._plan, self._plan.config
+        note("train: compiling")
+        gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat)
+        step = jax.jit(train_step(gradients, self._optimizer), donate_argnums=0)
+        return step.lower(self._state, self._frozen, batch).compile()
+
+    def catch_up(self) -> None:
+        """The evaluation that is due at this step, if an earlier run was stopped just before it."""
+        if self._is_evaluated() and self.last["step"] < self.step:
+            self._evaluate()
+
+    def do_what_is_due(self) -> None:
+        """Evaluates, exports and saves, where this step is one of those after which that is done."""
+        if self._is_evaluated():
+            self._evaluate()
+        if self.step % self._plan.save_every == 0 or self.done:
+            self.save()
+
+    def _is_evaluated(self) -> bool:
+        return self.step > 0 and (self.step % self._plan.eval_every == 0 or self.done)
+
+    def save(self) -> None:
+        """Begins to save the state; what is known of all steps up to it is in metrics.jsonl before."""
+        self._read()
+        self._lines.flush()
+        self._saved.save(self._state, self.best, self.last)
+
+    def finish(self) -> None:
+        """Waits until everything is on disk. EyasError if the last loss is not finite."""
+        self._read()
+        self._saved.finish()
+
+    def _read(self) -> None:
+        """Takes up the metrics of the step that was done last, if that has not been done yet."""
+        metrics, self._unread = self._unread, None
+        if metrics is None:
+            return
+        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        for name, value in (("loss", loss), ("norm of the gradients", norm)):
+            if not math.isfinite(value):
+                raise EyasError(
+                    f"the {name} is {value} at step {self.step}; use a lower --learning-rate, or --dtype "
+                    "float32, in a new folder"
+                )
+        if self.step % self._plan.config.log_every == 0 or self.step == 1 or self.done:
+            self._log(metrics, loss, norm)
+
+    def _log(self, metrics: Metrics, loss: float, norm: float) -> None:
+        acc = np.asarray(metrics.acc_K).tolist()
+        self.status = f"loss {loss:.3f}, first token right {acc[0]:.1%}"
+        self._lines.add(
+            {
+                "step": self.step,
+                "tokens": self.step * self._plan.config.batch_rows * self._plan.store.length,
+                "loss": loss,
+                "loss_k": np.asarray(metrics.loss_K).tolist(),
+                "acc_in_vocab_k": acc,
+                "gradient_norm": norm,
+                "learning_rate": float(self._rate(self.step - 1)),
+                "seconds": round(time.monotonic() - self._clock, 2),
+            }
+        )
+
+    def _evaluate(self) -> None:
+        """Measures the head, exports it to last/, and to best/ if it is the best so far."""
+        self._read()
+        found: dict[str, Any] = {"step": self.step}
+        if self._evaluator:
+            found |= self._evaluator(self._state.params, self._frozen, f"evaluate step {self.step}")
+            if not math.isfinite(found[LENGTH] + sum(found["loss"])):
+                raise EyasError(
+                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
+                    "lower --learning-rate, or --dtype float32, in a new folder"
+                )
+            self._lines.add({"step": self.step, "evaluation": found})
+        self.last = found
+        self._export("last", found)
+        if better(found, self.best):
+            self.best = found
+            self._export("best", found)
+
+    def _export(self, name: str, found: dict[str, Any]) -> None:
+        plan, steps = self._plan, self._plan.config.ttt_steps
+        facts = {
+            "target": plan.store.features["target"]["name"],
+            "store": plan.store.hash[:16],
+            "training step": f"{found['step']} of {plan.steps}",
+            "training rows": f"{found['step'] * plan.config.batch_rows} of {plan.store.length} tokens",
+            "learning rate": plan.config.learning_rate,
+        }
+        if LENGTH in found:
+            how = f"chain of {steps}, held-out answers walked through as a server does"
+            facts |= {
+                f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
+                f"the same, temperature 1 with sampled drafts ({how})": found["length_sampled"],
+                "held-out rows": len(plan.test_rows),
+                "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
+            }
+        folder = storage.join(plan.config.out, name)
+        target = plan.store.target_config()
+        export(folder, self._state.params, plan.head, plan.draft_ids, target, metadata=facts)
