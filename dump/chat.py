@@ -7,32 +7,29 @@ it reaches over spaces only (the tokenizer joins a header's last space to the an
 """
 
 import hashlib
-import os
+import json
 import re
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Self
 
-import jinja2
 import numpy as np
 
-from common import storage
 from common.errors import EyasError
-from dump.answer_spans import THINK, Messages, Span, answer_spans
+from dump.answer_spans import END_THINK, Answer, Messages, Span, find_answers
+from dump.dialect import Dialect
+from dump.template import Template, TemplateRefusedError
+from dump.tokenizer_files import load_tokenizer, stop_tokens, template_of, tokenizer_hash
 
-# Templates that print today's date would give other bytes tomorrow: they get the date that the published
-# Llama 3 templates fall back to.
-_DATE = {
-    "%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%A": "Friday", "%a": "Fri",
-    "%H": "00", "%M": "00", "%S": "00",
-}  # fmt: skip
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
-
-
-class TemplateRefusedError(ValueError):
-    """The template raised for this conversation (no system role, say); str() is the template's message."""
+# Closing tokens of a turn that calls tools, where they are others than an answer's: gpt-oss, Llama 3.
+_ENDS_OF_CALLS = ("<|call|>", "<|eom_id|>")
+_PLAIN_TALK = (
+    ("user", "Which colour?"),
+    ("assistant", "Blue."),
+    ("user", "Why?"),
+    ("assistant", "I like it."),
+)
 
 
 class TemplateNotFollowedError(ValueError):
@@ -41,10 +38,14 @@ class TemplateNotFollowedError(ValueError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and its answers as character spans [start, end), closing tokens included."""
+    """A conversation as text, and its answers as character spans [start, end), closing tokens included.
+
+    `removed`: turns whose reasoning the template leaves out.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    removed: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,44 +56,38 @@ class Encoded:
     mask: np.ndarray
 
 
-def tokenizer_hash(folder: str) -> str:
-    """sha256 (hex) of a model folder's tokenizer.json, or of the files it would be made from.
-
-    EyasError if the folder or its tokenizer is missing.
-    """
-    if not storage.exists(folder):
-        raise EyasError(f"the model folder {folder} does not exist; give a Hugging Face model folder")
-    names = [name for name in _TOKENIZER_FILES if storage.exists(storage.join(folder, name))]
-    if not names:
-        raise EyasError(f"{folder} has no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
-    digest = hashlib.sha256()
-    for name in names[:1] if names[0] == "tokenizer.json" else names:
-        digest.update(storage.read_bytes(storage.join(folder, name)))
-    return digest.hexdigest()
-
-
 class Chat:
     """The tokenizer and chat template of one model folder; made by `load`.
 
     `tokenizer_hash` is that of the folder, `template_hash` the sha256 of the template's text.
+    `has_system` and `has_tools`: the template knows a system turn, and tools.
     """
 
-    def __init__(self, tokenizer: Any, template: str, tokenizer_hash: str, where: str):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        tokenizer_hash: str,
+        where: str,
+        stops: frozenset[int] = frozenset(),
+    ):
         self.tokenizer_hash = tokenizer_hash
         self.template_hash = hashlib.sha256(template.encode()).hexdigest()
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # some tokenizer.json files cut at a length of their own
         self._backend.no_padding()
-        self._template = _with_fixed_date(template)
-        self._marks_answers = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
-        self._variables = tokenizer.special_tokens_map
-        special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        added = tokenizer.added_tokens_decoder
+        special = (t.content for t in added.values() if t.special)
         self._specials = tuple(sorted(special, key=len, reverse=True))
         alternatives = "|".join(map(re.escape, self._specials)) or "(?!)"
         self._special = re.compile(alternatives)
         self._closing = re.compile(rf"[ \t]*(?:{alternatives})")
-        self._opened = False
-        self._try_out(where)
+        self._template = Template(template, where)
+        self._dialect = Dialect(self._template, tokenizer.special_tokens_map)
+        self.has_system, self.has_tools = self._dialect.has_system, self._dialect.has_tools
+        self._stop = ""
+        ends = {added[i].content for i in stops if i in added} | {tokenizer.eos_token, *_ENDS_OF_CALLS}
+        self._try_out(where, ends & set(self._specials))
 
     @classmethod
     def load(cls, folder: str) -> Self:
@@ -102,34 +97,39 @@ class Chat:
         there is no chat template that can be followed.
         """
         digest = tokenizer_hash(folder)
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         if not tokenizer.is_fast:
             raise EyasError(f"{folder} has a tokenizer without offsets; add its tokenizer.json")
-        try:
-            template = tokenizer.get_chat_template()
-        except ValueError:
-            raise EyasError(
-                f"{folder} has no chat template; add chat_template.jinja, or use the instruction-tuned model"
-            ) from None
-        return cls(tokenizer, template, digest, folder)
+        return cls(tokenizer, template_of(tokenizer, folder), digest, folder, stop_tokens(folder))
 
     def holds_special(self, messages: Messages) -> bool:
         """True if a message's text spells a special token, which would be taken for the template's own."""
-        return any(self._special.search(message["content"]) for message in messages)
+        return any(self._special.search(text) for message in messages for text in _texts(message))
 
-    def render(self, messages: Messages) -> Rendered:
+    def render(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
         """The conversation in the model's own format, without a generation prompt.
 
+        A system turn that the template does not know stands in front of the first question. Where the
+        template removes all reasoning but its generation prompt begins some, the last turn follows it.
         TemplateRefusedError or TemplateNotFollowedError if this conversation cannot be used.
         """
-        text, marked = self._apply(messages)
-        if self._marks_answers:
-            spans = [self._trimmed(text, *span) for span in marked]
+        messages, tools = self._dialect.fold_system(messages), tools or []
+        text, marked = self._dialect.apply(messages, tools)
+        if self._template.marks_answers:
+            answers = _marked_answers(messages, [self._trimmed(text, *span) for span in marked])
         else:
-            spans = answer_spans(messages, text, lambda m: self._apply(m)[0], self._opened)
-        if spans is None:
+            answers = find_answers(
+                messages, text, lambda given: self._dialect.apply(given, tools)[0], self._dialect.prompt
+            )
+        if answers is None:
             raise TemplateNotFollowedError("an answer is not to be found in what the template rendered")
-        return Rendered(text, tuple(self._closed(text, *span) for span in spans))
+        removed = sum(bool(messages[a.turn].get("reasoning")) and not a.reasoning for a in answers)
+        if removed and self._dialect.reasoning == "prompted":
+            text, answers, restored = self._prompted(messages, tools, text, answers)
+            removed -= restored
+        text, spans = self._spans(text, answers)
+        counted = [messages[a.turn].get("counted", True) for a in answers]
+        return Rendered(text, tuple(s for s, c in zip(spans, counted, strict=True) if c), removed)
 
     def encode(self, rendered: list[Rendered]) -> list[Encoded]:
         """Tokens and masks; the template has written every special token, so none is added."""
@@ -143,35 +143,57 @@ class Chat:
         """The text of some tokens, special ones included."""
         return self._backend.decode(tokens, skip_special_tokens=False)
 
-    def _apply(self, messages: Messages, prompt: bool = False) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _prompted(
+        self, messages: Messages, tools: list[dict[str, Any]], text: str, answers: list[Answer]
+    ) -> tuple[str, list[Answer], bool]:
+        """The text with the last turn's reasoning behind the generation prompt, as the model writes it."""
+        last = answers[-1]
+        thought = messages[last.turn].get("reasoning")
+        if not thought or last.calls or last.turn != len(messages) - 1:
+            return text, answers, False
+        prompt = self._dialect.apply(messages[:-1], tools, prompt=True)[0]
+        if not prompt.startswith(text[: last.start]):
+            return text, answers, False
+        written = f"{thought.strip()}\n{END_THINK}\n\n{text[last.start : last.end].lstrip()}"
+        moved = Answer(last.turn, len(prompt), len(prompt) + len(written), True, False)
+        return prompt + written + text[last.end :], [*answers[:-1], moved], True
 
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marks_answers,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            # Only what the template itself raises is its own text; other errors can quote the conversation.
-            own = type(error) is jinja2.TemplateError
-            reason = _first_line(error) if own else f"{type(error).__name__} inside the template"
-            raise TemplateRefusedError(reason) from None
-        return texts[0], spans[0] if self._marks_answers else []
+    def _spans(self, text: str, answers: list[Answer]) -> tuple[str, list[Span]]:
+        """The answers with their closing tokens; a last one that the template leaves open gets its token."""
+        spans = []
+        for number, answer in enumerate(answers):
+            last = number == len(answers) - 1
+            limit = len(text) if last else answers[number + 1].start
+            end = self._end_of_calls(text, answer.end, limit, last) if answer.calls else answer.end
+            spans.append(self._closed(text, answer.start, end))
+        if self._stop and spans and not text[spans[-1][1] :].strip():
+            start, end = spans[-1]
+            if not text.endswith(self._specials, start, end):
+                text, spans[-1] = text[:end] + self._stop, (start, end + len(self._stop))
+        return text, spans
 
-    def _try_out(self, where: str) -> None:
-        """EyasError unless a plain question and answer can be rendered and followed; sets `_opened`."""
-        question = {"role": "user", "content": "Which colour?"}
+    def _end_of_calls(self, text: str, start: int, limit: int, last: bool) -> int:
+        """Where the turn ends whose last call's name ends at `start`: before its closing token."""
+        found = self._ends.search(text, start, limit)
+        if found is None and not last:
+            raise TemplateNotFollowedError("a call of a tool is not closed in what the template rendered")
+        return found.start() if found else len(text[:limit].rstrip())
+
+    def _try_out(self, where: str, ends: set[str]) -> None:
+        """EyasError unless a plain conversation can be rendered and followed; finds what closes turns."""
+        talk = [{"role": role, "content": text} for role, text in _PLAIN_TALK]
         try:
-            rendered = self.render([question, {"role": "assistant", "content": "Blue."}])
-            prompt, _ = self._apply([question], prompt=True)
+            rendered = self.render(talk)
         except (TemplateRefusedError, TemplateNotFollowedError) as error:
             raise EyasError(f"the chat template of {where} fails on a plain conversation: {error}") from None
-        if not rendered.spans:
-            raise EyasError(f"the chat template of {where} marks no answer in a plain conversation")
-        self._opened = prompt.rstrip().endswith(THINK)
+        if len(rendered.spans) != 2:
+            raise EyasError(
+                f"the chat template of {where} does not mark both answers of a plain conversation"
+            )
+        closings = [self._special.findall(rendered.text[start:end])[-1:] for start, end in rendered.spans]
+        self._ends = re.compile("|".join(map(re.escape, ends.union(*closings))) or "(?!)")
+        if closings[0] and not closings[1]:
+            self._stop = closings[0][0]  # GLM's templates close a turn by the next one's header
 
     def _closed(self, text: str, start: int, end: int) -> Span:
         if text.endswith(self._specials, start, end):
@@ -183,6 +205,22 @@ class Chat:
         """A template's own span, without the white space that it may have behind the closing token."""
         stripped = start + len(text[start:end].rstrip())
         return (start, stripped) if text.endswith(self._specials, start, stripped) else (start, end)
+
+
+def _texts(message: dict[str, Any]) -> Iterator[str]:
+    yield message["content"]
+    if message.get("reasoning"):
+        yield message["reasoning"]
+    for call in message.get("calls", ()):
+        yield json.dumps(call, ensure_ascii=False)
+
+
+def _marked_answers(messages: Messages, spans: list[Span]) -> list[Answer] | None:
+    """The answers as the template marks them, if it marks one an assistant message."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(turns) != len(spans):
+        return None
+    return [Answer(turn, start, end, True, False) for turn, (start, end) in zip(turns, spans, strict=True)]
 
 
 def mask_of(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -201,44 +239,3 @@ def mask_of(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarray:
             first += 1
         mask[first:last] = 1
     return mask
-
-
-def _with_fixed_date(template: str) -> str:
-    if "strftime_now" not in template:
-        return template
-    replaced = "".join(f".replace('{code}', '{text}')" for code, text in _DATE.items())
-    # The newline is taken off again by trim_blocks, which transformers sets.
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
-
-
-def _load_tokenizer(folder: str) -> Any:
-    if storage.is_remote(folder):
-        with tempfile.TemporaryDirectory() as copy:
-            for name in storage.list_names(folder):
-                if name.endswith(_SMALL_FILES) and not name.endswith(".index.json"):
-                    storage.write_bytes(
-                        storage.join(copy, name), storage.read_bytes(storage.join(folder, name))
-                    )
-            return _load_local(copy, folder)
-    return _load_local(storage.local_path(folder), folder)
-
-
-def _load_local(path: str, shown: str) -> Any:
-    config = os.path.join(path, "tokenizer_config.json")
-    if storage.exists(config) and "auto_map" in storage.read_json(config):
-        raise EyasError(
-            f"{shown}/tokenizer_config.json asks to run code of its own (auto_map), which is never done; "
-            "use a folder whose tokenizer.json stands alone and remove auto_map"
-        )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # `tokenizers` raises plain Exception for a damaged file
-        raise EyasError(f"the tokenizer of {shown} cannot be loaded: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception, limit: int = 200) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:limit]

@@ -1,20 +1,23 @@
-"""Raw records become conversations of system, user and assistant turns; every change and loss is counted.
+"""Raw records become conversations of system, user, assistant and tool turns; each change is counted.
 
 The rules, in their order, with the names of their counts. `dropped_*` counts conversations, `turns_*` turns.
 
 - `read`: records met; `read` = kept + all `dropped_*`.
-- `dropped_malformed`: not an object with a list of turns, or a turn whose content is no text.
-- `dropped_unknown_role`: a role other than those of ROLES (tool calls, say).
-- `turns_renamed`: a role under another name (`chatgpt`, `bing`, `bard`, ...) becomes one of the three.
-- `turns_reasoning`: a `reasoning_content` beside the content is set in front of it in `<think>` tags.
+- `dropped_malformed`: none of the shapes of dump/record_shapes.py and dump/turn_fields.py.
+- `dropped_unknown_role`: a role that dump/turn_fields.py does not list.
+- `dropped_not_text`: a turn with an image, sound or another part that is no text.
+- `turns_renamed`: a role under another name (`chatgpt`, `bing`, `observation`, ...) becomes one of the four.
+- `turns_reasoning`: turns with reasoning, whatever it was called; the target's template decides about it.
 - `turns_repaired`: characters that are no Unicode text (lone surrogates) become U+FFFD.
-- `turns_empty`: turns of nothing but white space are left out.
+- `turns_empty`: turns of nothing but white space, or null, are left out.
 - `turns_sharing_notice`: system turns in which a web page says that it shared the chat are left out.
 - `turns_late_system`: a system turn that does not come first is left out.
 - `turns_leading_assistant`: answers before the first question are left out (the question is in an earlier
-  chunk of the same chat).
-- `turns_joined`: a turn that follows one of the same role is appended to it behind an empty line.
+  chunk of the same chat), and tools' results there.
+- `turns_joined`: a turn that follows one of the same role is appended to it behind an empty line; not a
+  tool's result.
 - `turns_unanswered`: the turns behind the last answer are left out.
+- `turns_masked`: answers that the data set leaves out of training (`weight` 0, say): kept, and not counted.
 - `dropped_empty`: no turn with text to begin with.
 - `dropped_no_assistant`: no assistant turn is left.
 - `dropped_duplicate`: the same turns as an earlier conversation.
@@ -29,25 +32,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from dump.answer_spans import END_THINK, THINK, Messages
-from dump.conversations import TURN_KEYS
+from dump.answer_spans import Messages
+from dump.record_shapes import describe, read_record
+from dump.turn_fields import MalformedError, Turn, read_turn
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-}
 COUNTS = (
     "read",
     "dropped_malformed",
     "dropped_unknown_role",
+    "dropped_not_text",
     "dropped_empty",
     "dropped_no_assistant",
     "dropped_duplicate",
@@ -60,55 +53,64 @@ COUNTS = (
     "turns_leading_assistant",
     "turns_joined",
     "turns_unanswered",
+    "turns_masked",
 )
-_PLAIN_ROLES = {"system", "user", "human", "assistant", "gpt"}
-_CHUNK = re.compile(r"(.+)_\d+")
+_SHAREGPT_CHUNK = re.compile(r"([A-Za-z0-9]{7})_(?:0|[1-9]\d*)")
 _SHARING_NOTICE = re.compile(r"\s*\*This (chat )?conversation is shared from .*\*\s*")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A cleaned conversation: an optional system turn, then user and assistant turns, an answer last."""
+    """A cleaned conversation: an optional system turn, then user, assistant and tool turns, an answer last.
+
+    A message has a role and a content; where there are, also `reasoning`, `calls` of tools (name, arguments),
+    the `name` and `call_id` of a tool's result, and `counted` False for an answer not to learn from.
+    """
 
     id: str
     base: str  # the id without ShareGPT's chunk number: chunks of one chat share it
     messages: Messages
-
-
-class _DropError(Exception):
-    """The record cannot be used; str() is the count's name."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class Cleaner:
-    """Applies the rules record by record and counts what they do."""
+    """Applies the rules record by record and counts what they do.
+
+    `malformed`: the shape of the first record that had none of ours, in words.
+    """
 
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
+    malformed: str = ""
     _seen: set[bytes] = field(default_factory=set)
 
     def clean(self, record: Any, number: int, name: str) -> Conversation | None:
         """The conversation of the `number`-th record (from 0) of file `name`; None if it was dropped."""
         self.counts["read"] += 1
         try:
-            messages = self._messages(_turns(record))
-            key = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+            found = read_record(record)
+            messages = self._messages(found.turns)
+            tools = _repaired_json(found.tools)
+            key = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest()
             if key in self._seen:
-                raise _DropError("dropped_duplicate")
-        except _DropError as reason:
+                raise MalformedError("dropped_duplicate")
+        except MalformedError as reason:
             self.counts[str(reason)] += 1
+            if str(reason) == "dropped_malformed" and not self.malformed:
+                self.malformed = describe(record)
             return None
         self._seen.add(key)
-        given = record.get("id")
-        found = _repaired(str(given)) if isinstance(given, (str, int)) and str(given) else f"{name}#{number}"
-        chunk = _CHUNK.fullmatch(found)
-        return Conversation(found, chunk[1] if chunk else found, messages)
+        self.counts["turns_masked"] += sum(not m.get("counted", True) for m in messages)
+        name = _repaired(found.id) if found.id else f"{name}#{number}"
+        chunk = _SHAREGPT_CHUNK.fullmatch(name)
+        return Conversation(name, chunk[1] if chunk else name, messages, tools)
 
     def _messages(self, turns: list[Any]) -> Messages:
-        messages = [self._message(turn) for turn in turns]
-        found = [m for m in messages if m["content"].strip()]
+        messages = [self._message(read_turn(turn)) for turn in turns]
+        found = [m for m in messages if _says_something(m)]
         self.counts["turns_empty"] += len(messages) - len(found)
         if not found:
-            raise _DropError("dropped_empty")
+            raise MalformedError("dropped_empty")
         found = self._keep_system(found)
         found = self._drop_leading_answers(found)
         found = self._join(found)
@@ -116,26 +118,29 @@ class Cleaner:
             found.pop()
             self.counts["turns_unanswered"] += 1
         if not found:
-            raise _DropError("dropped_no_assistant")
+            raise MalformedError("dropped_no_assistant")
         return found
 
-    def _message(self, turn: Any) -> dict[str, str]:
-        if not isinstance(turn, dict):
-            raise _DropError("dropped_malformed")
-        given = _first(turn, "from", "role")
-        if not isinstance(given, str) or given.lower() not in ROLES:
-            raise _DropError("dropped_unknown_role")
-        content = _text(_first(turn, "value", "content"))
-        if turn.get("tool_calls"):
-            raise _DropError("dropped_unknown_role")
-        reasoning = turn.get("reasoning_content")
-        if isinstance(reasoning, str) and reasoning.strip():
-            self.counts["turns_reasoning"] += 1
-            content = f"{THINK}\n{reasoning.strip()}\n{END_THINK}\n\n{content}"
-        repaired = _repaired(content)
-        self.counts["turns_repaired"] += repaired != content
-        self.counts["turns_renamed"] += given not in _PLAIN_ROLES
-        return {"role": ROLES[given.lower()], "content": repaired}
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        given = {
+            "content": turn.content,
+            "reasoning": turn.reasoning,
+            "name": turn.name,
+            "call_id": turn.call_id,
+        }
+        texts = {name: _repaired(text) for name, text in given.items() if text or name == "content"}
+        calls = _repaired_json(turn.calls)
+        changed = calls != turn.calls or any(given[name] != text for name, text in texts.items())
+        self.counts["turns_repaired"] += changed
+        self.counts["turns_renamed"] += turn.renamed
+        self.counts["turns_reasoning"] += bool(turn.reasoning)
+        masked = turn.role == "assistant" and not turn.counted
+        return (
+            {"role": turn.role}
+            | texts
+            | ({"calls": calls} if calls else {})
+            | ({"counted": False} if masked else {})
+        )
 
     def _keep_system(self, messages: Messages) -> Messages:
         kept = []
@@ -159,36 +164,28 @@ class Cleaner:
     def _join(self, messages: Messages) -> Messages:
         joined: Messages = []
         for message in messages:
-            if joined and joined[-1]["role"] == message["role"]:
-                joined[-1] = message | {"content": f"{joined[-1]['content']}\n\n{message['content']}"}
+            if joined and joined[-1]["role"] == message["role"] != "tool":
+                joined[-1] = _together(joined[-1], message)
                 self.counts["turns_joined"] += 1
             else:
                 joined.append(message)
         return joined
 
 
-def _turns(record: Any) -> list[Any]:
-    if isinstance(record, dict):
-        for key in TURN_KEYS:
-            if isinstance(record.get(key), list):
-                return record[key]
-    raise _DropError("dropped_malformed")
+def _says_something(message: dict[str, Any]) -> bool:
+    texts = (message["content"], message.get("reasoning", ""))
+    return message["role"] == "tool" or bool(message.get("calls")) or any(text.strip() for text in texts)
 
 
-def _first(turn: dict[str, Any], *keys: str) -> Any:
-    """The first of `keys` that is set; a Parquet struct has every key, and null where a turn has none."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
-
-
-def _text(content: Any) -> str:
-    """The text of a turn: a string, or OpenAI's list of parts if all of them are text."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        parts = [p.get("text") for p in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    raise _DropError("dropped_malformed")
+def _together(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """One turn of two of the same role; it is learnt from only if both are."""
+    made = one | two
+    for key in ("content", "reasoning"):
+        texts = [m[key] for m in (one, two) if m.get(key)]
+        if texts:
+            made[key] = "\n\n".join(texts)
+    calls = one.get("calls", []) + two.get("calls", [])
+    return made | ({"calls": calls} if calls else {})
 
 
 def _repaired(text: str) -> str:
@@ -197,3 +194,7 @@ def _repaired(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def _repaired_json(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return json.loads(_repaired(json.dumps(values, ensure_ascii=False))) if values else []

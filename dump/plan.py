@@ -21,8 +21,8 @@ from common.storage import require_room
 from common.store import Store
 from common.store_writer import describe_arrays, raw_bytes, refuse_other_features
 from dump import target
-from dump.chat import tokenizer_hash
 from dump.config import DumpConfig
+from dump.tokenizer_files import tokenizer_hash
 
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most

@@ -5,11 +5,14 @@ The same input gives the same bytes, whatever the number of cores: the manifest 
 without their folders, and nothing in it depends on time or on an order of execution.
 
 Counts beside those of dump/clean.py, in conversations:
+- `dropped_tools`: tools are defined, called or heard, and the target's template knows none.
 - `dropped_special_token`: a turn's text spells a special token of the target.
-- `dropped_template_refused`: the chat template raised (it knows no system role, say).
+- `dropped_template_refused`: the chat template raised (roles that do not alternate, say).
 - `dropped_template_not_followed`: the answers could not be located in the rendered text.
 - `dropped_nothing_counted`: no counted token is left in the first T.
 - `truncated`: longer than T tokens; `truncated_tokens` is what was cut off in all.
+- `turns_system_folded`: system turns in front of the first question, where the template knows no system.
+- `turns_reasoning_removed`: turns whose reasoning the template leaves out, as servers do of earlier turns.
 - `kept`: in the store. And in lines and files: `lines_not_json` (skipped), `files_cut_off`.
 """
 
@@ -23,19 +26,23 @@ from common.errors import EyasError
 from common.progress import Progress, note
 from common.store import INDEX, MANIFEST, read_manifest
 from common.store_writer import write_rows
-from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError, TemplateRefusedError
+from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError
 from dump.clean import Cleaner, Conversation
 from dump.config import PrepareConfig
 from dump.conversations import DataFile
 from dump.pack import TEST, pack, split
+from dump.template import TemplateRefusedError
 
 COUNTS = (
+    "dropped_tools",
     "dropped_special_token",
     "dropped_template_refused",
     "dropped_template_not_followed",
     "dropped_nothing_counted",
     "truncated",
     "truncated_tokens",
+    "turns_system_folded",
+    "turns_reasoning_removed",
     "kept",
     "lines_not_json",
     "files_cut_off",
@@ -195,11 +202,18 @@ def _encode(
 
 
 def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Rendered | None:
-    if chat.holds_special(conversation.messages):
+    messages, tools = conversation.messages, conversation.tools
+    if not chat.has_tools and (tools or any(m["role"] == "tool" or m.get("calls") for m in messages)):
+        counts["dropped_tools"] += 1
+        return None
+    if chat.holds_special(messages):
         counts["dropped_special_token"] += 1
         return None
     try:
-        return chat.render(conversation.messages)
+        rendered = chat.render(messages, tools)
+        counts["turns_system_folded"] += messages[0]["role"] == "system" and not chat.has_system
+        counts["turns_reasoning_removed"] += rendered.removed
+        return rendered
     except TemplateRefusedError as error:
         if not counts["dropped_template_refused"]:
             note(f"the chat template refuses conversations; they are left out. It says: {error}")

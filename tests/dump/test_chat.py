@@ -5,7 +5,8 @@ import json
 import pytest
 
 from common.errors import EyasError
-from dump.chat import Chat, TemplateRefusedError
+from dump.chat import Chat
+from dump.template import TemplateRefusedError
 from tests.dump.chats import CHATML, counted_texts, write_model
 
 TALK = [
@@ -25,6 +26,7 @@ GENERATION = (
     "{% endif %}{% endfor %}"
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
+NO_DOUBT = "{% if messages[-1].content[-1] == '?' %}{{ raise_exception('Be certain') }}{% endif %}" + CHATML
 
 
 def test_the_mask_is_the_answers_and_their_closing_tokens(tmp_path):
@@ -49,10 +51,10 @@ def test_a_newline_joined_to_the_headers_is_not_counted(tmp_path):
 
 
 def test_a_refusing_template_passes_on_its_own_words(tmp_path):
-    chat = Chat.load(str(write_model(tmp_path, NO_SYSTEM)))
-    with pytest.raises(TemplateRefusedError, match=r"^No system role$"):
-        chat.render(TALK)
-    assert len(counted_texts(chat, TALK[1:])) == 2
+    chat = Chat.load(str(write_model(tmp_path, NO_DOUBT)))
+    with pytest.raises(TemplateRefusedError, match=r"^Be certain$"):
+        chat.render([*TALK[:2], {"role": "assistant", "content": "Blue?"}])
+    assert len(counted_texts(chat, TALK)) == 2
 
 
 def test_errors_inside_a_template_do_not_quote_the_conversation(tmp_path):
@@ -117,7 +119,7 @@ def _remote_code(folder):
     [
         (None, lambda folder: None, "has no chat template"),
         ("{{ messages[0].nothing.at_all }}", lambda folder: None, "fails on a plain conversation"),
-        ("{% for m in", lambda folder: None, "fails on a plain conversation"),
+        ("{% for m in", lambda folder: None, "is no Jinja template"),
         ("always the same", lambda folder: None, "fails on a plain conversation"),
         (CHATML, _no_tokenizer, "has no tokenizer"),
         (CHATML, _damaged, "cannot be loaded"),

@@ -56,18 +56,19 @@ NOTICE = "*This conversation is shared from [**X**](https://x.example)*"
         ([("human", ""), ("gpt", " ")], None, {"turns_empty": 2, "dropped_empty": 1}),
         ([Q], None, {"turns_unanswered": 1, "dropped_no_assistant": 1}),
         ([A], None, {"turns_leading_assistant": 1, "dropped_no_assistant": 1}),
-        ([Q, ("tool", "{}"), A], None, {"dropped_unknown_role": 1}),
-        ([Q, ("gpt", None)], None, {"dropped_malformed": 1}),
+        ([Q, ("narrator", "{}"), A], None, {"dropped_unknown_role": 1}),
+        ([Q, A, Q, ("gpt", None)], [USER, ASSISTANT], {"turns_empty": 1, "turns_unanswered": 1}),
         ([Q, ("gpt", 7)], None, {"dropped_malformed": 1}),
+        ([Q, ("gpt", [{"type": "image"}])], None, {"dropped_not_text": 1}),
+        ([Q, ("tool", "4 degrees"), A], [USER, ("tool", "4 degrees"), ASSISTANT], {}),
+        ([Q, ("observation", "4"), A], [USER, ("tool", "4"), ASSISTANT], {"turns_renamed": 1}),
     ],
 )
 def test_rules(turns, messages, counts):
     assert clean(*turns) == (messages, counts)
 
 
-@pytest.mark.parametrize(
-    "record", [None, 3, "text", [], {}, {"conversations": "text"}, {"conversations": [3]}]
-)
+@pytest.mark.parametrize("record", [None, 3, "text", {}, {"conversations": "text"}, {"conversations": [3]}])
 def test_records_of_other_shapes_are_counted(record):
     cleaner = Cleaner()
     assert cleaner.clean(record, 0, "f.json") is None
@@ -76,8 +77,7 @@ def test_records_of_other_shapes_are_counted(record):
 
 def test_an_id_that_is_no_text_is_repaired():
     record = {"id": "a\ud800_3", "conversations": [{"from": r, "value": t} for r, t in (Q, A)]}
-    found = Cleaner().clean(record, 0, "f.json")
-    assert (found.id, found.base) == ("a\ufffd_3", "a\ufffd")
+    assert Cleaner().clean(record, 0, "f.json").id == "a\ufffd_3"
 
 
 def test_a_key_without_a_value_is_not_there():
@@ -99,12 +99,93 @@ def test_a_duplicate_is_what_is_equal_after_cleaning():
     assert cleaner.counts["dropped_duplicate"] == 1
 
 
-def test_reasoning_beside_the_content_is_kept():
+REASONED = [
+    {"content": "42", "reasoning_content": "6 * 7\n"},
+    {"content": "42", "reasoning": "6 * 7"},
+    {"content": "42", "thinking": "6 * 7"},
+    {"content": "42", "thought": "6 * 7", "reasoning_content": None},
+    {"content": "42", "reasoning_details": [{"type": "reasoning.text", "text": "6 * 7"}]},
+    {"content": "42", "reasoning": "6 * 7", "reasoning_details": [{"text": "6 * 7"}]},
+    {"content": [{"type": "thinking", "thinking": "6 * 7"}, {"type": "text", "text": "42"}]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "6 * 7"}]}, "42"]},
+    {"content": "<think>\n6 * 7\n</think>\n\n42"},
+    {"content": "<think>6 * 7</think>42"},
+    {"content": "6 * 7\n</think>\n\n42"},
+    {"content": "<thinking>6 * 7</thinking>\n42"},
+    {"content": "[THINK]6 * 7[/THINK]42"},
+    {"content": "<|begin_of_thought|>6 * 7<|end_of_thought|>\n<|begin_of_solution|>42<|end_of_solution|>"},
+    {"content": "<think>6 * 7</think> <answer>42</answer>"},
+]
+
+
+@pytest.mark.parametrize("answer", REASONED)
+def test_reasoning_is_the_same_whatever_it_is_called(answer):
     cleaner = Cleaner()
-    answer = {"role": "assistant", "content": "42", "reasoning_content": "6 * 7\n"}
-    found = cleaner.clean({"messages": [{"role": "user", "content": "?"}, answer]}, 0, "f.json")
-    assert found.messages[1]["content"] == "<think>\n6 * 7\n</think>\n\n42"
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant"} | answer]
+    found = cleaner.clean({"messages": talk}, 0, "f.json")
+    assert found.messages[1] == {"role": "assistant", "content": "42", "reasoning": "6 * 7"}
     assert cleaner.counts["turns_reasoning"] == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["Write </think> behind it.", "<think> never closed", "Tags: <think>a</think>"]
+)
+def test_text_that_only_mentions_tags_is_left_as_it_is(text):
+    messages, counts = clean(Q, ("gpt", text))
+    assert messages[1] == ("assistant", text)
+    assert not counts
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0.0}, {"masked": True}],
+)
+def test_an_answer_that_is_left_out_of_training_says_so(flag):
+    cleaner = Cleaner()
+    talk = [{"from": "human", "value": "?", "weight": 0}, {"from": "gpt", "value": "42"} | flag]
+    found = cleaner.clean({"conversations": talk}, 0, "f.json")
+    assert found.messages == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "42", "counted": False},
+    ]
+    assert cleaner.counts["turns_masked"] == 1
+
+
+ARGUMENTS = '{"city": "Oslo"}'
+CALL = {"name": "clock", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": CALL}]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": CALL | {"arguments": ARGUMENTS}}]}],
+        [{"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}],
+        [{"role": "assistant", "content": None, "function_call": CALL}],
+        [{"from": "function_call", "value": json.dumps(CALL)}],
+        [{"from": "gpt", "value": " "}, {"from": "function_call", "value": json.dumps([CALL])}],
+    ],
+)  # fmt: skip
+def test_calls_of_tools_are_the_same_whatever_they_are_called(turns):
+    talk = [{"role": "user", "content": "?"}, *turns, {"from": "observation", "value": "12:00"}, Z]
+    found = Cleaner().clean({"messages": talk, "tools": '[{"name": "clock"}]'}, 0, "f.json")
+    assert found.messages == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": found.messages[1]["content"], "calls": [CALL]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    assert not found.messages[1]["content"].strip()
+    assert found.tools == [{"type": "function", "function": {"name": "clock"}}]
+
+
+Z = {"role": "assistant", "content": "Noon."}
+
+
+@pytest.mark.parametrize("call", ["no JSON", '{"arguments": {}}', '{"name": "f", "arguments": [1]}', "7"])
+def test_calls_that_cannot_be_read_are_malformed(call):
+    _, counts = clean(Q, ("function_call", call), A)
+    assert counts == {"dropped_malformed": 1}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +193,8 @@ def test_reasoning_beside_the_content_is_kept():
     [
         ("Ab3dE6g_12", "Ab3dE6g_12", "Ab3dE6g"),
         ("plain", "plain", "plain"),
+        ("local_000017", "local_000017", "local_000017"),
+        ("corpora1_007", "corpora1_007", "corpora1_007"),
         (17, "17", "17"),
         (None, "f.json#5", "f.json#5"),
         ("", "f.json#5", "f.json#5"),
@@ -134,5 +217,5 @@ def test_the_chat_file_meets_every_rule():
     assert cleaner.counts["read"] == lost + sum(c is not None for c in kept)
     for conversation in filter(None, kept):
         roles = [m["role"] for m in conversation.messages]
-        turns = roles[1:] if roles[0] == "system" else roles
+        turns = [role for role in roles[roles[0] == "system" :] if role != "tool"]
         assert turns == ["user", "assistant"] * (len(turns) // 2)

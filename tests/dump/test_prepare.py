@@ -59,11 +59,11 @@ def test_the_store_holds_the_answers_of_the_chat_file(config, capfd):
     assert rows["fill"] == rows["tokens"] / arrays["tokens"].size
     assert rows["counts"]["kept"] == len(found)
     lost = sum(n for name, n in rows["counts"].items() if name.startswith("dropped_"))
-    assert rows["counts"]["read"] == rows["counts"]["kept"] + lost == 31
+    assert rows["counts"]["read"] == rows["counts"]["kept"] + lost == 34
     assert rows["counts"]["dropped_special_token"] == 1
     assert rows["counts"]["truncated"] > 0
     printed = capfd.readouterr().err
-    assert "conversations: 31 read" in printed
+    assert "conversations: 34 read" in printed
     assert "dropped_duplicate 1" in printed
 
 
@@ -150,17 +150,16 @@ def test_several_files_are_one_data_set(config, tmp_path):
     for name, part in (("a.jsonl", lines[:10]), ("b.jsonl", lines[10:])):
         (tmp_path / name).write_text("\n".join(part))
     rows = run(replace(config, data=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))))
-    assert rows["counts"]["read"] == 31
+    assert rows["counts"]["read"] == 34
     assert [source["name"] for source in rows["data"]] == ["a.jsonl", "b.jsonl"]
 
 
 def test_a_template_that_refuses_some_conversations_says_why_once(config, tmp_path, capfd):
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    )
+    refusal = "{{ raise_exception('no planets, please') }}"
+    template = "{% if 'planet' in messages[0].content %}" + refusal + "{% endif %}" + CHATML
     rows = run(replace(config, model=str(write_model(tmp_path / "model", template))))
     assert rows["counts"]["dropped_template_refused"] == 1
-    assert capfd.readouterr().err.count("no system role") == 1
+    assert capfd.readouterr().err.count("no planets, please") == 1
 
 
 def chat(*turns):

@@ -56,10 +56,16 @@ def chat_of(name):
         pytest.skip(f"the embedded model could not be fetched: {error}")
 
 
-def talk(*contents, system=None):
+def talk(*contents):
     roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def thinking(*contents, reasoning):
+    """The last answer of a talk has reasoning, and so has the first."""
+    messages = talk(*contents)
+    messages[1]["reasoning"], messages[-1]["reasoning"] = reasoning
+    return messages
 
 
 CLOSING = {
@@ -70,7 +76,8 @@ CLOSING = {
 }
 ANSWERS = ["It was 1984.\n\n```py\nx = 12345\n```", "naïve 日本語 🌉, 3.14", "user", "It was"]
 PLAIN = talk("When was it?", ANSWERS[0], "It was 1984.", ANSWERS[1], "user", ANSWERS[2], "?", ANSWERS[3])
-THOUGHTS = talk("q1", "<think>\nfirst\n</think>\n\none", "q2", "<think>\nsecond, and 2\n</think>\n\ntwo")
+THOUGHTS = thinking("q1", "one", "q2", "two", reasoning=("first", "second, and 2"))
+WRITTEN = ["<think>\nfirst\n</think>\n\none", "<think>\nsecond, and 2\n</think>\n\ntwo"]
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -84,11 +91,11 @@ def test_counted_tokens_spell_the_answers(name, system):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("smollm2", [THOUGHTS[1]["content"], THOUGHTS[3]["content"]]),
-        ("llama3_1", [THOUGHTS[1]["content"], THOUGHTS[3]["content"]]),
-        ("deepseek_v3", [THOUGHTS[1]["content"], THOUGHTS[3]["content"]]),
+        ("smollm2", WRITTEN),
+        ("llama3_1", WRITTEN),
+        ("deepseek_v3", WRITTEN),
         # Qwen3 takes the thoughts out of earlier turns and keeps those of the last.
-        ("qwen3", ["one", "<think>\nsecond, and 2\n</think>\n\ntwo"]),
+        ("qwen3", ["one", WRITTEN[1]]),
     ],
 )
 def test_thoughts_are_counted_where_the_template_keeps_them(name, expected):
@@ -115,3 +122,14 @@ def test_tokens_are_those_of_the_tokenizer_on_the_rendered_text(name):
     (encoded,) = chat.encode([rendered])
     assert chat.decode(encoded.tokens.tolist()) == rendered.text
     assert encoded.tokens[0] != encoded.tokens[1]  # no doubled beginning-of-sequence token
+
+
+def test_qwen3_calls_tools():
+    call = {"role": "assistant", "content": "", "calls": [{"name": "clock", "arguments": {"city": "Oslo"}}]}
+    result, answer = {"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "Noon."}
+    chat = chat_of("qwen3")
+    assert chat.has_tools
+    assert counted_texts(chat, [{"role": "user", "content": "Time in Oslo?"}, call, result, answer]) == [
+        '<tool_call>\n{"name": "clock", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "Noon.<|im_end|>",
+    ]

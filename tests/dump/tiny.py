@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from common import storage
 from common.store_writer import write_rows
-from dump.chat import tokenizer_hash
+from dump.tokenizer_files import tokenizer_hash
 from tests import tiny_llama
 
 V, H, T = tiny_llama.CONFIG["vocab_size"], tiny_llama.CONFIG["hidden_size"], 24
