@@ -6,8 +6,8 @@
   answer by turns (also under `data`). The list may be a string of JSON.
 - Preferences: `chosen` (behind `prompt`, where it does not begin with it); `rejected` is not read.
 - A question and an answer: `instruction` (with `input` or `context`), `prompt`, `question`, `query`,
-  `problem` or `input`; `output`, `response`, `completion`, `answer`, `answers` or `solution`; `history`, a list
-  of pairs, comes first.
+  `problem` or `input`; `output`, `response`, `completion`, `answer`, `answers` or `solution`; `history`, a
+  list of pairs, comes first.
 - Beside them: `system`, `system_prompt` or `system_message`; `tools` or `functions`; the answer's reasoning
   under `reasoning`, `thinking`, `reasoning_content`, `complex_cot`, `cot`, `deepseek_reasoning` or
   `thinking_trajectories`; an id under `id`, `conversation_id`, `prompt_id`, `uuid` or `conversation_hash`.
