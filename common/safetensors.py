@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import fsspec
 import ml_dtypes
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from common import storage
@@ -220,7 +221,20 @@ def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
     return tensor
 
 
-def write(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file atomically; `metadata` gets format "pt", which loaders look for."""
+def to_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; `metadata` gets format "pt", which loaders look for."""
     data = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    storage.write_bytes(path, safetensors.numpy.save(data, {"format": "pt"} | (metadata or {})))
+    return safetensors.numpy.save(data, {"format": "pt"} | (metadata or {}))
+
+
+def from_bytes(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a file that `to_bytes` made."""
+    return {
+        name: np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(data)
+    }
+
+
+def write(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes one safetensors file atomically, as `to_bytes` makes it."""
+    storage.write_bytes(path, to_bytes(tensors, metadata))

@@ -108,9 +108,14 @@ def remove_partial(folder: str) -> None:
                 os.unlink(path)
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as the indented JSON that files hold; ValueError for a number that JSON does not have."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(url: str, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_bytes(url, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    """Writes `json_bytes(value)` atomically."""
+    write_bytes(url, json_bytes(value))
 
 
 def require_folder(url: str) -> None:

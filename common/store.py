@@ -1,18 +1,20 @@
-"""The feature store, read side: manifest, index, rows, features and the target's tensors.
+"""The feature store, read side: rows, features and the target's files, each compared with its checksum.
 
-    STORE/manifest.json        {"schema", "rows", "features"}: what is in it; written atomically
+    STORE/manifest.json        what is in it, the sums of the files below; see common/manifest.py
     STORE/index.parquet        a line a conversation: id, split, row, start, length, counted
+    STORE/row_sums.parquet     a line a row: the crc32c of its tokens, segment_ids, positions and loss_mask
     STORE/rows/NAME            zarr v3: tokens, segment_ids, positions, loss_mask [R, T], token_counts [V]
     STORE/features/NAME        zarr v3: states and logits [R, T, ...]
     STORE/commits/000042.json  a block of rows is durable: rows, counts, checksums; written last
     STORE/target/              the target's embed_tokens, lm_head, config.json and tokenizer files
 
 A block without its commit marker does not exist. `common/store_writer.py` writes, `common/store_verify.py`
-checks.
+checks all.
 """
 
 import hashlib
 import io
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,12 +29,10 @@ import tensorstore as ts
 from common import safetensors, storage, zarr
 from common.config import digest
 from common.errors import EyasError
+from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, read_manifest, read_marker
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-INDEX = "index.parquet"
-CHECKSUMS = "checksums.json"  # of the tensors in target/; written last there
-_MARKER = re.compile(r"(\d{6})\.json")
+_MARKER = re.compile(r"(\d{6,})\.json")
+_ANEW = "which writes it anew"
 _READERS = 32  # small files read at once
 _REPAIR = (
     "to write a block anew, delete its file in commits/ and run the same dump command; damaged rows must be "
@@ -40,34 +40,20 @@ _REPAIR = (
 )
 
 
-def read_manifest(url: str) -> dict[str, Any]:
-    """The manifest of a store; EyasError if there is none, it is damaged, or a newer Eyas wrote it."""
+def has_rows(url: str) -> bool:
+    """True if prepare has made a store at `url`, and finished."""
     place = f"{url.rstrip('/')}/{MANIFEST}"
-    if not storage.exists(place):
-        raise EyasError(f"{url} is no feature store (it has no {MANIFEST}); check the path or run prepare")
-    manifest = storage.read_json(place)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-        raise EyasError(f"{place} has no schema number, so it is no store's manifest; check the path")
-    if manifest["schema"] > SCHEMA:
-        raise EyasError(
-            f"{url} has schema {manifest['schema']}, newer than {SCHEMA}, which this Eyas reads; update Eyas"
-        )
-    _check_rows(place, manifest)
-    return manifest
+    return storage.exists(place) and not read_manifest(url, unfinished=True).get("unfinished")
 
 
-def _check_rows(place: str, manifest: dict[str, Any]) -> None:
-    rows = manifest.get("rows")
-    if not isinstance(rows, dict):
-        raise EyasError(f'{place} has no "rows" section; run prepare on this store first')
-    for field in ("rows", "length", "vocab_size"):
-        if not isinstance(rows.get(field), int) or rows[field] < 1:
-            raise EyasError(
-                f"{place}: rows.{field} is {rows.get(field)!r}, expected a number above 0; restore it"
-            )
-    for section in ("rows", "features"):
-        if section in manifest and not isinstance(manifest[section].get("arrays"), dict):
-            raise EyasError(f"{place}: {section}.arrays is missing; the file was edited: restore it")
+def tensor_file(tensor: str) -> str:
+    """The name in target/ of the file of "embed_tokens" or "lm_head"."""
+    return f"{tensor}.safetensors"
+
+
+def sha256(data: bytes) -> str:
+    """The sum of a file, as the manifest has it."""
+    return hashlib.sha256(data).hexdigest()
 
 
 class Store:
@@ -81,6 +67,7 @@ class Store:
         self.length: int = manifest["rows"]["length"]
         self._open: dict[str, ts.TensorStore] = {}
         self._sums: dict[int, dict[str, list[int]]] = {}  # of the blocks that are known to be committed
+        self._row_sums: dict[str, np.ndarray] | None = None
 
     @classmethod
     def open(cls, url: str) -> "Store":
@@ -104,42 +91,42 @@ class Store:
         size = self.features["block_rows"]
         return range(block * size, min((block + 1) * size, self.rows))
 
+    def marker_place(self, block: int) -> str:
+        """Where a block's commit marker is."""
+        return f"{self.url}/commits/{block:06d}.json"
+
     def committed(self) -> set[int]:
         """The blocks that have a commit marker now."""
         names = storage.list_names(f"{self.url}/commits")
-        return {int(found[1]) for name in names if (found := _MARKER.fullmatch(name))}
+        found = {int(match[1]) for name in names if (match := _MARKER.fullmatch(name))}
+        return {block for block in found if block < self.blocks and f"{block:06d}.json" in names}
+
+    def missing(self) -> list[int]:
+        """The blocks that have no commit marker now, ascending."""
+        self.row_sums()  # there are as many rows as the manifest says
+        return sorted(set(range(self.blocks)) - self.committed())
 
     def commit(self, block: int) -> dict[str, Any]:
         """A block's commit marker; EyasError if another manifest was in force when it was written."""
-        place = f"{self.url}/commits/{block:06d}.json"
-        marker = storage.read_json(place)
-        if not isinstance(marker, dict) or marker.get("store") != self.hash:
-            raise EyasError(
-                f"{place} was written under another manifest: {MANIFEST} was edited since; restore it"
-            )
-        if not isinstance(marker.get("crc32c"), dict):
-            raise EyasError(f"{place} has no checksums; delete it and run the same dump command")
+        place, arrays = self.marker_place(block), list(self.features["arrays"])
+        marker = read_marker(place, self.hash, block, self.block_range(block), arrays)
+        self._sums[block] = marker["crc32c"]
         return marker
 
-    def commits(self) -> list[dict[str, Any]]:
-        """Every commit marker, in the order of the blocks."""
-        return self._commits(self.committed())
-
-    def _commits(self, blocks: set[int]) -> list[dict[str, Any]]:
+    def commits(self, blocks: set[int] | None = None) -> list[dict[str, Any]]:
+        """The commit markers of `blocks`, or of all that are committed, in the order of the blocks."""
         with ThreadPoolExecutor(_READERS) as pool:
-            markers = list(pool.map(self.commit, sorted(blocks)))
-        self._sums |= {marker["block"]: marker["crc32c"] for marker in markers}
-        return markers
+            return list(pool.map(self.commit, sorted(self.committed() if blocks is None else blocks)))
 
     def require_complete(self) -> None:
         """EyasError unless every block is committed under this manifest."""
-        missing = sorted(set(range(self.blocks)) - self.committed())
+        missing = self.missing()
+        self.commits(set(range(self.blocks)) - set(missing))
         if missing:
             raise EyasError(
                 f"{self.url} is partial: {len(missing)} of {self.blocks} blocks are missing (the first is "
                 f"{missing[0]}); run the same dump command again, it continues where it stopped"
             )
-        self.commits()
 
     def require_target(self, config_hash: str) -> None:
         """EyasError unless the features are of the target with this configuration hash."""
@@ -153,33 +140,69 @@ class Store:
 
     def index(self) -> pa.Table:
         """One line a conversation: id, split, row, start, length, counted."""
-        place = f"{self.url}/{INDEX}"
+        return self._table(INDEX, {"id", "split", "row"})
+
+    def row_sums(self) -> dict[str, np.ndarray]:
+        """The crc32c of every row of every array of rows, uint32 [R]."""
+        if self._row_sums is None:
+            table = self._table(ROW_SUMS, set(COLUMNS))
+            sums = {name: table[name].to_numpy().astype(np.uint32) for name in COLUMNS}
+            if table.num_rows != self.rows:
+                raise EyasError(
+                    f"{self.url}/{MANIFEST} says {self.rows} rows, {ROW_SUMS} has {table.num_rows}: one of "
+                    "the two was edited; restore it or prepare a new store"
+                )
+            self._row_sums = sums
+        return self._row_sums
+
+    def _table(self, name: str, columns: set[str]) -> pa.Table:
+        """A file of `rows.files` that has these columns."""
+        place = f"{self.url}/{name}"
         data = storage.read_bytes(place)
-        if hashlib.sha256(data).hexdigest() != self.manifest["rows"].get("index_sha256"):
+        if sha256(data) != self.manifest["rows"]["files"][name]:
             raise EyasError(
                 f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
             )
-        return pyarrow.parquet.read_table(io.BytesIO(data))
+        try:
+            table = pyarrow.parquet.read_table(io.BytesIO(data))
+        except (pa.ArrowException, OSError) as error:
+            raise EyasError(f"{place} is no Parquet file ({error}); prepare a new store") from None
+        if columns - set(table.column_names):
+            raise EyasError(f"{place} has no column {min(columns - set(table.column_names))}; prepare anew")
+        return table
 
     def split_rows(self, split: str) -> np.ndarray:
         """The rows of "train" or "test", int64 ascending; a row belongs to one split."""
         table = self.index()
-        return np.unique(table.filter(pc.equal(table["split"], split))["row"].to_numpy()).astype(np.int64)
+        rows = np.unique(table.filter(pc.equal(table["split"], split))["row"].to_numpy()).astype(np.int64)
+        self._require_rows(rows)
+        return rows
 
     def token_counts(self) -> np.ndarray:
         """How often each token is counted (loss mask 1) in the train split, int64 [V]."""
-        return self.read_unchecked(["token_counts"], np.arange(self.manifest["rows"]["vocab_size"]))[
-            "token_counts"
-        ]
+        rows = self.manifest["rows"]
+        return self._whole("rows", "token_counts", rows["arrays"]["token_counts"], rows["token_counts_crc32"])
 
     def draft_ids(self) -> np.ndarray | None:
         """The ids behind draft_logits, int32 [N] ascending; None where the codec is not `draft`."""
         codec = self.features["codec"]
         if codec["name"] != "draft":
             return None
-        size = codec["size"]
-        opened = zarr.open_array(f"{self.url}/features/draft_ids", (size,), np.dtype(np.int32))
-        return zarr.read_rows({"draft_ids": opened}, np.arange(size))["draft_ids"]
+        described = zarr.describe((codec["size"],), np.dtype(np.int32))
+        return self._whole("features", "draft_ids", described, codec["ids_crc32"])
+
+    def _whole(self, folder: str, name: str, described: dict[str, Any], crc32: int) -> np.ndarray:
+        """An array that is read whole and has one sum."""
+        place = f"{self.url}/{folder}/{name}"
+        opened = zarr.open_array(place, described)
+        advice = "run the same dump command" if folder == "features" else "prepare a new store"
+        try:
+            found = zarr.read_rows({name: opened}, np.arange(described["shape"][0]))[name]
+        except EyasError as error:
+            raise EyasError(f"{self.url}: {error}; {advice}") from error
+        if zarr.crc32(found) != crc32:
+            raise EyasError(f"{place}: {name} is damaged on disk (checksums differ); {advice}")
+        return found
 
     def read(self, names: list[str] | tuple[str, ...], rows: Any) -> dict[str, np.ndarray]:
         """{name: [n, T, ...]} in the order of `rows` (any order, repeats allowed).
@@ -189,16 +212,23 @@ class Store:
         is not committed, and missing or damaged chunks.
         """
         rows = np.asarray(rows, np.int64)
+        self._require_rows(rows)
+        features = [name for name in names if name not in COLUMNS]
+        opened = {name: self._array(name) for name in names}
+        if len(rows) and features:
+            self._require_committed(rows)
+        try:
+            found = zarr.read_rows(opened, rows)
+        except EyasError as error:
+            raise EyasError(f"{self.url}: {error}; {_REPAIR}") from error
+        for name in names:
+            self._require_sums(name, rows, found[name])
+        return found
+
+    def _require_rows(self, rows: np.ndarray) -> None:
         outside = rows[(rows < 0) | (rows >= self.rows)]
         if len(outside):
             raise EyasError(f"{self.url} has rows 0 to {self.rows - 1}; row {outside[0]} was asked for")
-        features = [name for name in names if name not in self.manifest["rows"]["arrays"]]
-        if len(rows) and features:
-            self._require_committed(rows)
-        found = self.read_unchecked(names, rows)
-        for name in features:
-            self._require_sums(name, rows, found[name])
-        return found
 
     def _require_committed(self, rows: np.ndarray) -> None:
         unknown = set(np.unique(rows // self.features["block_rows"]).tolist()) - self._sums.keys()
@@ -210,56 +240,51 @@ class Store:
                 f"{self.url} is partial: block {min(missing)} is not committed; run the same dump command "
                 "again, it continues where it stopped"
             )
-        self._commits(unknown)
+        self.commits(unknown)
 
     def _require_sums(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        size = self.features["block_rows"]
-        sums = zarr.row_sums(values)
-        bad = [
-            row
-            for row, found in zip(rows.tolist(), sums, strict=True)
-            if found != self._sums[row // size][name][row % size]
-        ]
+        if name in COLUMNS:
+            wanted = self.row_sums()[name][rows].tolist()
+        else:
+            size = self.features["block_rows"]
+            wanted = [self._sums[row // size][name][row % size] for row in rows.tolist()]
+        found = zarr.row_sums(values)
+        bad = [row for row, f, w in zip(rows.tolist(), found, wanted, strict=True) if f != w]
         if bad:
             raise EyasError(f"{self.url}: {name} rows {bad}: damaged on disk (checksums differ); {_REPAIR}")
 
-    def read_unchecked(self, names: list[str] | tuple[str, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`read` without commits and their checksums; also of `token_counts`, whose rows are tokens."""
-        opened = {name: self._array(name) for name in names}
-        try:
-            return zarr.read_rows(opened, rows)
-        except EyasError as error:
-            raise EyasError(f"{self.url}: {error}; {_REPAIR}") from error
-
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open:
-            for section in ("rows", "features"):
-                described = self.manifest.get(section, {}).get("arrays", {}).get(name)
-                if described is not None:
-                    shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
-                    self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", shape, dtype)
-                    break
-            else:
-                known = [*self.manifest["rows"]["arrays"], *self.features["arrays"]]
-                raise EyasError(f"{self.url} has no array {name}; it has {', '.join(known)}")
+            arrays = {n: ("rows", self.manifest["rows"]["arrays"][n]) for n in COLUMNS}
+            if name not in arrays:
+                arrays |= {n: ("features", array) for n, array in self.features["arrays"].items()}
+            if name not in arrays:
+                raise EyasError(f"{self.url} has no array {name}; it has {', '.join(arrays)}")
+            section, described = arrays[name]
+            self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", described)
         return self._open[name]
+
+    def target_file(self, name: str) -> bytes:
+        """A file of target/. EyasError if it is not the one that dump wrote."""
+        place = storage.join(f"{self.url}/target", name)
+        wanted = self.features["target_files"].get(name)
+        if wanted is None:
+            raise EyasError(
+                f"{place} is not of this store; it has {', '.join(self.features['target_files'])}"
+            )
+        data = storage.read_bytes(place)
+        if sha256(data) != wanted:
+            raise EyasError(f"{place} is damaged (its checksum differs); run the same dump command, {_ANEW}")
+        return data
 
     def target_tensor(self, name: str) -> np.ndarray:
         """The target's "embed_tokens" or "lm_head", [V, H] in its own dtype; one and the same where tied.
 
-        EyasError if it is missing or its bytes are not those that dump wrote.
+        EyasError if its file is missing or not the one that dump wrote.
         """
-        folder = f"{self.url}/target"
-        sums = storage.read_json(f"{folder}/{CHECKSUMS}")
-        name = name if name in sums else "embed_tokens"
-        tensors = safetensors.Checkpoint.open(folder)
-        if name not in tensors.tensors or zarr.crc32(found := tensors.read(name)) != sums[name]:
-            raise EyasError(
-                f"{folder}: {name} is missing or damaged; delete {CHECKSUMS} there and run the same dump "
-                "command, which writes target/ anew"
-            )
-        return found
+        name = name if tensor_file(name) in self.features["target_files"] else "embed_tokens"
+        return safetensors.from_bytes(self.target_file(tensor_file(name)))[name]
 
     def target_config(self) -> dict[str, Any]:
-        """The target's config.json."""
-        return storage.read_json(f"{self.url}/target/config.json")
+        """The target's config.json. EyasError if it is not the one that dump wrote."""
+        return json.loads(self.target_file("config.json"))

@@ -1,13 +1,12 @@
-"""Every byte of a store against its checksums."""
+"""Every file of a store against its checksums."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from common import zarr
+from common import storage
 from common.errors import EyasError
+from common.manifest import COLUMNS
 from common.progress import Progress
 from common.store import Store
 
@@ -19,23 +18,29 @@ def verify(url: str) -> dict[str, Any]:
 
     Returns {"store": hash, "rows", "blocks" (committed), "missing_blocks", "bytes" (read), "damaged": [a
     line each]}. The store is sound and complete when nothing is damaged and no block is missing. EyasError
-    if `url` is no store.
+    if `url` is no store, or its manifest is damaged.
     """
     store = Store.open(url)
-    described = store.manifest["rows"]["arrays"]
-    checks = [store.index, *(partial(_rows_array, store, name) for name in described)]
-    committed, missing = [], 0
+    store.row_sums()  # there are as many rows as the manifest says: what follows has an end
+    checks: list[Callable[[], int]] = [lambda: store.index().nbytes, lambda: store.token_counts().nbytes]
+    checks += [partial(_rows, store, name, range(store.rows)) for name in COLUMNS]
+    committed: list[int] = []
+    missing = 0
     if "features" in store.manifest:
         committed = sorted(store.committed())
         missing = store.blocks - len(committed)
-        checks += [partial(store.target_tensor, name) for name in ("embed_tokens", "lm_head") if committed]
-        checks += [partial(_block, store, block) for block in committed]
+        checks.append(partial(_strangers, store, committed))
+        if committed:
+            checks += [partial(_target_file, store, name) for name in store.features["target_files"]]
+            checks.append(partial(_draft_ids, store))
+        checks += [partial(_block, store, name, block) for block in committed for name in store.features["arrays"]]
     damaged, size = [], 0
     with Progress("verifying", len(checks), "part") as progress:
         for check in checks:
-            read, problem = _attempt(check)
-            size += read
-            damaged += [problem] if problem and problem not in damaged else []
+            try:
+                size += check()
+            except EyasError as error:
+                damaged += [str(error)] if str(error) not in damaged else []
             progress.update(1, f"{size / 1e9:.2f} GB, {len(damaged)} damaged")
     return {
         "store": store.hash,
@@ -47,33 +52,30 @@ def verify(url: str) -> dict[str, Any]:
     }
 
 
-def _attempt(check: Callable[[], Any]) -> tuple[int, str | None]:
-    """(bytes read, what is wrong or None)."""
-    try:
-        found = check()
-    except EyasError as error:
-        return 0, str(error)
-    return found if isinstance(found, int) else found.nbytes, None
+def _rows(store: Store, name: str, rows: range) -> int:
+    """The bytes of an array's rows; reading compares each with its sum."""
+    parts = (range(start, min(start + _ROWS, rows.stop)) for start in range(rows.start, rows.stop, _ROWS))
+    return sum(store.read([name], part)[name].nbytes for part in parts)
 
 
-def _rows_array(store: Store, name: str) -> int:
-    """The bytes of a whole array of rows; EyasError if they are not those that were written."""
-    described = store.manifest["rows"]["arrays"][name]
-    rows = described["shape"][0]
-    crc, size = 0, 0
-    for part in _parts(range(rows), rows if name == "token_counts" else _ROWS):
-        found = store.read_unchecked([name], part)[name]
-        crc, size = zarr.crc32(found, crc), size + found.nbytes
-    if crc != described["crc32"]:
-        raise EyasError(f"{store.url}: {name} is not what was written; prepare a new store")
-    return size
+def _block(store: Store, name: str, block: int) -> int:
+    """The bytes of an array's block; reading compares its marker too."""
+    return _rows(store, name, store.block_range(block))
 
 
-def _block(store: Store, block: int) -> int:
-    """The bytes of a block; reading compares them with the commit marker."""
-    parts = _parts(store.block_range(block), _ROWS)
-    return sum(store.read([name], part)[name].nbytes for name in store.features["arrays"] for part in parts)
+def _target_file(store: Store, name: str) -> int:
+    return len(store.target_file(name))
 
 
-def _parts(rows: range, size: int) -> list[np.ndarray]:
-    return [np.arange(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+def _draft_ids(store: Store) -> int:
+    ids = store.draft_ids()
+    return 0 if ids is None else ids.nbytes
+
+
+def _strangers(store: Store, committed: list[int]) -> int:
+    """EyasError for a marker in commits/ of a block that the store does not have."""
+    names = {name for name in storage.list_names(f"{store.url}/commits") if name.endswith(".json")}
+    others = sorted(names - {f"{block:06d}.json" for block in committed})
+    if others:
+        raise EyasError(f"{store.url}/commits/{others[0]} is no block's of this store; delete it")
+    return 0

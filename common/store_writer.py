@@ -1,9 +1,12 @@
-"""The feature store, write side: rows once, then features block by block, each committed by its marker."""
+"""The feature store, write side: rows once, then features block by block, each committed by its marker.
 
-import hashlib
+The manifest is claimed before what it names is written (see common/manifest.py), arrays are made where there
+are none, and nothing is deleted: a second writer continues what it finds, or is refused.
+"""
+
 import io
 import math
-import threading
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from common import storage, zarr
+from common import kvstore, storage, zarr
 from common.config import differences
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
+from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
 from common.storage import readable_errors
-from common.store import INDEX, MANIFEST, SCHEMA, Store, read_manifest
+from common.store import Store, sha256
 
 
 def write_rows(
@@ -25,38 +29,69 @@ def write_rows(
     index: pa.Table,
     rows_manifest: dict[str, Any],
 ) -> None:
-    """Makes a store of packed rows; the manifest is written last, so an interrupted one is no store.
+    """Makes a store of packed rows. The manifest says `unfinished` until all is written; an interrupted call
+    is made again with the same rows.
 
     `columns`: tokens, segment_ids, positions int32 and loss_mask uint8, each [R, T]; `token_counts` int64
-    [V]; `index`: a line a conversation; `rows_manifest` needs rows, length, vocab_size, and gets "arrays" and
-    "index_sha256". EyasError if there is a store already or the disk is full.
+    [V]; `index`: a line a conversation; `rows_manifest` needs rows, length, vocab_size, and gets the arrays
+    and sums. EyasError if there is a store already, other rows were begun, or the disk is full.
     """
     url = url.rstrip("/")
-    if storage.exists(f"{url}/{MANIFEST}"):
-        raise EyasError(f"{url} is a store already; name a new one, or delete it first")
-    described = {}
+    arrays = {name: columns[name] for name in COLUMNS} | {"token_counts": token_counts}
+    sums = {name: pa.array(zarr.row_sums(columns[name]), pa.uint32()) for name in COLUMNS}
+    files = {INDEX: _parquet(index), ROW_SUMS: _parquet(pa.table(sums))}
+    rows = rows_manifest | {
+        "arrays": {name: zarr.describe(value.shape, value.dtype) for name, value in arrays.items()},
+        "files": {name: sha256(data) for name, data in files.items()},
+        "token_counts_crc32": zarr.crc32(token_counts),
+    }
     with readable_errors(url):
+        _claim_rows(url, rows)
         storage.remove_partial(url)
-        for name, value in (columns | {"token_counts": token_counts}).items():
-            rows = zarr.shard_rows(value.shape, value.dtype)
-            place = f"{url}/rows/{name}"
-            zarr.create(place, value.shape, value.dtype, rows).write(value).commit.result()
-            described[name] = _describe(value.shape, value.dtype) | {"crc32": zarr.crc32(value)}
-        sink = io.BytesIO()
-        pyarrow.parquet.write_table(index, sink)
-        storage.write_bytes(f"{url}/{INDEX}", sink.getvalue())
-        extra = {"arrays": described, "index_sha256": hashlib.sha256(sink.getvalue()).hexdigest()}
-        storage.write_json(f"{url}/{MANIFEST}", {"schema": SCHEMA, "rows": rows_manifest | extra})
+        for name, value in arrays.items():
+            made = zarr.open_array(f"{url}/rows/{name}", rows["arrays"][name], create=True)
+            made.write(value).commit.result()
+        for name, data in files.items():
+            storage.write_bytes(f"{url}/{name}", data)
+        _finish_rows(url, rows)
 
 
-def _describe(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    chunk = zarr.chunk_shape(shape, dtype)
-    return {"shape": list(shape), "dtype": np.dtype(dtype).name, "chunk": list(chunk)}
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue()
 
 
-def describe_arrays(shapes: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, Any]:
-    """The manifest's features.arrays of {name: (shape [R, T, ...], dtype)}."""
-    return {name: _describe(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+def _claim_rows(url: str, rows: dict[str, Any]) -> None:
+    begun = storage.json_bytes({"schema": SCHEMA, "rows": rows, "unfinished": True})
+    if kvstore.create_file(f"{url}/{MANIFEST}", begun):
+        return
+    found = read_manifest(url, unfinished=True)
+    if not found.get("unfinished"):
+        raise EyasError(f"{url} is a store already; name a new one, or delete it first")
+    different = differences(found["rows"], rows)
+    if different:
+        raise EyasError(
+            f"{url} holds the beginning of other rows: {'; '.join(different[:3])}; run the command that "
+            "began them, name a new store, or delete it first"
+        )
+
+
+def _finish_rows(url: str, rows: dict[str, Any]) -> None:
+    place = f"{url}/{MANIFEST}"
+    begun, found = storage.read_bytes(place), read_manifest(url, unfinished=True)
+    whole = storage.json_bytes({"schema": SCHEMA, "rows": rows})
+    if found["rows"] == rows and (not found.get("unfinished") or kvstore.replace_file(place, begun, whole)):
+        return
+    if read_manifest(url, unfinished=True)["rows"] != rows:  # or somebody with the same rows was faster
+        raise EyasError(f"{place} was changed while rows were written; prepare a new store")
+
+
+def describe_arrays(shapes: dict[str, tuple[tuple[int, ...], Any]], block_rows: int) -> dict[str, Any]:
+    """The manifest's features.arrays of {name: (shape [R, T, ...], dtype)}; a block is a shard."""
+    return {
+        name: zarr.describe(shape, np.dtype(dtype), block_rows) for name, (shape, dtype) in shapes.items()
+    }
 
 
 def raw_bytes(described: dict[str, Any]) -> int:
@@ -64,37 +99,34 @@ def raw_bytes(described: dict[str, Any]) -> int:
     return sum(math.prod(a["shape"]) * np.dtype(a["dtype"]).itemsize for a in described.values())
 
 
-def refuse_other_features(url: str, features: dict[str, Any]) -> bool:
-    """True if the store already has exactly these features (to be continued), False if it has none.
+def find_features(url: str, features: dict[str, Any]) -> dict[str, Any] | None:
+    """The store's own section if it has these features (to be continued), None if it has none yet.
 
-    EyasError naming the fields that differ. Nothing is written.
+    `features` may lack the sums of target/, which are then those that the store has. EyasError naming the
+    fields that differ. Nothing is written.
     """
     found = read_manifest(url).get("features")
     if found is None:
-        return False
+        return None
     # A folder may be renamed while its contents stay.
-    different = [line for line in differences(found, features) if not line.startswith("target.name:")]
+    ignored = ("target.name:",) if "target_files" in features else ("target.name:", "target_files:")
+    different = [line for line in differences(found, features) if not line.startswith(ignored)]
     if different:
         # The arrays follow from the other fields; they are named only when nothing else differs.
         named = [line for line in different if not line.startswith("arrays.")] or different
         raise EyasError(
             f"{url} was dumped otherwise: {'; '.join(named)}; use the same options, or a new store"
         )
-    return True
+    return found
 
 
-def _create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray | None) -> None:
-    manifest = read_manifest(url)
-    with readable_errors(url):
-        for name, a in features["arrays"].items():
-            place = f"{url}/features/{name}"
-            zarr.create(place, tuple(a["shape"]), np.dtype(a["dtype"]), features["block_rows"], checked=False)
-        if draft_ids is not None:
-            place = f"{url}/features/draft_ids"
-            zarr.create(place, draft_ids.shape, draft_ids.dtype, len(draft_ids)).write(
-                draft_ids
-            ).commit.result()
-        storage.write_json(f"{url}/{MANIFEST}", manifest | {"features": features})
+def _claim_features(url: str, features: dict[str, Any]) -> None:
+    place = f"{url}/{MANIFEST}"
+    while find_features(url, features) is None:
+        rows = storage.read_bytes(place)
+        claimed = storage.json_bytes(read_manifest(url) | {"features": features})
+        if kvstore.replace_file(place, rows, claimed):
+            return
 
 
 class FeatureWriter:
@@ -102,6 +134,7 @@ class FeatureWriter:
 
     Use as a context manager: leaving it waits for what is in flight. A block is committed when its marker is
     there, and the marker is written when every array of the block is on disk (fsync) or in the bucket.
+    Whatever keeps a block from being committed is raised, by a later `write` or when the context is left.
     """
 
     def __init__(
@@ -111,70 +144,78 @@ class FeatureWriter:
         draft_ids: np.ndarray | None = None,
         in_flight: int = 2,
     ):
-        """Makes the arrays and the manifest's features section, or continues them.
+        """Puts the features into the manifest and makes their arrays, or continues them.
 
-        `draft_ids` int32 [N]: the ids behind draft_logits. EyasError as `refuse_other_features`, or when the
-        disk is full.
+        `draft_ids` int32 [N]: the ids behind draft_logits. EyasError as `find_features`, or when the disk is
+        full.
         """
         url = url.rstrip("/")
-        if not refuse_other_features(url, features):
-            _create_features(url, features, draft_ids)
-        self.store = Store.open(url)
-        self._arrays = {
-            name: zarr.open_array(f"{url}/features/{name}", tuple(a["shape"]), np.dtype(a["dtype"]))
-            for name, a in features["arrays"].items()
-        }
-        self._free = threading.Semaphore(in_flight)
+        with readable_errors(url):
+            _claim_features(url, features)
+            self.store = Store.open(url)
+            self._arrays = {
+                name: zarr.open_array(f"{url}/features/{name}", described, create=True)
+                for name, described in self.store.features["arrays"].items()
+            }
+            if draft_ids is not None:
+                described = zarr.describe(draft_ids.shape, draft_ids.dtype)
+                made = zarr.open_array(f"{url}/features/draft_ids", described, create=True)
+                made.write(draft_ids).commit.result()
+                self.store.draft_ids()  # the manifest's
+        self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
-        self._failed: EyasError | None = None
+        self._pending: deque[Future] = deque()
 
-    def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> Future:
+    def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
 
-        The arrays must not change until the future is done. Raises the EyasError of an earlier block that
-        could not be written.
+        The arrays must not change until the block is written. Raises what kept an earlier block from being
+        committed.
         """
         assert values.keys() == self._arrays.keys(), (sorted(values), sorted(self._arrays))
-        self._free.acquire()
-        if self._failed is not None:
-            self._free.release()
-            raise self._failed
-        return self._pool.submit(self._write, block, values, tokens, counted)
+        if len(self._pending) == self._in_flight:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._write, block, values, tokens, counted))
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
-        rows = self.store.block_range(block)
+        what = f"{self.store.url} block {block} of {self.store.blocks}"
         try:
-            with readable_errors(f"{self.store.url} block {block} of {self.store.blocks}"):
-                writes = [
-                    self._arrays[name][rows.start : rows.stop].write(
-                        value, can_reference_source_data_indefinitely=True
-                    )
-                    for name, value in values.items()
-                ]
-                for request in writes:
-                    request.commit.force()
-                sums = {name: zarr.row_sums(value) for name, value in values.items()}
-                for request in writes:
-                    request.commit.result()
-                marker = {
-                    "store": self.store.hash,
-                    "block": block,
-                    "rows": [rows.start, rows.stop],
-                    "tokens": tokens,
-                    "counted": counted,
-                    "crc32c": sums,
-                }
-                storage.write_json(f"{self.store.url}/commits/{block:06d}.json", marker)
-        except EyasError as error:
-            self._failed = self._failed or error
+            with readable_errors(what):
+                self._commit(block, values, tokens, counted)
+        except EyasError:
             raise
-        finally:
-            self._free.release()
+        except Exception as error:  # those of gcsfs, aiohttp and google-auth have nothing in common
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise MachineError(
+                f"{what} could not be written ({cause}); run the same command again; what is complete is kept"
+            ) from error
+
+    def _commit(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
+        rows, place = self.store.block_range(block), self.store.marker_place(block)
+        if storage.exists(place):
+            return  # another dump was faster: what is committed is never written again
+        writes = [
+            self._arrays[name][rows.start : rows.stop].write(
+                value, can_reference_source_data_indefinitely=True
+            )
+            for name, value in values.items()
+        ]
+        for request in writes:
+            request.commit.force()
+        sums = {name: zarr.row_sums(value) for name, value in values.items()}
+        for request in writes:
+            request.commit.result()
+        marker = make_marker(self.store.hash, block, rows, tokens, counted, sums)
+        if not kvstore.create_file(place, storage.json_bytes(marker)) and self.store.commit(block) != marker:
+            raise EyasError(
+                f"{place} was written by another dump at the same time, with other numbers; stop one of the "
+                "two, delete that file and run the same dump command"
+            )
 
     def __enter__(self) -> "FeatureWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
-        if kind is None and self._failed is not None:
-            raise self._failed
+        while kind is None and self._pending:
+            self._pending.popleft().result()

@@ -3,47 +3,30 @@
 The shard (`sharding_indexed`) is the unit of writing: it is written whole and once, because a partial write
 rewrites all of it. The inner chunk is the unit of reading; it holds one row, or an equal part of the row's
 positions where a row is larger than `CHUNK_BYTES`. Chunks are raw little-endian bytes, uncompressed: states
-hardly shrink. A flipped bit is an error and never a number: rows and the indices of shards have zarr's own
-crc32c; features have a crc32c a row in their block's commit marker instead, because TensorStore computes its
-own at 2 GB/s and `google_crc32c` in hardware at 9. Chunks that equal the fill value are stored, so that a
-missing one is an error too.
+hardly shrink. A flipped bit is an error and never a number: every row has a crc32c, which the store keeps
+beside the arrays (TensorStore computes zarr's own at 2 GB/s, `google_crc32c` this one in hardware at 9), and
+the index of a shard has zarr's. Chunks that equal the fill value are stored, so that a missing one is an
+error too. What an array is (shape, dtype, chunks) is said by the manifest, and its zarr.json must agree.
 
 Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html
 """
 
-import functools
 import itertools
 import math
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import tensorstore as ts
 
-from common import storage
+from common import kvstore, storage
 from common.errors import EyasError
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
 SHARD_BYTES = 64 << 20  # of arrays that have no blocks
 _BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
-_CHECKED = [*_BYTES, {"name": "crc32c"}]
-
-
-@functools.cache
-def _context() -> ts.Context:
-    # One request to GCS gives about 200 MB/s and takes up to a second: rates come from many at once.
-    return ts.Context({"gcs_request_concurrency": {"limit": 256}})
-
-
-def _kvstore(url: str) -> dict | str:
-    """TensorStore's key-value store of a folder: a local path, or a URL that it knows (gs://, s3://)."""
-    if storage.is_remote(url):
-        return f"{url.rstrip('/')}/"
-    # Mapped files save one of three copies: 1.5 times the rate of pread, measured on 2 cores with the files
-    # in the page cache. Shards appear by rename and never change, so a mapping cannot lose its file's end.
-    path = f"{storage.local_path(url).rstrip('/')}/"
-    return {"driver": "file", "path": path, "file_io_mode": {"mode": "memmap"}}
 
 
 def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -62,56 +45,55 @@ def shard_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return max(1, min(shape[0], SHARD_BYTES // row))
 
 
-def create(
-    url: str, shape: tuple[int, ...], dtype: np.dtype, rows: int, checked: bool = True
-) -> ts.TensorStore:
-    """A new array at `url`, sharded every `rows` rows; whatever was there is deleted.
+def describe(shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None) -> dict[str, Any]:
+    """What the manifest says of an array: shape, dtype, inner chunk and shard, of `rows` rows if given."""
+    rows = rows or shard_rows(shape, dtype)
+    return {
+        "shape": list(shape),
+        "dtype": np.dtype(dtype).name,
+        "chunk": list(chunk_shape(shape, dtype)),
+        "shard": [rows, *shape[1:]],
+    }
 
-    `checked`: its chunks carry their crc32c; otherwise the caller keeps `row_sums`. TensorStore's ValueError
-    if the place cannot be written.
+
+def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.TensorStore:
+    """The array at `url`; with `create` it is made where there is none, and never deleted.
+
+    EyasError if it is missing, damaged, or not as `described` by `describe`. TensorStore's ValueError if it
+    cannot be made.
     """
     codec = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": chunk_shape(shape, dtype),
-            "codecs": _CHECKED if checked else _BYTES,
-            "index_codecs": _CHECKED,
+            "chunk_shape": described["chunk"],
+            "codecs": _BYTES,
+            "index_codecs": [*_BYTES, {"name": "crc32c"}],
         },
     }
     metadata = {
-        "shape": shape,
-        "data_type": np.dtype(dtype).name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (rows, *shape[1:])}},
+        "shape": described["shape"],
+        "data_type": described["dtype"],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": described["shard"]}},
         "codecs": [codec],
         "fill_value": 0,
     }
-    return _open(url, {"metadata": metadata}, create=True, delete_existing=True)
-
-
-def open_array(url: str, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
-    """The array at `url`; EyasError if it is missing, damaged, or not of this shape and dtype."""
-    try:
-        array = _open(url, {})
-    except ValueError as error:
-        raise EyasError(f"the array {url} could not be opened: {storage.reason(error)}") from error
-    found = (array.shape, array.dtype.name)
-    if found != (shape, np.dtype(dtype).name):
-        raise EyasError(
-            f"{url} holds {found[1]} {list(found[0])}, but the manifest says {np.dtype(dtype).name} "
-            f"{list(shape)}; one of the two was edited: restore it or write the store anew"
-        )
-    return array
-
-
-def _open(url: str, extra: dict, **options: bool) -> ts.TensorStore:
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(url),
+        "kvstore": kvstore.folder(url),
+        "metadata": metadata,
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
         "recheck_cached_data": "open",  # shards never change
     }
-    return ts.open(spec | extra, context=_context(), **options).result()
+    try:
+        return ts.open(spec, context=kvstore.context(), open=True, create=create).result()
+    except ValueError as error:
+        if create and not storage.exists(f"{url}/zarr.json"):
+            raise
+        raise EyasError(
+            f"the array {url} cannot be opened as {described['dtype']} {described['shape']}, which the "
+            f"manifest says it is: {storage.reason(error)}; one of the two was edited or cut off: restore it"
+        ) from error
 
 
 def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -1,9 +1,12 @@
 """STORE/target: all that a train job needs of the target, so that it never reads the target's checkpoint."""
 
-from common import safetensors, storage, zarr
+from collections.abc import Callable
+
+from common import safetensors, storage
+from common.errors import EyasError
 from common.progress import note
 from common.storage import readable_errors
-from common.store import CHECKSUMS
+from common.store import Store, sha256, tensor_file
 from dump.plan import Plan
 from dump.target.weights import stacks
 
@@ -21,22 +24,45 @@ _TOKENIZER = (
 )
 
 
-def write_target(plan: Plan) -> None:
-    """Writes embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, the text
-    decoder's config.json and the tokenizer's files. The checksums come last; where they are, nothing is done.
-    """
-    model, folder = plan.config.model, f"{plan.config.store.rstrip('/')}/target"
-    if storage.exists(f"{folder}/{CHECKSUMS}"):
-        return
-    note(f"dump: copying embeddings, output head and tokenizer to {folder}")
+def target_files(plan: Plan) -> dict[str, bytes]:
+    """The files by name: embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, the
+    text decoder's config.json, and those of the tokenizer."""
+    model = plan.config.model
+    note(f"dump: reading embeddings, output head and tokenizer of {model}")
     source, declared = safetensors.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
-    names = ("embed_tokens",) if plan.target.tied else ("embed_tokens", "lm_head")
-    tensors = {name: source.read(declared[name].weight.source) for name in names}
-    with readable_errors(folder):
-        safetensors.write(f"{folder}/{safetensors.SINGLE}", tensors)
-        storage.write_json(f"{folder}/config.json", plan.target.text)
-        for name in _TOKENIZER:
-            if storage.exists(storage.join(model, name)):
-                storage.write_bytes(storage.join(folder, name), storage.read_bytes(storage.join(model, name)))
-        sums = {name: zarr.crc32(tensor) for name, tensor in tensors.items()}
-        storage.write_json(f"{folder}/{CHECKSUMS}", sums)
+    tensors = ("embed_tokens",) if plan.target.tied else ("embed_tokens", "lm_head")
+    files = {
+        tensor_file(name): safetensors.to_bytes({name: source.read(declared[name].weight.source)})
+        for name in tensors
+    }
+    files["config.json"] = storage.json_bytes(plan.target.text)
+    for name in _TOKENIZER:
+        if storage.exists(storage.join(model, name)):
+            files[name] = storage.read_bytes(storage.join(model, name))
+    return files
+
+
+def write_target(store: Store, files: Callable[[], dict[str, bytes]]) -> None:
+    """Writes what of target/ is missing or damaged; `files` are read only then.
+
+    EyasError if the model's files are no longer those that the manifest names.
+    """
+    wanted = store.features["target_files"]
+    damaged = [name for name in wanted if not _is_sound(store, name)]
+    for name in damaged:
+        place, data = f"{store.url}/target/{name}", files().get(name)
+        if data is None or sha256(data) != wanted[name]:
+            raise EyasError(
+                f"{place} is to be written, but the model's {name} has changed since this store was begun; "
+                "restore it, or dump into a new store"
+            )
+        with readable_errors(place):
+            storage.write_bytes(place, data)
+
+
+def _is_sound(store: Store, name: str) -> bool:
+    try:
+        store.target_file(name)
+    except EyasError:
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""TensorStore's key-value stores: folders that arrays lie in, and files that are written on condition.
+
+A condition is kept by the store itself (a lock of the file system, a generation of the bucket), so that of
+several writers at once one wins and the others are told.
+"""
+
+import functools
+import posixpath
+
+import tensorstore as ts
+
+from common import storage
+
+
+@functools.cache
+def context() -> ts.Context:
+    """What every request shares."""
+    # One request to GCS gives about 200 MB/s and takes up to a second: rates come from many at once.
+    return ts.Context({"gcs_request_concurrency": {"limit": 256}})
+
+
+def folder(url: str) -> dict | str:
+    """The key-value store of a folder: a local path, or a URL that TensorStore knows (gs://, s3://)."""
+    if storage.is_remote(url):
+        return f"{url.rstrip('/')}/"
+    # Mapped files save one of three copies: 1.5 times the rate of pread, measured on 2 cores with the files
+    # in the page cache. Shards appear by rename and never change, so a mapping cannot lose its file's end.
+    path = f"{storage.local_path(url).rstrip('/')}/"
+    return {"driver": "file", "path": path, "file_io_mode": {"mode": "memmap"}}
+
+
+def create_file(url: str, data: bytes) -> bool:
+    """Writes the file, whole and durably, unless there is one; False if there is. TensorStore's ValueError if
+    it cannot be written."""
+    return _replace(url, None, data)
+
+
+def replace_file(url: str, old: bytes, new: bytes) -> bool:
+    """Writes `new` in the place of `old`, whole and durably; False if the file is missing or holds anything
+    else. TensorStore's ValueError if it cannot be written."""
+    return _replace(url, old, new)
+
+
+def _replace(url: str, old: bytes | None, new: bytes) -> bool:
+    place, name = posixpath.split(url)
+    files = ts.KvStore.open(folder(place), context=context()).result()
+    found = files.read(name).result()
+    if (found.value if found.state == "value" else None) != old:
+        return False
+    return bool(files.write(name, new, if_equal=found.stamp.generation).result().generation)
