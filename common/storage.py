@@ -62,8 +62,10 @@ def read_bytes(url: str) -> bytes:
     try:
         with fsspec.open(url if is_remote(url) else local_path(url), "rb") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise EyasError(f"{url} is missing; check the path") from None
+    except IsADirectoryError:
+        raise EyasError(f"{url} is a folder, not a file; remove it or check the path") from None
 
 
 def read_json(url: str) -> Any:
@@ -71,7 +73,7 @@ def read_json(url: str) -> Any:
     data = read_bytes(url)
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EyasError(f"{url} is not JSON ({error}); it was cut off or edited by hand") from None
 
 

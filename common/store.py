@@ -140,7 +140,11 @@ class Store:
 
     def index(self) -> pa.Table:
         """One line a conversation: id, split, row, start, length, counted."""
-        return self._table(INDEX, {"id", "split", "row"})
+        return self._table(INDEX, {"id", "split", "row", "length"})
+
+    def longest_document(self) -> int:
+        """The most tokens that a conversation has."""
+        return pc.max(self.index()["length"]).as_py() or 0
 
     def row_sums(self) -> dict[str, np.ndarray]:
         """The crc32c of every row of every array of rows, uint32 [R]."""

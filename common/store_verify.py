@@ -33,7 +33,9 @@ def verify(url: str) -> dict[str, Any]:
         if committed:
             checks += [partial(_target_file, store, name) for name in store.features["target_files"]]
             checks.append(partial(_draft_ids, store))
-        checks += [partial(_block, store, name, block) for block in committed for name in store.features["arrays"]]
+        checks += [
+            partial(_block, store, name, block) for block in committed for name in store.features["arrays"]
+        ]
     damaged, size = [], 0
     with Progress("verifying", len(checks), "part") as progress:
         for check in checks:

@@ -9,8 +9,8 @@ ones, and, batches being cut from blocks, ends with the same bytes.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, pairwise
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import storage
 from common.codec import encode_states
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from common.mesh import sharding
 from common.progress import Progress, note
 from common.stopping import Stop
@@ -29,7 +29,7 @@ from dump import target
 from dump.config import DumpConfig
 from dump.plan import Plan, make_plan
 from dump.reduce_logits import chunk_length, reduce_logits
-from dump.target_files import write_target
+from dump.target_files import target_files, with_sums, write_target
 
 __all__ = ["Discard", "DumpConfig", "Prefill", "run", "run_blocks"]
 
@@ -81,13 +81,21 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         for folder in ("", "commits", "target"):
             storage.remove_partial(f"{plan.config.store.rstrip('/')}/{folder}")
-    if not plan.blocks:
-        return write_target(plan)
-    weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.dtype))
-    prefill = Prefill(plan, weights)
-    with FeatureWriter(plan.config.store, plan.features, plan.draft_ids) as writer:
-        write_target(plan)
-        run_blocks(plan, prefill, writer, check)
+    files = cache(lambda: target_files(plan))
+    if plan.blocks:
+        weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.dtype))
+        prefill = Prefill(plan, weights)
+    features = with_sums(plan.features, files)
+    with FeatureWriter(plan.config.store, features, plan.draft_ids) as writer:
+        write_target(writer.store, files)
+        if plan.blocks:
+            run_blocks(plan, prefill, writer, check)
+    lost = sorted(set(_own_blocks(plan)) - writer.store.committed())
+    if lost:
+        raise MachineError(
+            f"{len(lost)} blocks of {plan.config.store} were written, but are not there (the first is "
+            f"{lost[0]}): something else changes that folder; stop it and run the same command again"
+        )
 
 
 def _announce(plan: Plan) -> str:
@@ -192,6 +200,18 @@ class _Block:
         writer.write(self.number, self.values, tokens, int(self.inputs["loss_mask"].sum(dtype=np.int64)))
 
 
+class _Batch(NamedTuple):
+    """A batch on the device: its block, its first row there, and the arrays to come."""
+
+    block: _Block
+    start: int
+    arrays: dict[str, jax.Array]
+
+
+def _own_blocks(plan: Plan) -> list[int]:
+    return own_blocks(plan.blocks, jax.process_index(), jax.process_count())
+
+
 def run_blocks(
     plan: Plan, prefill: Prefill, writer: Writer, check: Callable[[], None] = lambda: None
 ) -> None:
@@ -200,27 +220,34 @@ def run_blocks(
     `writer` is a `FeatureWriter`, or `Discard` to time the forward passes alone. `check` is called between
     batches and may raise.
     """
-    T = plan.store.length
-    blocks = own_blocks(plan.blocks, jax.process_index(), jax.process_count())
+    T, blocks = plan.store.length, _own_blocks(plan)
     total = sum(len(_block_rows(plan, block)) for block in blocks) * T
     with Progress("dump", total, "tok") as progress:
-        # A pair comes once its second batch is dispatched: the device has work while we fetch the first.
-        for (block, start, found), _ in pairwise(chain(_dispatch(plan, blocks, prefill), [None])):
+        for batch in _one_behind(_dispatch(plan, blocks, prefill)):
             check()
-            count = block.fill(start, found)
+            count = batch.block.fill(batch.start, batch.arrays)
             progress.update(count * T)
-            if start + count == len(block.rows):
-                block.submit(writer)
+            if batch.start + count == len(batch.block.rows):
+                batch.block.submit(writer)
 
 
-def _dispatch(
-    plan: Plan, blocks: list[int], prefill: Prefill
-) -> Iterator[tuple[_Block, int, dict[str, jax.Array]]]:
-    """Every batch of every block: (block, first row in it, arrays to come)."""
+def _one_behind(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """Each batch once its successor is dispatched: the device has work while the host fetches this one."""
+    previous = None
+    for current in batches:
+        if previous is not None:
+            yield previous
+        previous = current
+    if previous is not None:
+        yield previous
+
+
+def _dispatch(plan: Plan, blocks: list[int], prefill: Prefill) -> Iterator[_Batch]:
+    """Every batch of every block, sent to the device when it is asked for."""
     for number in blocks:
         block = _Block(plan, number)
         for start in range(0, len(block.rows), prefill.rows):
-            yield block, start, prefill(*block.batch(start, prefill.rows))
+            yield _Batch(block, start, prefill(*block.batch(start, prefill.rows)))
 
 
 @contextmanager

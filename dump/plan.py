@@ -19,7 +19,7 @@ from common.mesh import make_mesh
 from common.safetensors import Checkpoint
 from common.storage import require_room
 from common.store import Store
-from common.store_writer import describe_arrays, raw_bytes, refuse_other_features
+from common.store_writer import describe_arrays, find_features, raw_bytes
 from dump import target
 from dump.config import DumpConfig
 from dump.tokenizer_files import tokenizer_hash
@@ -31,7 +31,8 @@ _SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked dump. `features` is the manifest's section, `blocks` those without a commit marker."""
+    """A checked dump. `features` is the manifest's section, but for the sums of target/ where no dump has
+    begun; `blocks` are those without a commit marker."""
 
     config: DumpConfig
     store: Store
@@ -49,11 +50,13 @@ class Plan:
 def make_plan(config: DumpConfig) -> Plan:
     """Checks everything; writes nothing. EyasError names what is wrong."""
     store = Store.open(config.store)
+    store.row_sums()  # there are as many rows as the manifest says
     cfg = target.read_config(config.model, config.experts, config.dequantise)
     _check_rows_fit(config, store, cfg)
     aux_layers = config.aux_layers or target.default_aux_layers(cfg.num_layers)
     target.check_aux_layers(cfg, aux_layers)
     target.check_length(cfg, store.length)
+    _check_documents_fit(config, store, cfg)
     try:
         mesh = make_mesh(config.dp, config.tp)
     except ValueError as error:
@@ -70,12 +73,18 @@ def make_plan(config: DumpConfig) -> Plan:
         "precision": codec.precision,
         "compute_dtype": dtype,
         "block_rows": config.block_rows,
-        "arrays": describe_arrays(shapes(codec, store.rows, store.length, len(aux_layers), cfg.hidden_size)),
+        "arrays": describe_arrays(
+            shapes(codec, store.rows, store.length, len(aux_layers), cfg.hidden_size), config.block_rows
+        ),
     }
-    blocks = _missing_blocks(config.store, features)
+    begun = find_features(config.store, features)
+    blocks = range(-(-store.rows // config.block_rows)) if begun is None else _missing_blocks(config.store)
+    features = begun or features
     need = _bytes(features, store.rows, len(blocks))
     require_room(config.store, need, "the features", _SAVE)
-    return Plan(config, store, cfg, mesh, dtype, tuple(aux_layers), codec, draft_ids, features, blocks, need)
+    return Plan(
+        config, store, cfg, mesh, dtype, tuple(aux_layers), codec, draft_ids, features, tuple(blocks), need
+    )
 
 
 def _check_rows_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> None:
@@ -93,6 +102,30 @@ def _check_rows_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) 
             f"({str(rows.get('tokenizer_hash'))[:12]}) than that of {config.model} ({found[:12]}); prepare a "
             "store with this model"
         )
+
+
+def _check_documents_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> None:
+    """EyasError if a document has more tokens than the positions that the target is made for. Rows may be
+    longer: positions restart in every document."""
+    longest, limit = store.longest_document(), _positions(cfg.text)
+    if limit is not None and longest > limit:
+        raise EyasError(
+            f"{config.store} has a document of {longest} tokens, but {config.model} is made for {limit} "
+            f"(max_position_embeddings of its config.json); prepare with --length {limit} or less"
+        )
+
+
+def _positions(text: dict[str, Any]) -> int | None:
+    """How many positions a config.json promises, None where it says nothing. A YaRN file may state them
+    before the extension or after it; a linear one states them before."""
+    limit = text.get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return None
+    scaling = dict(text.get("rope_scaling") or {}) | dict(text.get("rope_parameters") or {})
+    kind, factor = scaling.get("rope_type") or scaling.get("type"), scaling.get("factor") or 1
+    if kind == "yarn":
+        return max(limit, int(factor * (scaling.get("original_max_position_embeddings") or limit)))
+    return int(factor * limit) if kind == "linear" else limit
 
 
 def _codec(config: DumpConfig, store: Store, vocab_size: int) -> tuple[Codec, np.ndarray | None]:
@@ -130,14 +163,11 @@ def weights_hash(checkpoint: Checkpoint) -> str:
     return found.hexdigest()
 
 
-def _missing_blocks(url: str, features: dict[str, Any]) -> tuple[int, ...]:
-    """The blocks to compute; EyasError if the store was dumped otherwise."""
+def _missing_blocks(url: str) -> list[int]:
+    """The blocks to compute; EyasError if a marker of the others is damaged."""
     store = Store.open(url)
-    done = set()
-    if refuse_other_features(url, features):
-        done = {marker["block"] for marker in store.commits()}
-    blocks = -(-store.rows // features["block_rows"])
-    return tuple(sorted(set(range(blocks)) - done))
+    store.commits()
+    return store.missing()
 
 
 def _bytes(features: dict[str, Any], rows: int, blocks: int) -> int:

@@ -23,8 +23,8 @@ from typing import Any
 from common import storage
 from common.config import differences, to_json
 from common.errors import EyasError
+from common.manifest import INDEX, MANIFEST, ROW_SUMS, read_manifest
 from common.progress import Progress, note
-from common.store import INDEX, MANIFEST, read_manifest
 from common.store_writer import write_rows
 from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError
 from dump.clean import Cleaner, Conversation
@@ -125,15 +125,23 @@ def read_vocab_size(model: str) -> int:
 def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
     """True if the store holds these rows, False if there is none. EyasError if it holds anything else."""
     if storage.exists(f"{store.rstrip('/')}/{MANIFEST}"):
-        rows = read_manifest(store)["rows"]
+        manifest = read_manifest(store, unfinished=True)
+        rows = manifest["rows"]
         different = differences({name: rows.get(name) for name in identity}, identity)
         if different:
             raise EyasError(
                 f"{store} was prepared in another way: {'; '.join(different)}; name a new store, or delete it"
             )
-        return True
+        return not manifest.get("unfinished")
     storage.require_folder(store)
-    ours = ("rows", INDEX, f".{INDEX}.", f".{MANIFEST}.")  # and what an interrupted prepare leaves
+    ours = (
+        "rows",
+        INDEX,
+        ROW_SUMS,
+        f".{INDEX}.",
+        f".{ROW_SUMS}.",
+        MANIFEST,
+    )  # and what an interrupted prepare leaves
     foreign = [name for name in storage.list_names(store) if not name.startswith(ours)]
     if foreign:
         raise EyasError(f"{store} is no store and not empty (it has {foreign[0]}); name a new folder")

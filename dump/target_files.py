@@ -1,6 +1,7 @@
 """STORE/target: all that a train job needs of the target, so that it never reads the target's checkpoint."""
 
 from collections.abc import Callable
+from typing import Any
 
 from common import safetensors, storage
 from common.errors import EyasError
@@ -25,8 +26,8 @@ _TOKENIZER = (
 
 
 def target_files(plan: Plan) -> dict[str, bytes]:
-    """The files by name: embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype, the
-    text decoder's config.json, and those of the tokenizer."""
+    """The files by name: embed_tokens and (where it is not tied) lm_head [V, H] in the checkpoint's dtype,
+    the text decoder's config.json, and those of the tokenizer."""
     model = plan.config.model
     note(f"dump: reading embeddings, output head and tokenizer of {model}")
     source, declared = safetensors.Checkpoint.open(model), stacks(plan.target, plan.config.tp)
@@ -40,6 +41,13 @@ def target_files(plan: Plan) -> dict[str, bytes]:
         if storage.exists(storage.join(model, name)):
             files[name] = storage.read_bytes(storage.join(model, name))
     return files
+
+
+def with_sums(features: dict[str, Any], files: Callable[[], dict[str, bytes]]) -> dict[str, Any]:
+    """The manifest's section with the sums of target/, those of `files` where it has none yet."""
+    if "target_files" in features:
+        return features
+    return features | {"target_files": {name: sha256(data) for name, data in files().items()}}
 
 
 def write_target(store: Store, files: Callable[[], dict[str, bytes]]) -> None:

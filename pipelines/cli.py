@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from common import storage
 from common.errors import EyasError
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import recipes
@@ -124,14 +123,14 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 
     Example: eyas dump --model qwen3-32b --store gs://bucket/qwen3-32b --data gs://bucket/chats.parquet
     """
-    from common.store import MANIFEST
+    from common.store import has_rows
     from dump import dump as stage
     from dump.prepare import run as prepare_rows
 
     recipe = recipes.find(model)
     place = {"model": model, "store": store}
     config = configure(DumpConfig, recipe, "dump", given | place)
-    if data and not storage.exists(f"{store.rstrip('/')}/{MANIFEST}"):
+    if data and not has_rows(store):
         rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data})
         prepare_rows(fetch(rows, cache))
     show(stage.run(fetch(config, cache)))

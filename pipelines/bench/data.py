@@ -16,7 +16,7 @@ from common.store import Store
 from common.store_writer import FeatureWriter, describe_arrays, raw_bytes, write_rows
 from dump import dump, prepare, target
 from dump.plan import make_plan
-from dump.target_files import write_target
+from dump.target_files import target_files, with_sums, write_target
 from train import run as train
 from train.stream import Stream, Workload, order
 
@@ -61,8 +61,10 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     prefill = dump.Prefill(plan, weights)
     jax.block_until_ready(prefill(*(np.zeros((prefill.rows, plan.store.length), np.int32),) * 3))
 
+    features = with_sums(plan.features, lambda: target_files(plan))
+
     def written() -> None:
-        with FeatureWriter(url, plan.features, plan.draft_ids) as writer:
+        with FeatureWriter(url, features, plan.draft_ids) as writer:
             dump.run_blocks(plan, prefill, writer)
 
     def dropped() -> None:
@@ -71,7 +73,7 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     # Forward, both, forward: a machine that slows down or speeds up meanwhile hits both alike.
     first, wall, last = _seconds(dropped), _seconds(written), _seconds(dropped)
     alone, tokens = (first + last) / 2, plan.store.rows * plan.store.length
-    write_target(plan)
+    write_target(Store.open(url), lambda: target_files(plan))
     raw = raw_bytes(plan.features["arrays"])
     on_disk = _size(f"{url}/features") + _size(f"{url}/commits")
     return {
@@ -137,7 +139,7 @@ def _random_store(url: str) -> Store:
     R, T, H = _STREAMED, _LENGTH, _HIDDEN
     columns = {name: np.ones((R, T), np.int32) for name in ("tokens", "segment_ids", "positions")}
     columns["loss_mask"] = np.ones((R, T), np.uint8)
-    index = pa.table({"id": ["a"], "split": ["train"], "row": [0]})
+    index = pa.table({"id": ["a"], "split": ["train"], "row": [0], "length": [T]})
     write_rows(url, columns, np.ones(8, np.int64), index, {"rows": R, "length": T, "vocab_size": 8})
     kinds = {
         "aux_hidden": ((R, T, 3, H), jnp.bfloat16),
@@ -145,7 +147,16 @@ def _random_store(url: str) -> Store:
         "argmax": ((R, T), np.int32),
         "logsumexp": ((R, T), np.float32),
     }
-    features = {"precision": "bfloat16", "block_rows": 32, "arrays": describe_arrays(kinds)}
+    features = {
+        "target": {"name": "none", "architecture": "none", "config_hash": "0" * 64}
+        | {"hidden_size": H, "vocab_size": 8, "layers": 8},
+        "aux_layers": [2, 4, 5],
+        "codec": {"name": "none", "size": 0},
+        "precision": "bfloat16",
+        "block_rows": 32,
+        "arrays": describe_arrays(kinds, 32),
+        "target_files": {},
+    }
     with FeatureWriter(url, features) as writer:
         for block in range(writer.store.blocks):
             rows = len(writer.store.block_range(block))

@@ -2,20 +2,23 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import aiohttp
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gcsfs.retry import HttpError
 
-from common import storage
-from common.errors import EyasError
+from common import kvstore, storage
+from common.errors import EyasError, MachineError
 from common.mesh import make_mesh
 from common.store import Store
 from common.store_verify import verify
@@ -123,6 +126,12 @@ def test_mesh_precision_and_other_codecs(config, tmp_path):
     back = got["aux_hidden"].astype(np.float32) * got["aux_scale"][..., None]
     assert np.abs(back - aux)[real].max() < np.abs(aux).max() / 14
     ids = store.draft_ids()
+    assert verify(mixed.store)["damaged"] == []
+    for path in ("c/0", "zarr.json"):
+        os.rename(f"{mixed.store}/features/draft_ids/{path}", f"{tmp_path}/aside")
+        assert any("draft_ids" in line for line in verify(mixed.store)["damaged"])
+        run(mixed)
+        assert verify(mixed.store)["damaged"] == []
     assert ids.tolist() == sorted(np.argsort(-store.token_counts(), kind="stable")[:10])
     np.testing.assert_allclose(got["draft_logits"][real], logits[real][:, ids], rtol=1e-2, atol=1e-2)
     np.testing.assert_array_equal(got["argmax"][real], logits.argmax(-1)[real])
@@ -213,11 +222,124 @@ def test_damaged_block_is_written_anew(config):
     before = contents(config.store)
     os.unlink(f"{config.store}/features/aux_hidden/c/1/0/0/0")
     os.unlink(f"{config.store}/commits/000001.json")
-    os.unlink(f"{config.store}/target/checksums.json")
+    os.unlink(f"{config.store}/target/config.json")
     assert run(config)["blocks_before"] == 2
-    os.unlink(f"{config.store}/target/checksums.json")
-    run(config)
     assert contents(config.store) == before
+
+
+def emptied(path):
+    storage.write_json(path, {})
+
+
+def swapped(path):
+    """The output head in the place of the embeddings."""
+    shutil.copy(f"{os.path.dirname(path)}/lm_head.safetensors", path)
+
+
+def linked(path):
+    os.rename(path, f"{path}.aside")
+    storage.write_bytes(f"{path}.other", b"{}")
+    os.symlink(f"{path}.other", path)
+
+
+def cut(path):
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+@pytest.mark.parametrize("damage", [os.unlink, emptied, linked, cut, swapped])
+@pytest.mark.parametrize("name", ["config.json", "embed_tokens.safetensors", "tokenizer.json"])
+def test_what_training_takes_of_the_target_is_checked_and_restored(config, dumped, name, damage):
+    path = f"{dumped}/target/{name}"
+    whole = storage.read_bytes(path)
+    damage(path)
+    store = Store.open(dumped)
+    with pytest.raises(EyasError, match=rf"target/{name} is (missing|damaged)"):
+        store.target_file(name)
+    if name != "tokenizer.json":
+        with pytest.raises(EyasError, match=rf"target/{name} is (missing|damaged)"):
+            store.target_config() if name == "config.json" else store.target_tensor("embed_tokens")
+    assert any(name in line for line in verify(dumped)["damaged"])
+    run(replace(config, store=dumped, block_rows=1))
+    assert storage.read_bytes(path) == whole
+    assert not os.path.islink(path)
+    assert verify(dumped)["damaged"] == []
+
+
+def test_a_target_is_not_restored_from_another(config, dumped):
+    os.unlink(f"{dumped}/target/tokenizer_config.json")
+    storage.write_json(f"{config.model}/tokenizer_config.json", {"chat_template": "another"})
+    with pytest.raises(EyasError, match=r"the model's tokenizer_config\.json has changed since"):
+        run(replace(config, store=dumped, block_rows=1))
+
+
+@pytest.fixture
+def dumped(config, whole, tmp_path):
+    """A complete store, copied."""
+    for name, data in whole.items():
+        storage.write_bytes(f"{tmp_path}/dumped/{name}", data)
+    return f"{tmp_path}/dumped"
+
+
+@pytest.mark.parametrize("array", ["tokens", "positions", "segment_ids", "loss_mask"])
+def test_damaged_rows_are_refused_before_they_are_computed(config, array):
+    with open(f"{config.store}/rows/{array}/c/0/0", "r+b") as file:
+        file.write(b"\7")
+    with pytest.raises(EyasError, match=rf"{array} rows \[0\]: damaged on disk"):
+        run(config)
+    assert Store.open(config.store).committed() == set()
+
+
+def test_documents_longer_than_the_targets_positions_are_refused(config):
+    """Rows may be longer: positions restart in every document."""
+    place = f"{config.model}/config.json"
+    raw = storage.read_json(place)
+    longest, before = tiny.T // 2 - 3, contents(config.store)
+    for change, limit in (
+        ({}, longest - 1),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, (longest - 1) // 2),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 2}}, longest - 1),
+    ):
+        storage.write_json(place, raw | {"max_position_embeddings": limit} | change)
+        with pytest.raises(EyasError, match=rf"document of {longest} tokens, but .* --length \d+ or less"):
+            run(config)
+    assert contents(config.store) == before
+    extended = {"max_position_embeddings": 4, "rope_scaling": YARN | {"original_max_position_embeddings": 4}}
+    for change in ({"max_position_embeddings": longest}, extended):
+        storage.write_json(place, raw | change)
+        assert len(planning.make_plan(config).blocks) == 3
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("gone"), aiohttp.ServerDisconnectedError(), HttpError({"code": 503}), OSError(5, "io")],
+)
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_block_that_is_not_written_is_never_reported(config, monkeypatch, error, failing):
+    """Whatever kind of error a library raises, in the last block as in the first."""
+    create = kvstore.create_file
+
+    def fail(place, data):
+        if place.endswith(f"commits/{failing:06d}.json"):
+            raise error
+        return create(place, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kvstore, "create_file", fail)
+        with pytest.raises(MachineError, match=rf"block {failing} of 3.*run the same command again") as found:
+            run(config)
+    assert "\n" not in str(found.value)
+    assert failing not in Store.open(config.store).committed()
+    run(config)
+    assert verify(config.store)["damaged"] == []
+
+
+def test_a_marker_that_disappears_is_told(config, monkeypatch):
+    monkeypatch.setattr(kvstore, "create_file", lambda place, data: True)
+    with pytest.raises(MachineError, match=r"3 blocks of .* are not there"):
+        run(config)
 
 
 def test_other_options_are_refused_by_field(config, tmp_path):

@@ -16,6 +16,7 @@ def write_model(folder: str, seed: int = 0, layers: int = 8, tied: bool = False)
     raw = tiny_llama.CONFIG | {"num_hidden_layers": layers, "tie_word_embeddings": tied}
     storage.write_json(f"{folder}/config.json", raw)
     storage.write_json(f"{folder}/tokenizer.json", {"name": "tiny"})
+    storage.write_json(f"{folder}/tokenizer_config.json", {"chat_template": "none"})
     tiny_llama.write_weights(folder, seed)
     return folder
 
@@ -33,7 +34,7 @@ def write_store(url: str, model: str, rows: int = 11, alone: bool = False) -> st
     counts = np.bincount(tokens[columns["loss_mask"] > 0], minlength=V).astype(np.int64)
     if alone:
         columns, rows = {name: _unpacked(column, cut, end) for name, column in columns.items()}, 2 * rows
-    index = pa.table({"id": ["a"], "split": ["train"], "row": [0]})
+    index = pa.table({"id": ["a"], "split": ["train"], "row": [0], "length": [cut]})
     manifest = {"rows": rows, "length": T, "vocab_size": V, "tokenizer_hash": tokenizer_hash(model)}
     write_rows(url, columns, counts, index, manifest)
     return url

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from common import safetensors, storage, zarr
 from common.config import digest
-from common.store import CHECKSUMS
+from common.store import sha256, tensor_file
 from common.store_writer import FeatureWriter, describe_arrays, write_rows
 from tests import tiny_llama
 
@@ -35,32 +35,34 @@ def write_store(
     tokens = columns["tokens"]
     train = np.arange(rows) % 3 != 2 if test else np.ones(rows, bool)
     split = [side for row in train for side in [["test", "train"][int(row)]] * 2]
-    index = pa.table(
-        {"id": [str(n) for n in range(2 * rows)], "split": split, "row": np.repeat(np.arange(rows), 2)}
-    )
+    index = {"id": [str(n) for n in range(2 * rows)], "split": split, "row": np.repeat(np.arange(rows), 2)}
+    index = pa.table(index | {"length": np.full(2 * rows, T // 2)})
     counted = tokens[train][columns["loss_mask"][train] > 0]
     counts = np.bincount(counted, minlength=V).astype(np.int64)
     write_rows(url, columns, counts, index, {"rows": rows, "length": T, "vocab_size": V})
     embed, lm_head = rng.normal(size=(2, V, H)).astype(np.float32)
     values = _features(rng, embed[tokens], lm_head, counts, codec, precision)
     ids = values.pop("ids")
+    tensors = {"embed_tokens": embed, "lm_head": lm_head}
+    files = {tensor_file(name): safetensors.to_bytes({name: tensor}) for name, tensor in tensors.items()}
+    files["config.json"] = storage.json_bytes(TARGET)
     features = {
         "target": {"name": "made-up", "architecture": "LlamaForCausalLM", "config_hash": digest(TARGET)}
         | {"hidden_size": H, "vocab_size": V, "layers": 8},
         "aux_layers": list(AUX_LAYERS),
-        "codec": {"name": codec, "size": {"draft": 32, "full": V}.get(codec, 0)},
+        "codec": {"name": codec, "size": {"draft": 32, "full": V}.get(codec, 0)}
+        | ({} if ids is None else {"ids_crc32": zarr.crc32(ids)}),
         "precision": precision,
         "block_rows": 4,
-        "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}),
+        "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}, 4),
+        "target_files": {name: sha256(data) for name, data in files.items()},
     }
     with FeatureWriter(url, features, ids) as writer:
         for block in range(writer.store.blocks if blocks is None else blocks):
             part = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
             writer.write(block, part, 0, 0)
-    safetensors.write(f"{url}/target/model.safetensors", {"embed_tokens": embed, "lm_head": lm_head})
-    storage.write_json(f"{url}/target/config.json", TARGET)
-    sums = {"embed_tokens": zarr.crc32(embed), "lm_head": zarr.crc32(lm_head)}
-    storage.write_json(f"{url}/target/{CHECKSUMS}", sums)
+    for name, data in files.items():
+        storage.write_bytes(f"{url}/target/{name}", data)
     return url
 
 
