@@ -6,9 +6,11 @@ from typing import Any
 
 from common.errors import EyasError
 from dump.target.fields import Fields
-from dump.target.schema import CONFIG
+from dump.target.schema import ConfigJson, Positive
 
-_OURS = ("architectures", "model_type", "quantization_config", "text_config", "auto_map")  # not the class's
+_OURS = {"architectures", "auto_map", "quantization_config", "text_config"}  # not of the class
+_OURS |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer says which they are
+_FIELDS = {name: kind for name, kind in ConfigJson.__annotations__.items() if name not in _OURS}
 
 
 def complete(fields: Fields, model_type: str) -> None:
@@ -18,13 +20,10 @@ def complete(fields: Fields, model_type: str) -> None:
     file or where servers would read it in two ways.
     """
     _check_rope(fields)
-    given = {
-        n: v
-        for n, v in fields.found.items()
-        if n in CONFIG and n not in _OURS and not n.endswith("_token_id")
-    }
+    # Of plain numbers the class derives nothing; as integers, which some files have, it would refuse them.
+    given = {n: v for n, v in fields.found.items() if _FIELDS.get(n, Positive) is not Positive}
     class_fields = _class_fields(model_type, given, fields.where)
-    missing = {n: v for n, v in class_fields.items() if n in CONFIG and fields.found.get(n) is None}
+    missing = {n: v for n, v in class_fields.items() if n in _FIELDS and fields.found.get(n) is None}
     fields.raw = fields.found | missing | {"rope_parameters": class_fields["rope_parameters"]}
 
 

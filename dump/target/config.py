@@ -3,14 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from common import storage
+from common import schema, storage
 from common.errors import EyasError
 from dump.target.families import FAMILIES, PUBLISHED_WITH_CODE
 from dump.target.fields import Fields
 from dump.target.moe import split_experts
 from dump.target.quant import quantise
 from dump.target.quant_config import read_quantisation
-from dump.target.schema import OBJECT_FILE, check_types
+from dump.target.schema import QuantisationFile
 from dump.target.spec import TargetConfig
 
 
@@ -61,8 +61,7 @@ def _modelopt(folder: str) -> tuple[dict[str, Any], str] | None:
     where = f"{folder.rstrip('/')}/hf_quant_config.json"
     if not storage.exists(where):
         return None
-    found = storage.read_json(where)
-    check_types(found, where, OBJECT_FILE)
+    found = schema.read(QuantisationFile, where, "correct the file, or fetch it again")
     if not found.get("quantization"):
         return None
     return {"quant_method": "modelopt"} | found["quantization"], where

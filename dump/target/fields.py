@@ -4,12 +4,14 @@ knows to be harmless is refused."""
 from collections.abc import Mapping
 from typing import Any
 
+from common import schema
 from common.errors import EyasError
 from common.rope import check_scaling
-from dump.target.schema import CONFIG, HARMLESS, Table, check_types, short
+from dump.target.schema import HARMLESS, ConfigJson, short
 from dump.target.spec import Rope
 
 _REQUIRED = object()
+_ADVICE = "correct the file, or fetch it again"
 
 
 class Fields:
@@ -21,17 +23,16 @@ class Fields:
 
     def __init__(
         self,
-        raw: Mapping[str, Any],
+        raw: Any,
         where: str,
-        types: Table = CONFIG,
+        types: type = ConfigJson,
         harmless: frozenset[str] = HARMLESS,
     ):
-        check_types(raw, where, types)
-        self.found: dict[str, Any] = dict(raw)
+        self.found: dict[str, Any] = dict(schema.check(types, raw, where, _ADVICE))
         self.raw = self.found
         self.where = where
         self.dynamic_limit: int | None = None  # rows longer than this would change a dynamic rotation
-        self._types, self._harmless = types, harmless
+        self._types, self._harmless = types.__annotations__, harmless
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:

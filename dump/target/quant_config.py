@@ -13,35 +13,11 @@ from common.errors import EyasError
 from dump.target.fields import Fields
 from dump.target.mxfp4 import Mxfp4
 from dump.target.quant import Float8
-from dump.target.schema import SIZE, Kind, Table, short, table
+from dump.target.schema import Quantisation, QuantisedGroup, QuantisedWeights, short
 
 METHODS = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 _PER_TENSOR, _PER_ROW = (None, None), (1, None)
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-
-_BLOCK = Kind(
-    "a list of two positive integers",
-    lambda x: isinstance(x, list) and len(x) == 2 and all(map(SIZE.fits, x)),
-)
-_GROUPS = Kind(
-    "an object of objects", lambda x: isinstance(x, dict) and all(isinstance(v, dict) for v in x.values())
-)
-_DYNAMIC = Kind("true, false or a string", lambda x: isinstance(x, bool | str))
-
-_TOP: Table = table(
-    TEXT_or_null="quant_method fmt activation_scheme scale_fmt quant_algo format quantization_status",
-    TEXTS_or_null=" ".join(_LEFT_OUT),
-    OBJECT_or_null="sparsity_config kv_cache_scheme transform_config",
-) | {"weight_block_size": _BLOCK.or_null(), "config_groups": _GROUPS.or_null()}
-_GROUP: Table = table(
-    TEXTS="targets",
-    OBJECT="weights",
-    OBJECT_or_null="input_activations output_activations",
-    TEXT_or_null="format",
-)
-_WEIGHTS: Table = table(
-    SIZE="num_bits", TEXT="type", FLAG="symmetric", TEXT_or_null="strategy", SIZE_or_null="group_size"
-) | {"block_structure": _BLOCK.or_null(), "dynamic": _DYNAMIC}
 
 # Rounding of activations and of the cache, how scales were found, and what a loader does with the file.
 _HARMLESS = frozenset(
@@ -55,7 +31,7 @@ def read_quantisation(raw: dict[str, Any], where: str) -> tuple[Float8 | Mxfp4, 
     """The scheme and the modules that it leaves out; EyasError for anything else than weights in float8 or
     experts in MXFP4.
     """
-    f = Fields(raw, where, _TOP, _HARMLESS)
+    f = Fields(raw, where, Quantisation, _HARMLESS)
     method = f.get("quant_method", None)
     if method not in METHODS:
         raise EyasError(f"{where}: quantisation {method!r} is not supported; supported: {', '.join(METHODS)}")
@@ -102,13 +78,13 @@ def _block(f: Fields) -> tuple[int | None, int | None]:
             f"{f.where}: config_groups has {len(groups)} groups; one group of 8-bit floats is supported"
         )
     ((name, about),) = groups.items()
-    group = Fields(about, f"{f.where}.config_groups.{name}", _GROUP, _HARMLESS)
+    group = Fields(about, f"{f.where}.config_groups.{name}", QuantisedGroup, _HARMLESS)
     if group.get("targets") != ["Linear"]:
         raise EyasError(
             f"{group.where}: targets={short(about['targets'])} are not supported; only ['Linear'] is"
         )
     group.only("format", "float-quantized", "naive-quantized")
-    weights = Fields(group.get("weights"), f"{group.where}.weights", _WEIGHTS, _HARMLESS)
+    weights = Fields(group.get("weights"), f"{group.where}.weights", QuantisedWeights, _HARMLESS)
     group.finish()
     if (weights.get("num_bits", 8), weights.get("type", "int")) != (8, "float"):
         bits, kind = weights.get("num_bits", 8), weights.get("type", "int")

@@ -1,113 +1,186 @@
-"""What type every field of config.json has; a value of another type is refused before anything uses it."""
+"""What type every field of config.json has, and which fields leave the forward pass alone."""
 
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Union
+from typing import Annotated, Any, Literal
 
-from common.errors import EyasError
+from pydantic import Field
+from typing_extensions import TypedDict
 
-_LAYERS, _EXPERTS, _SIZE = 1_000, 10_000, 1 << 31  # above what any model has, below what could not be listed
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A type of field: what is expected, in words, and whether a value is that."""
-
-    words: str
-    fits: Callable[[Any], bool]
-    null: bool = False  # null is a value of its own, or stands for a default that depends on other fields
-
-    def or_null(self) -> "Kind":
-        return Kind(f"{self.words} or null", self.fits, True)
+Size = Annotated[int, Field(ge=1, le=1 << 31)]
+Count = Annotated[int, Field(ge=0, le=1 << 31)]
+Pair = Annotated[list[Size], Field(min_length=2, max_length=2)]
+Layers = Annotated[int, Field(ge=1, le=1_000)]  # above what any model has, below what could not be listed
+Experts = Annotated[int, Field(ge=1, le=10_000)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Theta = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]  # -1 stands for none in some published files
 
 
-Table = Mapping[str, Union[Kind, "Table"]]
+class Rotation(TypedDict, total=False):
+    """One rotation's part of `rope_parameters` or `rope_scaling`."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Theta | None
+    factor: Positive | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    attention_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    partial_rotary_factor: Positive | None
+    mscale: Number | None
+    mscale_all_dim: Number | None
+    original_max_position_embeddings: Size | None
+    truncate: bool | None
 
 
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda x: type(x) is int and least <= x <= most
+class Rotations(Rotation, total=False):
+    """Of all layers, or of each kind of layer."""
+
+    full_attention: Rotation | None
+    sliding_attention: Rotation | None
 
 
-def _number(above: float) -> Callable[[Any], bool]:
-    return lambda x: type(x) in (int, float) and math.isfinite(x) and x > above
+class ConfigJson(TypedDict, total=False):
+    """config.json: null stands for a value of its own, or for a default that depends on other fields."""
+
+    architectures: Annotated[list[str], Field(min_length=1)]
+    model_type: str | None
+    auto_map: dict[str, Any] | None
+    text_config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
+    bos_token_id: Token | None
+    eos_token_id: Token | list[Token] | None
+    pad_token_id: Token | None
+
+    hidden_size: Size
+    vocab_size: Size
+    num_hidden_layers: Layers
+    max_position_embeddings: Size
+    intermediate_size: Size
+    rms_norm_eps: Positive
+    hidden_act: str
+    hidden_activation: str
+    tie_word_embeddings: bool
+    mlp_bias: bool
+
+    num_attention_heads: Size
+    num_key_value_heads: Size | None
+    head_dim: Size | None
+    attention_bias: bool
+    use_qk_norm: bool
+    qk_norm_type: str | None
+    query_pre_attn_scalar: Positive
+    final_logit_softcapping: Positive | None
+    attn_logit_softcapping: Positive | None
+    use_bidirectional_attention: bool | None
+    layer_types: list[str] | None
+    attn_type_list: list[Count] | None
+    use_sliding_window: bool
+    sliding_window: Size | None
+    max_window_layers: Count
+    sliding_window_pattern: Size
+    _sliding_window_pattern: Size
+    layernorm_full_attention_beta: Positive
+    layernorm_linear_attention_beta: Positive
+    layernorm_mlp_beta: Positive
+
+    rope_theta: Theta
+    rope_local_base_freq: Theta
+    rope_scaling: Rotations | None
+    rope_parameters: Rotations | None
+    partial_rotary_factor: Positive | None
+    rotary_dim: Size | None
+    rope_interleave: bool
+    rope_interleaved: bool
+
+    q_lora_rank: Size | None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
+    index_topk: Size
+
+    full_attention_interval: Size
+    linear_num_key_heads: Size
+    linear_num_value_heads: Size
+    linear_key_head_dim: Size
+    linear_value_head_dim: Size
+    linear_conv_kernel_dim: Size
+
+    num_experts: Experts
+    num_local_experts: Experts
+    n_routed_experts: Experts
+    num_experts_per_tok: Size
+    n_shared_experts: Size
+    moe_intermediate_size: Size
+    shared_expert_intermediate_size: Count
+    shared_intermediate_size: Count
+    mlp_layer_types: list[str] | None
+    mlp_only_layers: list[Count] | None
+    first_k_dense_replace: Count
+    decoder_sparse_step: Size
+    moe_layer_freq: Count
+    n_group: Size | None
+    topk_group: Size | None
+    topk_method: str | None
+    scoring_func: str | None
+    norm_topk_prob: bool
+    routed_scaling_factor: Positive
+    use_routing_bias: bool
+    swiglu_alpha: Positive
+    swiglu_limit: Positive
 
 
-def _list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, list) and all(map(fits, x))
+class Quantisation(TypedDict, total=False):
+    """`quantization_config`, and the same in hf_quant_config.json."""
+
+    quant_method: str | None
+    fmt: str
+    activation_scheme: str | None
+    scale_fmt: str | None
+    quant_algo: str | None
+    format: str | None
+    weight_block_size: Pair | None
+    config_groups: dict[str, dict[str, Any]] | None
+    sparsity_config: dict[str, Any] | None
+    transform_config: dict[str, Any] | None
+    kv_cache_scheme: dict[str, Any] | None
+    modules_to_not_convert: list[str] | None
+    ignored_layers: list[str] | None
+    ignore: list[str] | None
+    exclude_modules: list[str] | None
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+class QuantisedGroup(TypedDict, total=False):
+    """One of `config_groups`."""
+
+    targets: list[str]
+    weights: dict[str, Any]
+    input_activations: dict[str, Any] | None
+    output_activations: dict[str, Any] | None
+    format: str | None
 
 
-SIZE = Kind("a positive integer", _whole(1, _SIZE))
-COUNT = Kind("an integer of 0 or more", _whole(0, _SIZE))
-LAYERS = Kind(f"an integer of 1 to {_LAYERS:,}", _whole(1, _LAYERS))
-EXPERTS = Kind(f"an integer of 1 to {_EXPERTS:,}", _whole(1, _EXPERTS))
-POSITIVE = Kind("a positive number", _number(0))
-THETA = Kind("a number above 1", _number(1))
-NUMBER = Kind("a number", _number(-math.inf))
-FLAG = Kind("true or false", lambda x: isinstance(x, bool))
-TEXT = Kind("a string", _text)
-TEXTS = Kind("a list of strings", _list(_text))
-COUNTS = Kind("a list of integers of 0 or more", _list(_whole(0, _SIZE)))
-OBJECT = Kind("an object", lambda x: isinstance(x, dict))
-TOKEN = Kind(
-    "a token id, a list of them or null", lambda x: type(x) is int or _list(_whole(-1, _SIZE))(x), True
-)
+class QuantisedWeights(TypedDict, total=False):
+    """`weights` of a group."""
+
+    num_bits: Size
+    type: str
+    symmetric: bool
+    dynamic: bool | Literal["local"]
+    strategy: str | None
+    group_size: int | None
+    block_structure: Pair | None
 
 
-def table(**names: str) -> dict[str, Kind]:
-    """{field: kind} from KIND="its fields"; KIND_or_null where null is allowed."""
-    found: dict[str, Kind] = {}
-    for kind, fields in names.items():
-        known: Kind = globals()[kind.removesuffix("_or_null")]
-        found |= dict.fromkeys(fields.split(), known.or_null() if kind.endswith("_or_null") else known)
-    return found
+class QuantisationFile(TypedDict, total=False):
+    """hf_quant_config.json."""
 
+    quantization: dict[str, Any] | None
 
-_ROTATION = table(
-    TEXT_or_null="rope_type type",
-    THETA_or_null="rope_theta",
-    POSITIVE_or_null="""factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow
-        partial_rotary_factor""",
-    NUMBER_or_null="mscale mscale_all_dim",
-    SIZE_or_null="original_max_position_embeddings",
-    FLAG_or_null="truncate",
-)
-ROPE: Table = _ROTATION | {"full_attention": _ROTATION, "sliding_attention": _ROTATION}
-
-CONFIG: Table = table(
-    SIZE="""hidden_size intermediate_size moe_intermediate_size num_attention_heads vocab_size
-        max_position_embeddings num_experts_per_tok kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
-        index_topk decoder_sparse_step full_attention_interval sliding_window_pattern _sliding_window_pattern
-        linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
-        linear_conv_kernel_dim n_shared_experts""",
-    SIZE_or_null="head_dim num_key_value_heads q_lora_rank sliding_window n_group topk_group rotary_dim",
-    LAYERS="num_hidden_layers",
-    EXPERTS="num_experts num_local_experts n_routed_experts",
-    COUNT="""first_k_dense_replace max_window_layers shared_intermediate_size moe_layer_freq
-        shared_expert_intermediate_size""",
-    POSITIVE="""rms_norm_eps routed_scaling_factor swiglu_alpha swiglu_limit query_pre_attn_scalar
-        layernorm_full_attention_beta layernorm_linear_attention_beta layernorm_mlp_beta""",
-    POSITIVE_or_null="partial_rotary_factor final_logit_softcapping attn_logit_softcapping",
-    THETA="rope_theta rope_local_base_freq",
-    FLAG="""attention_bias mlp_bias tie_word_embeddings use_sliding_window norm_topk_prob use_qk_norm
-        rope_interleave rope_interleaved use_routing_bias""",
-    FLAG_or_null="use_bidirectional_attention",
-    TEXT="hidden_act hidden_activation",
-    TEXT_or_null="scoring_func topk_method qk_norm_type model_type",
-    TEXTS="architectures",
-    TEXTS_or_null="layer_types mlp_layer_types",
-    COUNTS_or_null="mlp_only_layers attn_type_list",
-    TOKEN="bos_token_id eos_token_id pad_token_id",
-    OBJECT="text_config",
-    OBJECT_or_null="quantization_config auto_map",
-) | {"rope_scaling": ROPE, "rope_parameters": ROPE}
-
-OBJECT_FILE: Table = table(OBJECT_or_null="quantization")  # of hf_quant_config.json
 
 # Fields that do not change what the forward pass computes: bookkeeping, training, generation, other runtimes.
 _HARMLESS = """
@@ -130,23 +203,7 @@ _HARMLESS = """
 HARMLESS = frozenset(_HARMLESS.split())
 
 
-def check_types(found: Any, where: str, types: Table, place: str = "") -> None:
-    """EyasError naming the first field of an object whose value is not of its type."""
-    if not isinstance(found, dict):
-        raise EyasError(f"{where} is {short(found)}, expected a JSON object; fetch it again")
-    for name, value in found.items():
-        kind = types.get(name)
-        if kind is None:
-            continue
-        if isinstance(kind, Mapping):
-            if value is not None and not isinstance(value, dict):
-                raise EyasError(f"{where}: {place}{name} is {short(value)}, expected an object or null")
-            check_types(value or {}, where, kind, f"{place}{name}.")
-        elif not (kind.null if value is None else kind.fits(value)):
-            raise EyasError(f"{where}: {place}{name} is {short(value)}, expected {kind.words}")
-
-
 def short(value: Any) -> str:
-    """A value on a line of its own."""
+    """A value for a message."""
     text = json.dumps(value)
     return text if len(text) < 60 else text[:57] + "..."
