@@ -7,7 +7,8 @@ from dump.target.complete import complete
 from dump.target.dense import ACTIVATIONS, Dense
 from dump.target.fields import Fields
 from dump.target.gqa import Gqa
-from dump.target.moe import GatedExperts
+from dump.target.moe import GatedExperts, Moe
+from dump.target.routing import Router
 from dump.target.spec import Layer, Norm, Rope, TargetConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -87,6 +88,9 @@ def layer_types(f: Fields, *known: str, name: str = "layer_types") -> list[str]:
 
 def model(f: Fields, layers: Sequence[Layer], **more) -> TargetConfig:
     """The whole target."""
+    for layer in set(layers):
+        if isinstance(layer.feed_forward, Moe):
+            _check_router(f, layer.feed_forward.router)
     if f.dynamic_limit:
         reason = "dynamic RoPE scaling changes with the length beyond max_position_embeddings"
         more = {"max_length": f.dynamic_limit, "max_length_reason": reason} | more
@@ -100,3 +104,14 @@ def model(f: Fields, layers: Sequence[Layer], **more) -> TargetConfig:
         text=f.raw,
         **({"tied": f.get("tie_word_embeddings")} | more),
     )
+
+
+def _check_router(f: Fields, router: Router) -> None:
+    """EyasError if it could not choose as many experts as it shall."""
+    each, rest = divmod(router.experts, router.groups)
+    open_ = each * min(router.groups_kept, router.groups)
+    if rest or router.top_k > open_ or (router.groups > 1 and router.group_best > each):
+        raise EyasError(
+            f"{f.where}: {router.top_k} experts a token cannot be chosen from {router.experts} in "
+            f"{router.groups} groups, {router.groups_kept} of them open; correct the one that is wrong"
+        )

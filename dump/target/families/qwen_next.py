@@ -5,6 +5,7 @@ Behaviour: transformers `models/qwen3_next`.
 
 from dataclasses import replace
 
+from common.errors import EyasError
 from dump.target.deltanet import DeltaNet
 from dump.target.dense import Dense
 from dump.target.families.common import (
@@ -27,6 +28,11 @@ _LINEAR = "linear_attention"
 
 
 def _delta_net(f: Fields) -> DeltaNet:
+    keys, values = f.get("linear_num_key_heads"), f.get("linear_num_value_heads")
+    if values % keys:
+        raise EyasError(
+            f"{f.where}: linear_num_value_heads={values} is no multiple of linear_num_key_heads={keys}"
+        )
     return DeltaNet(
         hidden=f.get("hidden_size"),
         key_heads=f.get("linear_num_key_heads"),

@@ -1,6 +1,8 @@
 """Goldens quantised in every scheme that checkpoints use, beside the same values in float32."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,7 @@ import numpy as np
 from common import safetensors, storage
 from tests.goldens import golden
 
-FLOAT8 = ml_dtypes.float8_e4m3fn
+FLOAT8, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 BLOCK = (16, 8)
 
 
@@ -24,7 +26,7 @@ def compressed(strategy: str, ignore: tuple[str, ...] = ("lm_head",), **more) ->
     }
 
 
-KEPT = "model.layers.1.self_attn.o_proj"  # what the scheme `channel` leaves alone
+KEPT = "model.layers.0.self_attn.o_proj"  # what the scheme `channel` leaves alone
 SCHEMES = {  # name -> (quantization_config, what shares a scale, what the scale is called, its shape if one)
     "block": (
         {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
@@ -40,6 +42,17 @@ SCHEMES = {  # name -> (quantization_config, what shares a scale, what the scale
     "ct_block": (compressed("block", block_structure=list(BLOCK)), "block", "", None),
 }
 MATRIX = re.compile(r"layers\..*(?<!norm)(?<!(?:mlp|moe)\.gate)(?<!conv1d)\.weight$")
+
+
+def first_layers(made: golden.Golden, layers: int) -> golden.Golden:
+    """A golden's model without its later layers."""
+
+    def stays(name: str) -> bool:
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        return number is None or int(number[1]) < layers
+
+    shapes = {name: shape for name, shape in made.shapes.items() if stays(name)}
+    return replace(made, shapes=shapes, config=made.config | {"num_hidden_layers": layers})
 
 
 def _extent(shared: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -60,19 +73,36 @@ def spread(scale: np.ndarray, shared: str, shape: tuple[int, int]) -> np.ndarray
     return np.repeat(np.repeat(scale, rows, 0), columns, 1)[: shape[0], : shape[1]]
 
 
-def folders(name: str, scheme: str, path) -> tuple[str, str]:
-    """The quantised model, and the same values in float32."""
-    whole = golden.write_folder(golden.read(name), path / "whole")
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint writes its scales: their shape from (rows, columns), their name's end, their dtype."""
+
+    shape: Callable[[tuple[int, int]], tuple[int, ...]] | None = None  # None: as the scheme has it
+    suffix: str | None = None
+    dtype: type = np.float32
+
+    def rounded(self, scale: np.ndarray) -> np.ndarray:
+        """Scales that the dtype holds exactly."""
+        if self.dtype is E8M0:
+            return 2.0 ** np.ceil(np.log2(scale))
+        return scale.astype(self.dtype).astype(np.float32)
+
+
+def folders(name: str, scheme: str, path, form: Form = Form(), layers: int = 8) -> tuple[str, str]:
+    """The first layers of a golden quantised, and the same values in float32."""
+    whole = golden.write_folder(first_layers(golden.read(name), layers), path / "whole")
     found = safetensors.Checkpoint.open(whole)
     config, shared, suffix, shape = SCHEMES[scheme]
     stored, plain = {}, {}
     for key in found.tensors:
         stored[key] = plain[key] = value = found.read(key)
         if MATRIX.search(key) and not (scheme == "ct_channel" and key.startswith(KEPT)):
-            scale = scales(value, shared)
+            scale = form.rounded(scales(value, shared)).astype(np.float32)
             stored[key] = (value / spread(scale, shared, value.shape)).astype(FLOAT8)
             plain[key] = stored[key].astype(np.float32) * spread(scale, shared, value.shape)
-            stored[f"{key}_scale{suffix}"] = scale if shape is None else scale.reshape(shape)
+            wanted = form.shape(scale.shape) if form.shape else scale.shape if shape is None else shape
+            end = suffix if form.suffix is None else form.suffix
+            stored[f"{key}_scale{end}"] = scale.reshape(wanted).astype(form.dtype)
     safetensors.write(f"{whole}/model.safetensors", plain)
     about = storage.read_json(f"{whole}/config.json") | {"quantization_config": config}
     storage.write_json(f"{path}/quantised/config.json", about)

@@ -1,5 +1,7 @@
 """Model folders that cannot be run exactly are refused in one line, before anything is allocated."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from dump import target
 from dump.target.families import FAMILIES
+from dump.target.schema import ConfigJson
 from tests.goldens import golden
 
 
@@ -30,6 +33,14 @@ def refused(call, *words: str) -> None:
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def why_refused(folder: str) -> str | None:
+    try:
+        target.read_config(folder)
+    except EyasError as error:
+        return str(error)
+    return None
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
@@ -55,6 +66,100 @@ def test_a_folder_without_config_is_refused(tmp_path):
 )
 def test_what_would_change_the_result_is_refused_by_name(folder, changes, words):
     refused(lambda: target.read_config(edit(folder, **changes)), "config.json", *words)
+
+
+OTHERS = [None, True, "x", "1000", 5, -1, 0, 3.5, 10**12, 10**400, float("nan"), float("inf")]
+OTHERS += [[], ["a"], [1], [[]], {}, {"a": 1}, {"rope_type": []}, {"full_attention": 3}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ConfigJson.__annotations__))
+def test_a_value_of_another_type_is_one_line_or_a_config(name, tmp_path):
+    """Of every field that is read, in every family's own class."""
+    for family in ("llama", "gpt_oss", "gemma3", "glm_moe_dsa", "qwen3_next", "minimax_m2"):
+        for value in OTHERS:
+            text = json.dumps(golden.config(family) | {name: value})
+            (tmp_path / "config.json").write_text(text)
+            told = why_refused(str(tmp_path))
+            assert told is None or ("config.json" in told and "\n" not in told)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("architectures", "LlamaForCausalLM", ['architectures is "LlamaForCausalLM"', "list"]),
+        ("architectures", [3], ["architectures.0 is 3", "string"]),
+        ("architectures", [], ["architectures is []"]),
+        ("rope_scaling", [1], ["rope_scaling is [1]"]),
+        ("rope_scaling", {"rope_type": "linear", "factor": "2"}, ['rope_scaling.factor is "2"', "number"]),
+        ("rope_scaling", {"rope_type": "yarn", "original_max_position_embeddings": 8}, ["factor"]),
+        (
+            "rope_scaling",
+            {"rope_type": "linear", "factor": 0},
+            ["factor is 0", "greater"],
+        ),
+        ("rope_theta", "10000", ['rope_theta is "10000"', "number"]),
+        ("rms_norm_eps", None, ["rms_norm_eps is null"]),
+        ("rms_norm_eps", float("nan"), ["rms_norm_eps is NaN", "finite"]),
+        ("rms_norm_eps", float("inf"), ["rms_norm_eps is Infinity", "finite"]),
+        ("rms_norm_eps", -1e-6, ["rms_norm_eps is -1e-06"]),
+        ("hidden_size", True, ["hidden_size is true"]),
+        ("num_hidden_layers", 10**9, ["num_hidden_layers is 1000000000", "1000"]),
+        ("head_dim", 5, ["head_dim", "5"]),
+        ("partial_rotary_factor", 0.5, ["partial_rotary_factor=0.5", "other servers"]),
+        ("layer_types", ["full_attention"], ["layer_types"]),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 7.0},
+            ["rope_scaling and rope_parameters"],
+        ),
+    ],
+)
+def test_the_line_names_the_field_what_it_is_and_what_is_expected(folder, field, value, words):
+    text = json.dumps(storage.read_json(f"{folder}/config.json") | {field: value})
+    with open(f"{folder}/config.json", "w") as file:
+        file.write(text)
+    refused(lambda: target.read_config(folder), "config.json", *words)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"x"', "NaN", "[" * 5000, '{"a":' * 5000])
+def test_a_file_that_is_no_object_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    refused(lambda: target.read_config(str(tmp_path)), "config.json")
+
+
+def test_two_names_of_a_field_must_agree(tmp_path):
+    config = golden.config("qwen3_moe")
+    storage.write_json(f"{tmp_path}/config.json", config | {"num_local_experts": 12})
+    assert target.read_config(str(tmp_path)).layers[1].feed_forward.router.experts == 12
+    storage.write_json(f"{tmp_path}/config.json", config | {"num_local_experts": 13})
+    refused(lambda: target.read_config(str(tmp_path)), "num_experts=12", "num_local_experts=13")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("deepseek_v3", {"n_group": 5}, ["12 in 5 groups"]),
+        ("deepseek_v3", {"num_experts_per_tok": 9}, ["9 experts a token"]),
+        ("qwen3_moe", {"num_experts_per_tok": 13}, ["13 experts a token", "12"]),
+        ("qwen3_next", {"linear_num_key_heads": 4}, ["linear_num_value_heads=6", "linear_num_key_heads=4"]),
+        ("qwen3", {"num_key_value_heads": 5}, ["num_attention_heads=6", "num_key_value_heads=5"]),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_are_refused(family, changes, words, tmp_path):
+    storage.write_json(f"{tmp_path}/config.json", golden.config(family) | changes)
+    refused(lambda: target.read_config(str(tmp_path)), "config.json", *words)
+
+
+def test_dense_layers_that_servers_count_in_two_ways_are_refused(tmp_path):
+    """transformers' class of GLM-4.7-Flash knows mlp_layer_types alone."""
+    config = golden.config("glm4_moe_lite") | {"first_k_dense_replace": 2}
+    storage.write_json(f"{tmp_path}/config.json", config)
+    refused(lambda: target.read_config(str(tmp_path)), "first_k_dense_replace=2", "1 dense of 8 layers")
+    config["mlp_layer_types"] = ["dense"] * 2 + ["sparse"] * 6
+    storage.write_json(f"{tmp_path}/config.json", config)
+    layers = target.read_config(str(tmp_path)).layers
+    assert [hasattr(layer.feed_forward, "router") for layer in layers] == [False] * 2 + [True] * 6
 
 
 def test_harmless_fields_are_accepted(folder):
