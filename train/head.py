@@ -94,10 +94,14 @@ def head_config(
 
 
 def _rope(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
-    """(scaling or None, theta), from the new or the old fields; of the global layers where there are two."""
+    """(scaling or None, theta), from the new or the old fields; of the global layers where there are two.
+
+    The head rotates all of its dimensions, also where the target rotates a part of its own.
+    """
     new = target.get("rope_parameters") or {}
     rope = dict(new.get("full_attention") or new or target.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or target.get("rope_theta") or 10000.0
+    rope.pop("partial_rotary_factor", None)
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     return None if plain or "mscale" in rope else rope, float(theta)
 

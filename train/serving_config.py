@@ -157,6 +157,11 @@ def limits(head: HeadConfig) -> list[str]:
         found.append(f"sglang-jax and EAGLE's own code cannot take aux layers {list(head.aux_layers)}")
     if len(head.aux_layers) != 3:
         found.append(f"SGLang cannot take {len(head.aux_layers)} aux layers, only three")
+    if head.head_dim * head.num_heads != head.hidden_size:
+        found.append(
+            f"EAGLE's own code cannot take heads of {head.head_dim}: it divides hidden_size "
+            f"{head.hidden_size} by {head.num_heads} heads"
+        )
     scaling = canonical_rope(head.rope)
     if scaling:
         found.append(f"EAGLE's own code cannot take {scaling['rope_type']} RoPE scaling in this form")

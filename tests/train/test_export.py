@@ -10,6 +10,8 @@ from tests.train.served import inverse_frequencies, served_logits
 from tests.train.small_head import IDS, LLAMA3, TARGET, config_of, exported, made, tensors_of, without
 from train.check_export import check
 from train.export import export
+from train.head import head_config
+from train.serving_config import limits, serving_config
 
 T = 11
 
@@ -41,7 +43,8 @@ def test_check_accepts_what_export_writes(folder):
     facts = check(folder, TARGET)
     assert any("15 tensors" in fact and "bfloat16" in fact for fact in facts)
     assert "draft vocabulary: 17 of 61 tokens, d2t and t2d agree" in facts
-    assert not any("cannot" in fact for fact in facts)
+    cannot = [fact for fact in facts if "cannot" in fact]
+    assert cannot == ["EAGLE's own code cannot take heads of 8: it divides hidden_size 24 by 6 heads"]
 
 
 def test_the_card_tells_how_to_serve_and_how_it_was_made(folder):
@@ -163,3 +166,17 @@ def test_a_wrong_head_is_refused_before_anything_is_written(tmp_path, change, me
         export(str(tmp_path / "head"), **change(arguments))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_rotates_all_and_says_so_where_its_target_rotates_a_part():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    target = TARGET | {"rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.25, **scaling}}
+    head = head_config(target, 17, (2, 4, 6))
+    assert (head.rope, head.rope_theta) == (scaling, 5e6)
+    assert serving_config(head, target, "bfloat16")["rope_scaling"] == scaling
+
+
+def test_servers_that_cannot_take_a_head_are_named():
+    square = head_config(TARGET | {"head_dim": 4}, 17, (2, 4, 6))
+    assert limits(square) == []
+    assert "heads of 8" in limits(head_config(TARGET, 17, (2, 4, 6)))[0]
