@@ -168,7 +168,7 @@ DUMP = "dump --store rows --model"
         ("dump --store damaged --model model", "manifest.json"),
         ("dump --store nothing --model model", "nothing"),
         ("verify --store damaged", "manifest.json"),
-        ("export --head nowhere --store rows --out new", "config.json"),
+        ("export --head nowhere --store rows --out new", "run dump"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(place, monkeypatch, command, expected):
