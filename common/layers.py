@@ -3,6 +3,8 @@
 Dimensions: B rows, T positions, N heads, D head_dim, R = half of the rotated dimensions, I in, O out.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +17,33 @@ def precision(*operands: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if any(x.dtype == jnp.float32 for x in operands) else None
 
 
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """jnp.einsum, accumulated and returned in float32; the one way in which the project multiplies arrays."""
-    return jnp.einsum(spec, *operands, precision=precision(*operands), preferred_element_type=jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """jnp.einsum of two arrays, accumulated and returned in float32; every matmul of the project is one.
+
+    Its backward pass multiplies in the operands' dtype too: autodiff would multiply by float32 cotangents.
+    `spec` names every dimension, and each in two of its three parts at least.
+    """
+    return jnp.einsum(spec, a, b, precision=precision(a, b), preferred_element_type=jnp.float32)
+
+
+def _pull_back(spec: str, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = operands
+    (of_a, of_b), of_g = spec.partition("->")[0].split(","), spec.partition("->")[2]
+    g = g.astype(jnp.float32 if jnp.float32 in (a.dtype, b.dtype) else a.dtype)
+    return (
+        einsum(f"{of_g},{of_b}->{of_a}", g, b).astype(a.dtype),
+        einsum(f"{of_g},{of_a}->{of_b}", g, a).astype(b.dtype),
+    )
+
+
+einsum.defvjp(lambda spec, a, b: (einsum(spec, a, b), (a, b)), _pull_back)
 
 
 def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x [..., I] times w transposed, in x's dtype."""
-    return einsum("...i,oi->...o", x, w_OI).astype(x.dtype)
+    lead = "abcdefgh"[: x.ndim - 1]
+    return einsum(f"{lead}i,oi->{lead}o", x, w_OI).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:

@@ -29,10 +29,10 @@ from dump.target.spec import Context
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
 from train import optimizer
+from train.batch import Batch, Frozen
 from train.head import head_config, parameters
 from train.plan import TrainConfig
 from train.step import State, gradient, train_step
-from train.ttt import Batch, Frozen
 
 TOPOLOGIES = {
     "v6e": {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4", 32: "v6e:4x8", 64: "v6e:8x8"},

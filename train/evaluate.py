@@ -18,6 +18,7 @@ from common.progress import Progress, note
 from common.safetensors import Checkpoint
 from common.store import Store
 from train import check_export, ngram
+from train.batch import Frozen, Params
 from train.config import EvaluateConfig
 from train.head import HeadConfig, parameters
 from train.metrics import Sums, add, summarise
@@ -25,7 +26,6 @@ from train.plan import frozen
 from train.serving_config import read_serving_config
 from train.step import score_step
 from train.stream import Stream, Workload
-from train.ttt import Frozen, Params
 
 
 class Evaluator:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.loss import Scores
+from train.targets import drafting_index
 from train.walk import Walk, answers, by_position, lengths, walk
 
 LENGTH = "length_greedy"  # what one head is better by than another
@@ -80,10 +81,10 @@ def shard_sums(
 
 
 def _places(targets_M: jax.Array, valid_MK: jax.Array, n: int) -> jax.Array:
-    """int32 [M, K]: i * K + k of drafting index i = j - 1 - k of target j at step k; n * K where invalid."""
-    step_K = jnp.arange(valid_MK.shape[1], dtype=targets_M.dtype)
-    index_MK = targets_M[:, None] - 1 - step_K[None]
-    return jnp.where(valid_MK, index_MK * len(step_K) + step_K[None], n * len(step_K))
+    """int32 [M, K]: i * K + k of the index i that predicts each target at step k; n * K where invalid."""
+    K = valid_MK.shape[1]
+    place_MK = drafting_index(targets_M, K) * K + jnp.arange(K, dtype=targets_M.dtype)[None]
+    return jnp.where(valid_MK, place_MK, n * K)
 
 
 def _total(x: jax.Array) -> jax.Array:

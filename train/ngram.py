@@ -13,7 +13,7 @@ import numpy as np
 
 from common.store import Store
 from train.metrics import Sums, add, index_sums, summarise
-from train.targets import counted_targets
+from train.targets import at_indices, counted_targets
 
 _ROWS = 256  # read at once
 _NAMES = ("tokens", "segment_ids", "loss_mask", "argmax")
@@ -70,20 +70,11 @@ def fit(store: Store) -> tuple[int, np.ndarray]:
 
 
 def _sums(found: dict[str, np.ndarray], table_V: np.ndarray, steps: int, answer_tokens: int | None) -> Sums:
-    """The sums of rows [B, T]: index i drafts for the targets i+1+k of its document."""
+    """The sums of rows [B, T]: what index i drafts at each step."""
     segments = found["segment_ids"]
     counted = counted_targets(segments, found["loss_mask"])
     right = counted & (table_V[found["tokens"]] == found["argmax"])
     valid_BTK, right_BTK = (
-        np.stack([_ahead(flags, segments, step + 1) for step in range(steps)], -1)
-        for flags in (counted, right)
+        np.stack(list(at_indices(flags, segments, steps)), -1) for flags in (counted, right)
     )
     return _index_sums(valid_BTK, right_BTK, right_BTK.astype(np.float32), counted, segments, answer_tokens)
-
-
-def _ahead(flags_BT: np.ndarray, segments_BT: np.ndarray, by: int) -> np.ndarray:
-    """flags[i + by] at i, where that is the same document; else False."""
-    out = np.zeros_like(flags_BT)
-    if by < flags_BT.shape[1]:
-        out[:, :-by] = flags_BT[:, by:] & (segments_BT[:, by:] == segments_BT[:, :-by])
-    return out

@@ -22,12 +22,12 @@ from common.params import shapes
 from common.storage import require_room
 from common.store import Store
 from train import optimizer
+from train.batch import Frozen, Params
 from train.config import TrainConfig
 from train.head import HeadConfig, head_config, parameters
 from train.init import feature_units, start
 from train.stream import Stream, Workload, order, teaching_arrays
 from train.targets import Capacity
-from train.ttt import Frozen, Params
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000

@@ -12,9 +12,10 @@ import optax
 from jax.sharding import Mesh
 
 from common.mesh import spec
+from train.batch import Batch, Frozen, Params
 from train.head import HeadConfig
 from train.metrics import Sums, shard_sums
-from train.ttt import Batch, Frozen, Params, shard_counts, shard_loss, shard_scores, teacher
+from train.ttt import shard_counts, shard_loss, shard_scores, teacher
 
 _ROW = spec(("row",))
 _ALL = spec(())

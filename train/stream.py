@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from common.errors import EyasError
 from common.mesh import sharding
 from common.store import Store
+from train.batch import Batch
 from train.targets import Capacity, compact, counted_targets, live_queries, round_up
-from train.ttt import Batch
 
 AHEAD = 3  # batches in flight: one in use by the device, one ready, one being read
 _MASKS = 4096  # rows whose masks are looked at together

@@ -1,22 +1,37 @@
-"""Which positions a batch has to compute: found on the host from masks alone, at static capacities.
+"""Which positions a batch has to compute, and how indices, steps and targets lie to each other.
 
-Two facts of TTT make most of a prompt's work needless: a query of step k sees only step 0's keys and its own
-index, so an index that never predicts a counted token needs keys and nothing else; and a target position is
-shared by all K steps, so its teacher is needed once.
+**The alignment**, which everything else takes from here: index i at TTT step k reads the token at position
+j = i + 1 + k, is taught by the target's output at j, and so predicts token j + 1 = i + 2 + k.
 
-Index i at step k predicts token i+2+k; its teacher is the target's output at position j = i+1+k.
+A position is a *target* if it counts: its next token belongs to an answer. An index is *live* if it drafts:
+one of its K targets counts. Two facts of TTT make the rest needless: a query of step k sees only step 0's
+keys and its own index, so an index that is not live needs keys and nothing else; and a target is shared by
+all K steps, so its teacher is needed once. Both are found on the host from masks alone, at static capacities.
+
+Dimensions: R and B rows, T positions, n = B * T, C live indices, M targets, K steps.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-PAD_TO = 128  # capacities are multiples of this, a matmul tile
+from train.batch import Batch
+
+CHUNK = 128  # capacities are multiples of this, and the loss takes so many targets at once: a matmul's tile
+
+
+def ahead(step: int) -> int:
+    """How far an index's target is ahead of it at TTT step `step`."""
+    return 1 + step
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Static sizes of one data shard's compacted work: live query indices and counted target positions."""
+    """Static sizes of one data shard's compacted work: live indices and targets."""
 
     live: int
     targets: int
@@ -25,10 +40,10 @@ class Capacity:
 def counted_targets(
     segments_RT: np.ndarray, loss_mask_RT: np.ndarray, compat: str | None = None
 ) -> np.ndarray:
-    """bool [R, T]: teacher positions j whose next token j+1 belongs to an answer of the same document.
+    """bool [R, T]: targets, the positions j whose next token j + 1 belongs to an answer of their document.
 
     `compat="specforge"` reproduces that trainer's mask, which is not moved at step 0: position j counts when
-    the token *before* it, j-1, is masked in.
+    the token *before* it, j - 1, is masked in.
     """
     counted = np.zeros(loss_mask_RT.shape, bool)
     same = (segments_RT[:, 1:] == segments_RT[:, :-1]) & (segments_RT[:, 1:] > 0)
@@ -39,18 +54,23 @@ def counted_targets(
     return counted
 
 
+def at_indices(flags_RT: np.ndarray, segments_RT: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    """bool [R, T] for each step: the flag of every index's target; False where its document has none."""
+    for by in map(ahead, range(steps)):
+        found = np.zeros(flags_RT.shape, bool)
+        same = (segments_RT[:, by:] == segments_RT[:, :-by]) & (segments_RT[:, by:] > 0)
+        found[:, :-by] = flags_RT[:, by:] & same
+        yield found
+
+
 def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) -> np.ndarray:
-    """bool [R, T]: indices i with a counted target among positions i+1 .. i+steps of their document."""
-    live = np.zeros(counted_RT.shape, bool)
-    for ahead in range(1, min(steps, live.shape[1] - 1) + 1):
-        same = segments_RT[:, ahead:] == segments_RT[:, :-ahead]
-        live[:, :-ahead] |= counted_RT[:, ahead:] & same
-    return live
+    """bool [R, T]: live indices, those with a counted target at one of the steps."""
+    return reduce(np.logical_or, at_indices(counted_RT, segments_RT, steps))
 
 
 def round_up(count: int) -> int:
-    """The smallest multiple of PAD_TO that holds `count`, at least one tile."""
-    return max(1, -(-count // PAD_TO)) * PAD_TO
+    """The smallest multiple of CHUNK that holds `count`, at least one."""
+    return max(1, -(-count // CHUNK)) * CHUNK
 
 
 def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
@@ -65,3 +85,26 @@ def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
         assert len(found) <= capacity, (len(found), capacity)
         out[shard, : len(found)] = found
     return out.reshape(-1)
+
+
+def drafting_index(targets_M: jax.Array, steps: int) -> jax.Array:
+    """int32 [M, K]: the flat index that predicts each target at each step, whether or not there is one."""
+    by_K = np.array([ahead(step) for step in range(steps)], np.int32)
+    return targets_M[:, None] - by_K[None]
+
+
+def valid_targets(batch: Batch, steps: int) -> jax.Array:
+    """bool [M, K]: whether a real target is predicted at a step, by an index of its own document."""
+    n, (rows, T) = batch.tokens.size, batch.tokens.shape
+    document_n = (batch.segment_ids + (T + 1) * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(n)
+    index_MK = drafting_index(batch.targets, steps)
+    same_MK = (
+        document_n.at[index_MK].get(mode="clip") == document_n.at[batch.targets].get(mode="clip")[:, None]
+    )
+    return (batch.targets < n)[:, None] & (index_MK >= 0) & same_MK
+
+
+def slots(places_C: jax.Array, n: int) -> jax.Array:
+    """int32 [n]: where in `places` a flat position stands; C where it does not."""
+    C = places_C.shape[0]
+    return jnp.full((n,), C, jnp.int32).at[places_C].set(jnp.arange(C, dtype=jnp.int32), mode="drop")

@@ -14,13 +14,13 @@ from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import note
 from train import optimizer
+from train.batch import Batch
 from train.evaluate import Evaluator
 from train.export import export
 from train.metrics import LENGTH, better
 from train.plan import Plan, frozen
 from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
-from train.ttt import Batch
 
 
 class Trainer:

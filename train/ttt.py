@@ -19,39 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import attend
+from common.codec import decode
 from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
+from train.batch import Batch, Frozen, Params, pick
 from train.head import HeadConfig
 from train.light import light
-from train.loss import Scores, Teacher, score, weighted_loss
-
-Params = dict[str, jax.Array]
-
-
-class Batch(NamedTuple):
-    """One shard's rows as the store has them, and their plan (see train/targets.py)."""
-
-    tokens: jax.Array  # int32 [B, T]
-    segment_ids: jax.Array  # int32 [B, T]; 0 is padding
-    positions: jax.Array  # int32 [B, T]
-    aux_hidden: jax.Array  # [B, T, A, H]
-    aux_scale: jax.Array | None  # float32 [B, T, A] where aux_hidden is float8
-    last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
-    last_scale: jax.Array | None  # float32 [B, T]
-    draft_logits: jax.Array | None  # [B, T, V]
-    argmax: jax.Array  # int32 [B, T], target ids
-    logsumexp: jax.Array  # float32 [B, T]
-    live: jax.Array  # int32 [C], flat indices; n where free
-    targets: jax.Array  # int32 [M], flat positions; n where free
-    count: jax.Array  # int32 [1], how many targets are real
-
-
-class Frozen(NamedTuple):
-    """What the head takes from the target and never trains."""
-
-    embed: jax.Array  # [vocabulary, H]
-    lm_head: jax.Array | None  # [V, H], the draft vocabulary's rows; None where stored logits teach
-    draft_index: jax.Array  # int32 [vocabulary]: a token's place in the draft vocabulary, or -1
+from train.loss import Scores, Teacher, cross_entropy, score, weighted_loss
+from train.targets import ahead, drafting_index, slots, valid_targets
 
 
 @jax.custom_vjp
@@ -65,12 +40,6 @@ rearrange.defvjp(
     lambda x, there, back: (rearrange(x, there, back), back),
     lambda back, g: (g.at[back].get(mode="fill", fill_value=0), None, None),
 )
-
-
-def slots(live_C: jax.Array, n: int) -> jax.Array:
-    """int32 [n]: where in `live` a flat index stands; C where it does not."""
-    C = live_C.shape[0]
-    return jnp.full((n,), C, jnp.int32).at[live_C].set(jnp.arange(C, dtype=jnp.int32), mode="drop")
 
 
 def _ahead(x: jax.Array, by: int, fill: int) -> jax.Array:
@@ -123,9 +92,7 @@ class _Places(NamedTuple):
 
 def _aux(batch: Batch, dtype: Any) -> jax.Array:
     """Aux states side by side, [n, A * H]."""
-    aux = batch.aux_hidden
-    if batch.aux_scale is not None:
-        aux = aux.astype(jnp.float32) * batch.aux_scale[..., None]
+    aux = decode(batch.aux_hidden, batch.aux_scale)
     return aux.astype(dtype).reshape(aux.shape[0] * aux.shape[1], -1)
 
 
@@ -174,7 +141,8 @@ def _advance(c: HeadConfig, at: _Places, step: int, shared: _Shared, state, keys
         return rms_norm(x, p[name], c.rms_eps)
 
     width = N * D if step == 0 else shared.by_state.shape[0]  # step 0 has its keys
-    token_CX = rearrange(shared.token_nX, at.live + 1 + step, _ahead(at.slot, 1 + step, C))[:, :width]
+    by = ahead(step)
+    token_CX = rearrange(shared.token_nX, at.live + by, _ahead(at.slot, by, C))[:, :width]
     x = linear(normed(state, "midlayer.hidden_norm.weight"), shared.by_state[:width]) + token_CX
     q_CND, own = _rope(x[:, : N * D].reshape(C, N, D), at.positions_C + step, c), ()
     if step:
@@ -191,48 +159,31 @@ def _advance(c: HeadConfig, at: _Places, step: int, shared: _Shared, state, keys
     return state, own, normed(state, "norm.weight")
 
 
-def at_targets(z_KCH: list[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(z [M, K, H] of the index that predicts each target at each step, valid bool [M, K]).
-
-    Target j at step k is predicted by index j-1-k, valid if that is in j's document and j is a real target.
-    """
-    C, n = batch.live.shape[0], batch.tokens.size
-    slot, segments = slots(batch.live, n), batch.segment_ids.reshape(n)
-    rows = jnp.arange(n, dtype=jnp.int32) // batch.tokens.shape[1]
-    M = batch.targets.shape[0]
-    target_slot = slots(batch.targets, n)
-    states, valids = [], []
+def at_targets(z_KCH: list[jax.Array], batch: Batch, valid_MK: jax.Array) -> jax.Array:
+    """z [M, K, H] of the index that predicts each target at each step; zeros where that is not valid."""
+    C, M, n = batch.live.shape[0], batch.targets.shape[0], batch.tokens.size
+    slot, target_slot = slots(batch.live, n), slots(batch.targets, n)
+    index_MK = drafting_index(batch.targets, len(z_KCH))
+    states = []
     for step, z_CH in enumerate(z_KCH):
-        index = batch.targets - 1 - step
-        inside = (batch.targets < n) & (index >= 0)
-        i, j = jnp.clip(index, 0, n - 1), jnp.clip(batch.targets, 0, n - 1)
-        valid = inside & (segments[i] == segments[j]) & (rows[i] == rows[j])
-        # the inverse: live index i at this step is read by target i+1+step
-        reader = batch.live + 1 + step
-        same = (reader < n) & (
-            segments[jnp.clip(reader, 0, n - 1)] == segments[jnp.clip(batch.live, 0, n - 1)]
-        )
-        same &= rows[jnp.clip(reader, 0, n - 1)] == rows[jnp.clip(batch.live, 0, n - 1)]
-        back = jnp.where(same, target_slot[jnp.clip(reader, 0, n - 1)], M)
-        states.append(rearrange(z_CH, jnp.where(valid, slot[i], C), back))
-        valids.append(valid)
-    return jnp.stack(states, 1), jnp.stack(valids, 1)
+        there = jnp.where(valid_MK[:, step], slot.at[index_MK[:, step]].get(mode="clip"), C)
+        back = target_slot.at[batch.live + ahead(step)].get(mode="fill", fill_value=M)
+        is_read = valid_MK[:, step].at[back].get(mode="fill", fill_value=False)
+        states.append(rearrange(z_CH, there, jnp.where(is_read, back, M)))
+    return jnp.stack(states, 1)
 
 
 def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
     """The teacher of every target; free places hold zeros."""
-    n = batch.tokens.size
-
-    def pick(x):
-        return x.reshape(n, *x.shape[2:]).at[batch.targets].get(mode="fill", fill_value=0)
-
-    index = frozen.draft_index[pick(batch.argmax)]
+    index, logsumexp = (
+        frozen.draft_index[pick(batch.argmax, batch.targets)],
+        pick(batch.logsumexp, batch.targets),
+    )
     if frozen.lm_head is None:
-        return Teacher(None, None, pick(batch.draft_logits), pick(batch.logsumexp), index)
-    hidden = pick(batch.last_hidden)
-    if batch.last_scale is not None:
-        hidden = hidden.astype(jnp.float32) * pick(batch.last_scale)[:, None]
-    return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, pick(batch.logsumexp), index)
+        return Teacher(None, None, pick(batch.draft_logits, batch.targets), logsumexp, index)
+    scale = None if batch.last_scale is None else pick(batch.last_scale, batch.targets)
+    hidden = decode(pick(batch.last_hidden, batch.targets), scale)
+    return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, logsumexp, index)
 
 
 class StepSums(NamedTuple):
@@ -255,26 +206,28 @@ def shard_loss(
 
     `weight_K` float32 is decay^k over the number of counted positions of step k in the whole batch.
     """
-    z_MKH, valid_MK = at_targets(rollout(c, params, frozen, batch, weight_K.shape[0], dtype), batch)
+    valid_MK = valid_targets(batch, weight_K.shape[0])
+    z_MKH = at_targets(rollout(c, params, frozen, batch, weight_K.shape[0], dtype), batch, valid_MK)
     taught = teacher(frozen, batch, dtype)
     counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
+    lm_head = params["lm_head.weight"].astype(dtype)
     loss, per_MK, correct_MK = weighted_loss(
-        z_MKH, params["lm_head.weight"].astype(dtype), counts_MK * weight_K[None], taught, batch.count[0]
+        cross_entropy, z_MKH, lm_head, counts_MK * weight_K[None], taught, batch.count[0]
     )
     return loss, StepSums((per_MK * counts_MK).sum(0), (correct_MK * counts_MK).sum(0), counts_MK.sum(0))
 
 
 def shard_counts(frozen: Frozen, batch: Batch, steps: int) -> jax.Array:
-    """float32 [K]: this shard's counted positions of every step, from indices alone."""
-    _, valid_MK = at_targets([jnp.zeros((batch.live.shape[0], 0))] * steps, batch)
-    known = frozen.draft_index[batch.argmax.reshape(-1).at[batch.targets].get(mode="fill", fill_value=0)] >= 0
-    return (valid_MK & known[:, None]).sum(0).astype(jnp.float32)
+    """float32 [K]: this shard's counted targets of every step, from positions alone."""
+    known_M = frozen.draft_index[pick(batch.argmax, batch.targets)] >= 0
+    return (valid_targets(batch, steps) & known_M[:, None]).sum(0).astype(jnp.float32)
 
 
 def shard_scores(
     c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
 ) -> tuple[Scores, jax.Array]:
     """(Scores [M, K], valid [M, K]) of a shard's targets, those outside of the draft vocabulary included."""
-    z_MKH, valid_MK = at_targets(rollout(c, params, frozen, batch, steps, dtype), batch)
+    valid_MK = valid_targets(batch, steps)
+    z_MKH = at_targets(rollout(c, params, frozen, batch, steps, dtype), batch, valid_MK)
     lm_head = params["lm_head.weight"].astype(dtype)
     return score(z_MKH, lm_head, teacher(frozen, batch, dtype), batch.count[0]), valid_MK

@@ -1,6 +1,6 @@
 """TTT as one would write it down at first: every position at every step, every logit held, autodiff.
 
-The measure for the trainer's speed and memory; it must give the same loss. Dimensions as in train/ttt.py,
+The measure for the trainer's speed and memory; it must give the same loss. Dimensions as in train/batch.py,
 S keys.
 """
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from common.layers import apply_rope, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
+from train.batch import Batch, Frozen, Params
 from train.head import HeadConfig
-from train.ttt import Batch, Frozen, Params
 
 
 def _shift(x_BT: jax.Array, by: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Figures of a training step: how near to the machine's matmul rate, and beside a plain implementation.
 
 The size at which the public PyTorch trainers were measured: H=512, draft vocabulary 8,000, 4 x 512 tokens,
-K=7, float32, every position counted. Dimensions as in train/ttt.py.
+K=7, float32, every position counted. Dimensions as in train/batch.py.
 """
 
 import time
@@ -18,10 +18,10 @@ from common.params import initialise
 from common.progress import note
 from pipelines.bench import plain
 from train import optimizer
+from train.batch import Batch, Frozen
 from train.head import HeadConfig, parameters
 from train.step import State, gradient, train_step
 from train.targets import compact, counted_targets, live_queries, round_up
-from train.ttt import Batch, Frozen
 
 DECAY, REPEATS = 0.8, 3
 

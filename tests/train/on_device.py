@@ -7,8 +7,8 @@ from jax.sharding import Mesh
 
 from common.mesh import sharding
 from tests.train.problem import Problem
+from train.batch import Batch, Frozen
 from train.targets import compact, counted_targets, live_queries, round_up
-from train.ttt import Batch, Frozen
 
 STEPS = 3
 

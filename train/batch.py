@@ -1,0 +1,42 @@
+"""What a training step is given: one shard of rows, and what of the target stays as it is.
+
+Dimensions: B rows, T positions, n = B * T, A aux states, H hidden size, C live indices, M targets, V the
+target's vocabulary, D the draft's.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+Params = dict[str, jax.Array]
+
+
+class Batch(NamedTuple):
+    """One shard's rows as the store has them, and which of their positions count (see train/targets.py)."""
+
+    tokens: jax.Array  # int32 [B, T]
+    segment_ids: jax.Array  # int32 [B, T]; 0 is padding
+    positions: jax.Array  # int32 [B, T]
+    aux_hidden: jax.Array  # [B, T, A, H]
+    aux_scale: jax.Array | None  # float32 [B, T, A] where aux_hidden is float8
+    last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
+    last_scale: jax.Array | None  # float32 [B, T]
+    draft_logits: jax.Array | None  # [B, T, D]
+    argmax: jax.Array  # int32 [B, T], target ids
+    logsumexp: jax.Array  # float32 [B, T]
+    live: jax.Array  # int32 [C], flat indices; n where free
+    targets: jax.Array  # int32 [M], flat positions; n where free
+    count: jax.Array  # int32 [1], how many targets are real
+
+
+class Frozen(NamedTuple):
+    """What the head takes from the target and never trains."""
+
+    embed: jax.Array  # [V, H]
+    lm_head: jax.Array | None  # [D, H], the draft vocabulary's rows; None where stored logits teach
+    draft_index: jax.Array  # int32 [V]: a token's place in the draft vocabulary, or -1
+
+
+def pick(x: jax.Array, at: jax.Array) -> jax.Array:
+    """x [B, T, ...] at flat positions `at`, zeros where that is a free place."""
+    return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
