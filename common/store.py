@@ -15,6 +15,7 @@ checks all.
 import hashlib
 import io
 import json
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -255,16 +256,27 @@ class Store:
         found = zarr.row_sums(values)
         bad = [row for row, f, w in zip(rows.tolist(), found, wanted, strict=True) if f != w]
         if bad:
-            raise EyasError(f"{self.url}: {name} rows {bad}: damaged on disk (checksums differ); {_REPAIR}")
+            raise EyasError(
+                f"{self.url}: {name} rows {zarr.some(bad)}: damaged on disk (checksums differ); {_REPAIR}"
+            )
+
+    def row_bytes(self, name: str) -> int:
+        """The bytes of a row of an array."""
+        _, described = self._described(name)
+        return math.prod(described["shape"][1:]) * np.dtype(described["dtype"]).itemsize
+
+    def _described(self, name: str) -> tuple[str, dict[str, Any]]:
+        """(folder, the manifest's entry) of an array [R, T, ...]."""
+        arrays = {n: ("rows", self.manifest["rows"]["arrays"][n]) for n in COLUMNS}
+        if name not in arrays:
+            arrays |= {n: ("features", array) for n, array in self.features["arrays"].items()}
+        if name not in arrays:
+            raise EyasError(f"{self.url} has no array {name}; it has {', '.join(arrays)}")
+        return arrays[name]
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open:
-            arrays = {n: ("rows", self.manifest["rows"]["arrays"][n]) for n in COLUMNS}
-            if name not in arrays:
-                arrays |= {n: ("features", array) for n, array in self.features["arrays"].items()}
-            if name not in arrays:
-                raise EyasError(f"{self.url} has no array {name}; it has {', '.join(arrays)}")
-            section, described = arrays[name]
+            section, described = self._described(name)
             self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", described)
         return self._open[name]
 

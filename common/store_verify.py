@@ -10,7 +10,7 @@ from common.manifest import COLUMNS
 from common.progress import Progress
 from common.store import Store
 
-_ROWS = 16  # rows held at once
+_BYTES = 256 << 20  # read at once
 
 
 def verify(url: str) -> dict[str, Any]:
@@ -56,7 +56,8 @@ def verify(url: str) -> dict[str, Any]:
 
 def _rows(store: Store, name: str, rows: range) -> int:
     """The bytes of an array's rows; reading compares each with its sum."""
-    parts = (range(start, min(start + _ROWS, rows.stop)) for start in range(rows.start, rows.stop, _ROWS))
+    at_once = max(1, _BYTES // store.row_bytes(name))
+    parts = (range(start, min(start + at_once, rows.stop)) for start in range(rows.start, rows.stop, at_once))
     return sum(store.read([name], part)[name].nbytes for part in parts)
 
 

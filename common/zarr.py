@@ -26,6 +26,7 @@ from common.errors import EyasError
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
 SHARD_BYTES = 64 << 20  # of arrays that have no blocks
+_NAMED = 8  # rows that an error names
 _BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
@@ -128,14 +129,19 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
 
 def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) -> None:
     """Finds which rows of a failed request are unreadable, and raises EyasError."""
-    bad = []
-    for row in rows:
+    bad, requests = [], [(row, array[row].read()) for row in rows]
+    for row, request in requests:
         try:
-            array[row].read().result()
+            request.result()
         except ValueError as found:
             bad, error = [*bad, row], found
-    named = f"row {rows[0]}" if len(rows) == 1 else f"rows {bad or list(rows)}"
+    named = f"row {rows[0]}" if len(rows) == 1 else f"rows {some(bad or list(rows))}"
     raise EyasError(f"{name} {named}: missing or damaged on disk ({storage.reason(error)})") from error
+
+
+def some(rows: list[int]) -> str:
+    """The rows, or the first of many and how many they are."""
+    return str(rows) if len(rows) <= _NAMED else f"{rows[:_NAMED]} and {len(rows) - _NAMED:,} more"
 
 
 def row_sums(array: np.ndarray) -> list[int]:
