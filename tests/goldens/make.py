@@ -29,29 +29,36 @@ def checkpoint_shapes(config: transformers.PretrainedConfig, folder: str) -> dic
         return {name: [s.get_shape(), s.get_dtype()] for name, s in slices.items()}
 
 
-def make(name: str) -> None:
-    """Writes one golden."""
-    raw = golden.config(name)
+def computed(name: str, raw: dict, tokens: np.ndarray, weights: dict | None = None) -> golden.Golden:
+    """What transformers computes with a config.json and `weights` (None: those of their names)."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
         config = transformers.AutoConfig.from_pretrained(folder)
         shapes = checkpoint_shapes(config, folder)
-        weights = {key: tensor(key, tuple(shape), dtype) for key, (shape, dtype) in shapes.items()}
+        weights = weights or {key: tensor(key, tuple(shape), dtype) for key, (shape, dtype) in shapes.items()}
         save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
         plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
-    layers = raw["num_hidden_layers"]
+    layers = config.num_hidden_layers
     aux_layers = (2, layers // 2, layers - 3)
-    tokens = np.random.RandomState(7).randint(0, raw["vocab_size"], sum(DOCUMENTS)).astype(np.int32)
     expected = [run(model, document, aux_layers) for document in np.split(tokens, np.cumsum(DOCUMENTS)[:-1])]
     arrays = {key: np.concatenate([e[key] for e in expected]) for key in expected[0]}
-    about = {"config": raw, "shapes": shapes, "aux_layers": aux_layers, "made_with": transformers.__version__}
+    return golden.Golden(name, raw, shapes, aux_layers, tokens, arrays)
+
+
+def make(name: str) -> None:
+    """Writes one golden."""
+    raw = golden.config(name)
+    tokens = np.random.RandomState(7).randint(0, raw["vocab_size"], sum(DOCUMENTS)).astype(np.int32)
+    made = computed(name, raw, tokens)
+    about = {"config": raw, "shapes": made.shapes, "aux_layers": made.aux_layers}
+    about["made_with"] = transformers.__version__
     save_file(
-        {"tokens": tokens, **arrays},
+        {"tokens": tokens, **made.expected},
         golden.HERE / f"{name}.safetensors",
         {key: json.dumps(value) for key, value in about.items()},
     )
-    print(f"{name}: |logits| {np.abs(arrays['logits']).mean():.3g}")
+    print(f"{name}: |logits| {np.abs(made.expected['logits']).mean():.3g}")
 
 
 @torch.no_grad()
