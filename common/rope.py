@@ -41,6 +41,8 @@ def check_scaling(scaling: dict[str, Any] | None) -> str:
     missing = _FIELDS[kind] - _OPTIONAL - given
     if missing:
         raise EyasError(f"RoPE scaling {kind!r} lacks {min(missing)!r}; complete config.json")
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise EyasError("RoPE scaling 'llama3' needs low_freq_factor below high_freq_factor; correct them")
     return kind
 
 

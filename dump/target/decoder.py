@@ -86,7 +86,7 @@ def _local(cfg, aux_layers, tp, weights, tokens_BT, segment_ids_BT, positions_BT
     """The forward pass of one chip's rows and of its share of the weights."""
     context = Context(segment_ids_BT, positions_BT, tp)
     h_BTH = _embed(cfg, weights["embed_tokens"], tokens_BT, context)
-    # One slot a wanted state, and one more that all other layers overwrite.
+    # A slot for each wanted state, and a last one that all other layers overwrite.
     slots = [aux_layers.index(k) if k in aux_layers else len(aux_layers) for k in range(cfg.num_layers + 1)]
     kept = jnp.stack([h_BTH] * (len(aux_layers) + 1))
     for number, found in enumerate(group(cfg.layers)):

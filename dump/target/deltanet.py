@@ -72,7 +72,7 @@ class DeltaNet:
     def _convolve(
         self, kernel_C1K: jax.Array, parts: tuple[jax.Array, ...], context: Context
     ) -> list[jax.Array]:
-        """silu of each channel summed over its last positions in the document; parts are [B, T, heads, n]."""
+        """silu of each channel convolved over its document's last positions; parts are [B, T, heads, n]."""
         done, start = [], 0
         for x, width in zip(parts, (self.key_dim, self.key_dim, parts[2].shape[-1]), strict=True):
             ours = x.shape[2] * width

@@ -1,4 +1,4 @@
-"""Layers of like kinds are computed by one scan: a model is a few groups, a group a period that repeats."""
+"""Equal layers are computed by one scan: a model is a few groups, and a group is a period that repeats."""
 
 from dataclasses import dataclass
 

@@ -20,9 +20,9 @@ from dump.target.routing import Router
 from dump.target.spec import Context, TargetConfig, Weight
 
 EXPERTS = "mlp.experts"
-SORTED_VALUES = 1 << 29  # of sorted rows at a time (S * H): 1 GiB in bf16, results three times as much
-BLOCKS = 8  # of rows that a chip with its share of all rows computes: what is wasted is a part of one
-LEAST_ROWS = 512  # of a block: smaller ones would leave the matrix units waiting for weights
+SORTED_VALUES = 1 << 29  # the most that S * H may be at once: 1 GiB in bfloat16, and 3 GiB of results
+BLOCKS = 8  # in which a chip computes an average share of the rows; only the last is partly wasted
+LEAST_ROWS = 512  # in a block: with fewer, the matrix units would wait for weights
 
 
 class Experts(Protocol):
@@ -121,7 +121,7 @@ class ClampedExperts:
 
 @dataclass(frozen=True)
 class Moe:
-    """The experts that the router chooses, plus an expert that every token shares."""
+    """The experts that the router chooses, and an expert that every token goes to."""
 
     router: Router
     experts: Experts
@@ -158,7 +158,10 @@ class Moe:
         return context.gather(ids), context.gather(weights)
 
     def _routed(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
-        """This chip's share of the chosen experts' weighted sum, so many tokens at a time that they fit."""
+        """This chip's share of the chosen experts' weighted sum.
+
+        Tokens are computed in parts, so that the sorted rows of one part are at most SORTED_VALUES values.
+        """
         M, H = x_MH.shape
         parts = -(-M * self.router.top_k * H // SORTED_VALUES)
         if parts == 1:
@@ -169,18 +172,18 @@ class Moe:
             padded = jnp.pad(x, ((0, parts * size - M), (0, 0)), constant_values=fill)
             return padded.reshape(parts, size, -1)
 
-        nobody = self.router.experts  # the number of no expert: what is filled in goes nowhere
+        nobody = self.router.experts  # a number that no expert has: rows that only fill the part go nowhere
         cuts = cut(x_MH, 0), cut(ids_Mk, nobody), cut(weights_Mk, 0)
         y_PMH = jax.lax.map(lambda part: self._part(w, *part, context), cuts)
         return y_PMH.reshape(-1, H)[:M]
 
     def _part(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
-        """`_routed` of some tokens: sorted by expert, multiplied, brought back and summed."""
+        """The weighted sum for one part: rows sorted by expert, multiplied, put back in order and summed."""
         held, first, spread = self.router.experts, jnp.int32(0), 1
         if context.tp and self.split == "expert":
             held, spread = held // context.tp, context.tp
             first = context.chip() * held
-        # Experts of other chips get the number `held`: their rows come behind ours and belong to no group.
+        # Experts of other chips get the number `held`, so that their rows are sorted behind all of ours.
         ours_Mk = (ids_Mk >= first) & (ids_Mk < first + held)
         local_S = jnp.where(ours_Mk, ids_Mk - first, held).reshape(-1)
         order_S = jnp.argsort(local_S, stable=True)
@@ -198,10 +201,10 @@ class Moe:
         return total_MH.astype(x_MH.dtype)
 
     def _sorted(self, w, x_MH, order_S, sorted_S, sizes_E, spread: int) -> jax.Array:
-        """The experts' results [S or more, H] of sorted rows; those of no expert of ours are undefined.
+        """The experts' results [S or more, H] of sorted rows; rows behind those of our experts are undefined.
 
-        Where only about 1 / `spread` of the rows is ours, blocks of rows are computed until ours are done:
-        any number of them may be, and the usual number is what is paid for.
+        With `spread` > 1 about one row in `spread` is ours. Blocks of rows are then computed until all of
+        ours are done: any number of rows may be ours, and the time taken follows that number.
         """
         k = self.router.top_k
         if spread == 1:

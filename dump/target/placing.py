@@ -107,7 +107,7 @@ def _write(whole: jax.Array, part: jax.Array, start: tuple[int, ...], transposed
 
 
 def _pieces(boxes: set[Box], itemsize: int) -> list[Box]:
-    """Boxes of at most about PIECE bytes that cover all `boxes` and little else, each part once."""
+    """Boxes of at most about PIECE bytes that together cover `boxes`, no part of them twice."""
     around = _around(boxes)
     sizes = _shape(around)
     axis = next((i for i in range(len(sizes)) if math.prod(sizes[i + 1 :]) * itemsize <= PIECE), len(sizes))

@@ -22,7 +22,7 @@ class Router:
 
     `selected_softmax`: the softmax is taken over the chosen logits alone. `correction`: a bias that counts
     in the choice and not in the weights. `groups`: only experts of the `groups_kept` best groups can be
-    chosen, a group being as good as the sum of its `group_best` best experts.
+    chosen; a group's score is the sum of its `group_best` best experts' scores.
     """
 
     hidden: int

@@ -195,7 +195,7 @@ def _on_chips(at: Callable, mesh: Mesh, specs: tuple, out: Any, value, scale, dt
 
 
 def _plain(scheme: Any, weight: Weight, tp: int | None, dtype: Any, value, scale) -> jax.Array:
-    """All layers of a stack [repeats, ...] in `dtype`: each as it would be when it runs."""
+    """A stack [repeats, ...] dequantised to `dtype`, layer by layer, as each would be when it runs."""
     context = Context(None, None, tp)
     return jax.lax.map(lambda pair: scheme.apply(*pair, weight, dtype, context), (value, scale))
 

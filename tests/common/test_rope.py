@@ -26,6 +26,11 @@ def test_default_and_linear():
     assert factor == 1.0
 
 
+def test_llama3_without_a_blend_between_its_bounds_is_refused():
+    with pytest.raises(EyasError, match="low_freq_factor below high_freq_factor"):
+        inverse_frequencies(128, 500000.0, LLAMA3 | {"high_freq_factor": 1.0})
+
+
 def test_llama3_keeps_short_waves_and_divides_long_ones():
     plain, _ = inverse_frequencies(128, 500000.0)
     scaled, _ = inverse_frequencies(128, 500000.0, LLAMA3)
