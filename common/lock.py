@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from common import storage
 from common.errors import EyasError
+from common.library_errors import library_errors
 from common.progress import note
 
 FILE = ".lock"  # stays when the lock is released: removing it would let two processes lock two files
@@ -23,7 +24,7 @@ def locked(folder: str) -> Iterator[None]:
     another one holds it.
     """
     path = os.path.join(storage.local_path(folder), FILE)
-    with storage.readable_errors(path):
+    with library_errors(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:

@@ -6,6 +6,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from common import stopping
+
 _LINE_SECONDS = 5.0
 
 
@@ -40,7 +42,8 @@ class Progress:
         return self
 
     def update(self, steps: int, text: str = "") -> None:
-        """Adds `steps`; `text` (a loss, say) is shown behind the rate."""
+        """Adds `steps`; `text` (a loss, say) is shown behind the rate. Raises Stopped if asked to."""
+        stopping.check()
         self._done += steps
         self._text = text or self._text
         if self._bar is not None:

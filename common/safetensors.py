@@ -5,25 +5,24 @@ data). A folder holds `model.safetensors`, or shards and `model.safetensors.inde
 folders and on any fsspec URL. Pickled weights are never opened.
 """
 
-import json
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
-import fsspec
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from common import storage
+from common import storage, strict_json
 from common.errors import EyasError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
+_LARGEST, _AXES = 2**53, 32  # no number of a header is larger, no tensor has more axes
 _READERS = 16  # headers of shards read at once
 
 DTYPES: dict[str, np.dtype] = {
@@ -75,6 +74,8 @@ class Checkpoint:
             headers = list(pool.map(lambda name: _header(storage.join(folder, name)), names))
         tensors: dict[str, Tensor] = {}
         for header in headers:
+            if twice := sorted(tensors.keys() & header.keys()):
+                raise EyasError(f"{folder}: two of its shards have {twice[0]}; fetch the model again")
             tensors |= header
         if storage.exists(f"{folder.rstrip('/')}/{INDEX}"):
             for name, shard in _index(folder).items():
@@ -130,8 +131,7 @@ class Checkpoint:
 
 def _fetch(tensor: Tensor, start: int, stop: int) -> bytes:
     """Bytes start..stop of a tensor's data."""
-    fs, path = fsspec.core.url_to_fs(tensor.url)
-    data = fs.cat_file(path, start=tensor.offset + start, end=tensor.offset + stop)
+    data = storage.read_bytes(tensor.url, tensor.offset + start, tensor.offset + stop)
     if len(data) != stop - start:
         raise EyasError(f"{tensor.url} ends early; fetch it again")
     return data
@@ -163,8 +163,7 @@ def _shards(folder: str) -> list[str]:
 
 
 def _index(folder: str) -> dict[str, str]:
-    value = storage.read_json(f"{folder.rstrip('/')}/{INDEX}")
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    weight_map = storage.read_object(f"{folder.rstrip('/')}/{INDEX}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise EyasError(f"{folder}/{INDEX} has no weight_map of names to files; fetch it again")
     for shard in weight_map.values():
@@ -173,52 +172,49 @@ def _index(folder: str) -> dict[str, str]:
     return weight_map
 
 
-def _size_and_head(url: str) -> tuple[int, bytes]:
-    """(size in bytes, first 8 bytes) of a file."""
-    if not storage.is_remote(url):
-        path = storage.local_path(url)
-        with open(path, "rb") as file:
-            return os.path.getsize(path), file.read(8)
-    fs, path = fsspec.core.url_to_fs(url)
-    return fs.size(path), fs.cat_file(path, start=0, end=8)
-
-
 def _header(url: str) -> dict[str, Tensor]:
     """The validated header of one file."""
-    size, head = _size_and_head(url)
-    length = int.from_bytes(head, "little")
-    if size < 8 or not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+    size = storage.size(url)
+    length = int.from_bytes(storage.read_bytes(url, 0, 8) if size >= 8 else b"", "little")
+    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise EyasError(f"{url} is no safetensors file or was cut off in its header; fetch it again")
-    fs, path = fsspec.core.url_to_fs(url if storage.is_remote(url) else storage.local_path(url))
-    try:
-        header = json.loads(fs.cat_file(path, start=8, end=8 + length))
-    except ValueError:
-        raise EyasError(f"{url} has a damaged safetensors header; fetch it again") from None
+    header = strict_json.parse(storage.read_bytes(url, 8, 8 + length), f"the safetensors header of {url}")
     if not isinstance(header, dict):
         raise EyasError(f"{url} has a damaged safetensors header; fetch it again")
     header.pop("__metadata__", None)
-    return {name: _entry(url, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _entry(url, name, entry, 8 + length, size) for name, entry in header.items()}
+    _refuse_overlaps(url, tensors)
+    return tensors
 
 
 def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
     """One header entry, checked against the file's size."""
     try:
-        kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+        kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore
+        numbers = (*shape, start, stop)
     except (TypeError, KeyError, ValueError):
         raise EyasError(f"{url}: the header entry of {name} is damaged; fetch it again") from None
-    if kind not in DTYPES:
-        raise EyasError(f"{url}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
-    tensor = Tensor(url, DTYPES[kind], shape, base + start if whole else 0)
-    if not whole or stop - start != tensor.nbytes:
-        raise EyasError(
-            f"{url}: {name} {kind} {list(shape)} does not fit its {stop - start} bytes; fetch it again"
-        )
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise EyasError(f"{url}: {name} has dtype {kind!r}; known are {', '.join(DTYPES)}")
+    whole = all(type(n) is int and 0 <= n <= _LARGEST for n in numbers)
+    if not isinstance(shape, list) or len(shape) > _AXES or not whole:
+        raise EyasError(f"{url}: {name} has a shape or place that is no list of numbers; fetch it again")
+    tensor = Tensor(url, DTYPES[kind], tuple(shape), base + start)
+    if stop - start != tensor.nbytes:
+        raise EyasError(f"{url}: {name} {kind} {shape} does not fit its {stop - start} bytes; fetch it again")
     if base + stop > size:
         raise EyasError(
             f"{url} was cut off: {name} ends at byte {base + stop}, the file at {size}; fetch it again"
         )
     return tensor
+
+
+def _refuse_overlaps(url: str, tensors: dict[str, Tensor]) -> None:
+    """EyasError if two tensors share bytes: one of the two entries lies."""
+    placed = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
+    for (_, stop, first), (start, _, second) in pairwise(placed):
+        if start < stop:
+            raise EyasError(f"{url}: {first} and {second} share bytes; the header is damaged: fetch it again")
 
 
 def to_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:

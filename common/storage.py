@@ -1,16 +1,12 @@
-"""Files and folders by path or URL (fsspec): whole reads, atomic writes, room, errors of one line.
+"""Files and folders by path or URL (fsspec): checked reads, atomic writes, room.
 
-A join cannot leave its folder. A folder that is written appears whole: it is written beside its place,
-flushed to disk, then put there in one step.
+A join cannot leave its folder. Every file is written whole or not at all, and every library's error is one
+line (see library_errors.py).
 """
 
-import ctypes
-import errno
 import json
-import logging
 import os
 import posixpath
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,15 +16,14 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from common.errors import EyasError, MachineError
+from common import strict_json
+from common.errors import EyasError
+from common.library_errors import library_errors
+from common.progress import note
 
 _PARTIAL = ".partial"  # how the name of a file that is being written ends
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
-_STATUS = re.compile(r"[A-Z_]+: ")  # how TensorStore's errors begin
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# gcsfs logs a stack trace beside each error that it raises; the error alone is told, in one line.
-logging.getLogger("gcsfs").addHandler(logging.NullHandler())
-logging.getLogger("gcsfs").propagate = False
+_TIMEOUT = 60.0  # seconds for a server to connect, or to go on answering
+_JSON_BYTES = 200_000_000  # beyond any file that a model or a store has
 
 
 def is_remote(url: str) -> bool:
@@ -37,14 +32,16 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """The path of a local URL, with `~` expanded."""
-    return os.path.expanduser(url.removeprefix("file://"))
+    """The path of a local URL, with `~` expanded and no `..` or `//`, which TensorStore does not take."""
+    path = os.path.expanduser(url.removeprefix("file://"))
+    # Behind a link, `..` is the parent of what it points to.
+    return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
 
 
 def join(base: str, *parts: str) -> str:
-    """`base/part/…`; EyasError if a part is absolute or climbs out of `base` with `..`."""
+    """`base/part/…`; EyasError if a part is absolute, climbs out with `..`, or is no name of a file."""
     tail = posixpath.normpath(posixpath.join(*parts))
-    if tail.startswith(("/", "..")) or "\\" in tail or ":" in tail:
+    if tail.startswith(("/", "..")) or "\\" in tail or ":" in tail or not tail.isprintable():
         raise EyasError(f"{'/'.join(parts)!r} points outside of {base}; name a file inside that folder")
     return f"{base.rstrip('/')}/{tail}"
 
@@ -53,37 +50,77 @@ def exists(url: str) -> bool:
     """True if a file or folder is there."""
     if not is_remote(url):
         return os.path.exists(local_path(url))
-    fs, path = fsspec.core.url_to_fs(url)
-    return fs.exists(path)
+    with library_errors(url, "read"):
+        fs, path = filesystem(url)
+        return fs.exists(path)
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole file. EyasError if it is missing."""
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it) of a path or URL; requests that hang end after a while."""
+    if not is_remote(url):
+        return fsspec.core.url_to_fs(local_path(url))
+    options = {}
+    if url.startswith(("gs://", "gcs://")):
+        import aiohttp
+
+        options["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def size(url: str) -> int:
+    """The bytes of a file. EyasError if it is missing or a folder."""
+    with library_errors(url, "read"), _missing(url):
+        fs, path = filesystem(url)
+        found = fs.info(path)
+        if found["type"] == "directory":
+            raise EyasError(f"{url} is a folder, but a file is needed; check the path")
+        return found["size"]
+
+
+def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The file's bytes from `start` up to `stop`. EyasError if it is missing or a folder."""
+    with library_errors(url, "read"), _missing(url):
+        fs, path = filesystem(url)
+        return fs.cat_file(path, start=start, end=stop)
+
+
+@contextmanager
+def _missing(url: str) -> Iterator[None]:
     try:
-        with fsspec.open(url if is_remote(url) else local_path(url), "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
+        yield
+    except FileNotFoundError:
         raise EyasError(f"{url} is missing; check the path") from None
-    except IsADirectoryError:
-        raise EyasError(f"{url} is a folder, not a file; remove it or check the path") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise EyasError(f"{url} is a folder or inside of a file; check the path") from None
 
 
 def read_json(url: str) -> Any:
-    """The file's JSON value. EyasError if it is missing or is not JSON."""
-    data = read_bytes(url)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise EyasError(f"{url} is not JSON ({error}); it was cut off or edited by hand") from None
+    """The file's JSON value. EyasError if it is missing, not JSON, or larger than any that Eyas knows."""
+    if not is_remote(url) and size(url) > _JSON_BYTES:
+        raise EyasError(f"{url} has more than the {_JSON_BYTES:,} bytes of any such file; restore it")
+    return strict_json.parse(read_bytes(url), url)
+
+
+def read_object(url: str) -> dict[str, Any]:
+    """The file's JSON object. EyasError as `read_json`, and if the file holds another kind of value."""
+    value = read_json(url)
+    if not isinstance(value, dict):
+        raise EyasError(f"{url} holds a JSON {type(value).__name__} where an object is expected; restore it")
+    return value
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes the whole file or nothing: temporary file, fsync and rename locally; one object remotely."""
     if is_remote(url):
-        fs, path = fsspec.core.url_to_fs(url)
-        fs.pipe_file(path, data)
+        with library_errors(url):
+            fs, path = filesystem(url)
+            fs.pipe_file(path, data)
         return
-    path = local_path(url)
+    with library_errors(url):
+        _write_local(local_path(url), data)
+
+
+def _write_local(path: str, data: bytes) -> None:
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_PARTIAL)
@@ -135,33 +172,15 @@ def require_folder(url: str) -> None:
 
 def list_names(url: str) -> list[str]:
     """Sorted names (not paths) in a folder; [] if there is no such folder."""
-    fs, path = fsspec.core.url_to_fs(url if is_remote(url) else local_path(url))
     try:
-        found = fs.ls(path, detail=False, refresh=True) if is_remote(url) else os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
+        with library_errors(url, "list"):
+            if not is_remote(url):
+                return sorted(os.listdir(local_path(url)))
+            fs, path = filesystem(url)
+            found = fs.ls(path, detail=False, refresh=True)
+    except FileNotFoundError:
         return []
     return sorted(posixpath.basename(name.rstrip("/")) for name in found)
-
-
-def reason(error: Exception) -> str:
-    """What TensorStore found wrong, without its spec, on one line."""
-    return " ".join(str(error).split(" [")[0].split())
-
-
-@contextmanager
-def readable_errors(what: str) -> Iterator[None]:
-    """Turns what the file system or TensorStore refuses into one line: a full disk, or what else it was."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not _STATUS.match(str(error)):
-            raise  # not TensorStore's
-        code = error.errno if isinstance(error, OSError) else None
-        full = code in _FULL or any(f"os_error_code='{n}'" in str(error) for n in _FULL)
-        cause = "the disk is full; make room" if full else f"writing failed ({reason(error)}); mend that"
-        raise MachineError(
-            f"{what}: {cause} and run the same command again; what is complete is kept"
-        ) from error
 
 
 def require_room(url: str, need: int, what: str, advice: str) -> None:
@@ -179,65 +198,90 @@ def require_room(url: str, need: int, what: str, advice: str) -> None:
         )
 
 
-def write_folder(folder: str, files: dict[str, bytes]) -> None:
-    """Makes the local `folder` hold exactly `files` ({name: content}), or leaves it as it was.
+def write_folder(folder: str, files: dict[str, bytes], mark: str = "architectures") -> None:
+    """Makes `folder` hold `files` ({name: content}). The last one, a JSON object, makes the folder whole.
 
-    An older folder stays in place until the new one is on disk, then the two change names, so that a reader
-    finds the one or the other at every moment. What a killed writer leaves, `.NAME.partial` beside the
-    folder, the next writer removes. EyasError if `folder` is remote, is a file, holds other names than
-    `files` (it may be anybody's) or cannot be written.
+    A new folder appears at once. In an older one, every file is replaced in one step, the last one last; if
+    the last one changes, it is taken away before the others are replaced. So a reader who begins with it
+    finds a whole old folder, a whole new one, or none yet, and never a mixture. Local files are all on disk
+    before the first is replaced: a full disk leaves what was there. Other files of the folder stay.
+
+    EyasError, with nothing written, if `folder` is a file or somebody else's: it holds something, but no last
+    file with the same value of `mark`.
     """
-    if is_remote(folder):
-        raise EyasError(f"{folder} is not a local folder; write to a local one and copy it there")
-    place = os.path.realpath(local_path(folder))
-    _refuse_other_content(folder, place, set(files))
-    parent, name = os.path.split(place)
-    partial = os.path.join(parent, f".{name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-        for file, content in files.items():
-            write_bytes(join(partial, file), content)
-        _flush(partial)
-        _put(partial, place)
-        _flush(parent)
-    except OSError as error:
-        raise MachineError(
-            f"{folder} could not be written ({error.strerror}); make room or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _refuse_other_content(folder: str, place: str, names: set[str]) -> None:
-    if not os.path.exists(place):
-        return
-    if not os.path.isdir(place):
+    place = folder.rstrip("/") if is_remote(folder) else os.path.realpath(local_path(folder))
+    *others, last = files
+    if not is_remote(place) and os.path.isfile(place):
         raise EyasError(f"{folder} is a file; name a folder")
-    others = sorted(set(os.listdir(place)) - names)
+    parent, name = posixpath.split(place)
+    partial = f"{parent}/.{name}{_PARTIAL}"
+    old = _last_file(place, last) or (None if is_remote(place) else _last_file(partial, last))
+    _refuse_foreign(folder, list_names(place), files, old, mark)
+    if is_remote(place):
+        if old not in (None, files[last]):
+            _remove(join(place, last))
+        for name, content in files.items():
+            write_bytes(join(place, name), content)
+        return
+    with library_errors(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+            for name, content in files.items():
+                write_bytes(join(partial, name), content)
+            _flush(partial)
+            _put(partial, place, [*others, last], old == files[last])
+            _flush(parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _last_file(folder: str, name: str) -> bytes | None:
+    place = join(folder, name)
+    return read_bytes(place) if exists(place) else None
+
+
+def _refuse_foreign(
+    folder: str, present: list[str], files: dict[str, bytes], old: bytes | None, mark: str
+) -> None:
+    """EyasError unless a folder that holds `present` is empty or an earlier one of the same kind."""
+    if not present:
+        return
+    *_, last = files
+    others = [name for name in present if name not in files]
+    if old is None or _marked(old, mark) != _marked(files[last], mark):
+        named = ", ".join((others or present)[:3])
+        raise EyasError(f"{folder} already holds {named}; name a new or an empty folder")
     if others:
-        raise EyasError(f"{folder} already holds {', '.join(others[:3])}; name a new or an empty folder")
+        note(f"{folder} also holds {', '.join(others[:3])}, which stays as it is")
 
 
-def _put(new: str, place: str) -> None:
-    """Moves `new` to `place`; an older folder there ends up at `new`, or is gone."""
-    if not os.path.exists(place):
-        os.rename(new, place)
-    elif not _exchange(new, place):
-        # This file system cannot exchange two names: the old folder bears another one for an instant.
-        aside = new.removesuffix(".partial") + ".replaced"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(place, aside)
-        os.rename(new, place)
-        shutil.rmtree(aside, ignore_errors=True)
+def _marked(data: bytes, mark: str) -> Any:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    return value.get(mark) if isinstance(value, dict) else None
 
 
-def _exchange(a: str, b: str) -> bool:
-    """Swaps two paths in one step (renameat2); False where the system or its file system has no such step."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    if swap is None:
-        return False
-    return swap(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+def _put(new: str, place: str, names: list[str], same: bool) -> None:
+    """Moves the files `names` of the folder `new` to `place`; `same`: the last one is there already."""
+    if not os.path.exists(place) or not os.listdir(place):
+        os.replace(new, place)
+        return
+    last = os.path.join(place, names[-1])
+    if not same and os.path.exists(last):
+        os.unlink(last)
+        _flush(place)
+    for name in names:
+        os.replace(os.path.join(new, name), os.path.join(place, name))
+    _flush(place)
+
+
+def _remove(url: str) -> None:
+    fs, path = filesystem(url)
+    with library_errors(url):
+        fs.rm_file(path)
 
 
 def _flush(folder: str) -> None:

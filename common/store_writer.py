@@ -17,8 +17,8 @@ import pyarrow.parquet
 from common import kvstore, storage, zarr
 from common.config import differences
 from common.errors import EyasError, MachineError
+from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
-from common.storage import readable_errors
 from common.store import Store, sha256
 
 
@@ -45,7 +45,7 @@ def write_rows(
         "files": {name: sha256(data) for name, data in files.items()},
         "token_counts_crc32": zarr.crc32(token_counts),
     }
-    with readable_errors(url):
+    with library_errors(url):
         _claim_rows(url, rows)
         storage.remove_partial(url)
         for name, value in arrays.items():
@@ -150,7 +150,7 @@ class FeatureWriter:
         full.
         """
         url = url.rstrip("/")
-        with readable_errors(url):
+        with library_errors(url):
             _claim_features(url, features)
             self.store = Store.open(url)
             self._arrays = {
@@ -180,7 +180,7 @@ class FeatureWriter:
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         what = f"{self.store.url} block {block} of {self.store.blocks}"
         try:
-            with readable_errors(what):
+            with library_errors(what):
                 self._commit(block, values, tokens, counted)
         except EyasError:
             raise

@@ -23,6 +23,7 @@ import tensorstore as ts
 
 from common import kvstore, storage
 from common.errors import EyasError
+from common.library_errors import reason
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
 SHARD_BYTES = 64 << 20  # of arrays that have no blocks
@@ -93,7 +94,7 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
             raise
         raise EyasError(
             f"the array {url} cannot be opened as {described['dtype']} {described['shape']}, which the "
-            f"manifest says it is: {storage.reason(error)}; one of the two was edited or cut off: restore it"
+            f"manifest says it is: {reason(error)}; one of the two was edited or cut off: restore it"
         ) from error
 
 
@@ -136,7 +137,7 @@ def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) ->
         except ValueError as found:
             bad, error = [*bad, row], found
     named = f"row {rows[0]}" if len(rows) == 1 else f"rows {some(bad or list(rows))}"
-    raise EyasError(f"{name} {named}: missing or damaged on disk ({storage.reason(error)})") from error
+    raise EyasError(f"{name} {named}: missing or damaged on disk ({reason(error)})") from error
 
 
 def some(rows: list[int]) -> str:

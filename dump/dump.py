@@ -254,7 +254,7 @@ def _dispatch(plan: Plan, blocks: list[int], prefill: Prefill) -> Iterator[_Batc
 def _resumable(config: DumpConfig) -> Iterator[Callable[[], None]]:
     """Turns a request to stop into one line, after what is being written has been committed."""
     try:
-        with Stop(at_once=True) as stop:
+        with Stop(everywhere=True) as stop:
             yield stop.check
     except KeyboardInterrupt:
         done = len(Store.open(config.store).committed())

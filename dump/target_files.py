@@ -5,8 +5,8 @@ from typing import Any
 
 from common import safetensors, storage
 from common.errors import EyasError
+from common.library_errors import library_errors
 from common.progress import note
-from common.storage import readable_errors
 from common.store import Store, sha256, tensor_file
 from dump.plan import Plan
 from dump.target.weights import stacks
@@ -64,7 +64,7 @@ def write_target(store: Store, files: Callable[[], dict[str, bytes]]) -> None:
                 f"{place} is to be written, but the model's {name} has changed since this store was begun; "
                 "restore it, or dump into a new store"
             )
-        with readable_errors(place):
+        with library_errors(place):
             storage.write_bytes(place, data)
 
 

@@ -5,7 +5,6 @@ The options are those of the stages' configurations. Heavy modules are imported 
 """
 
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +145,7 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
 
     Example: eyas train --model qwen3-32b --store gs://bucket/qwen3-32b --out runs/lr2e-4 --learning-rate 2e-4
     """
-    from pipelines.checks import require_same_target
+    from pipelines.same_target import require_same_target
     from train import run as stage
 
     recipe = recipes.find(model)
@@ -182,7 +181,7 @@ def export(head: str, store: str, out: str) -> None:
     Example: eyas export --head runs/smollm2-135m/best --store stores/smollm2-135m --out heads/smollm2-135m
     """
     from common.store import Store
-    from pipelines.checks import copy_head
+    from pipelines.copy_head import copy_head
 
     for line in copy_head(head, Store.open(store).target_config(), out):
         click.echo(line)
@@ -227,7 +226,3 @@ def targets(as_json: bool) -> None:
     if as_json:
         return show({"families": sorted(FAMILIES), "recipes": [recipes.describe(r) for r in known]})
     click.echo(recipe_table(known, sorted(FAMILIES)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

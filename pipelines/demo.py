@@ -48,7 +48,7 @@ class _Stages:
 def run(config: DemoConfig) -> str:
     """Goes the whole way; writes OUT/summary.json and returns the same as text."""
     from dump import dump, prepare
-    from pipelines.checks import copy_head
+    from pipelines.copy_head import copy_head
     from train import evaluate
     from train import run as train
 

@@ -1,14 +1,19 @@
-"""What goes wrong is one line and an exit code: 0 done, 1 the machine failed (a full disk, no network), 2 a
-mistake in what was given, 130 stopped by Ctrl-C. Only a bug of ours has a stack trace.
+"""The exit codes of `eyas`, and the one line that it ends with when something goes wrong.
+
+0: done. 1: the machine failed (a full disk, no network); the same command may succeed later. 2: a mistake in
+what was given. 130: stopped by Ctrl-C. 143: stopped by SIGTERM. Only a bug of Eyas shows a stack trace.
 """
 
 import errno
+import signal
 import socket
 from typing import Any
 
 import click
 
 from common.errors import EyasError, MachineError
+from common.library_errors import explained, is_librarys
+from common.stopping import Stop
 
 STOPPED = "stopped; the same command continues"
 _MACHINE = {
@@ -17,35 +22,39 @@ _MACHINE = {
     errno.EACCES: "permission denied; choose a place that you may read and write",
     errno.EROFS: "the file system is read-only; choose another place",
 }
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 
 
 class Group(click.Group):
-    """Turns what a user can put right into one line and an exit code."""
+    """Commands whose errors, as far as a user can put them right, become one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with Stop(everywhere=True):
+                return super().invoke(ctx)
         except EyasError as error:
-            code = 1 if isinstance(error, MachineError) else 2
             # A stage that is stopped says itself how far it came.
-            code = 130 if isinstance(error.__context__, KeyboardInterrupt) else code
-            raise _failure(str(error), code) from None
-        except KeyboardInterrupt:
-            raise _failure(STOPPED, 130) from None
-        except OSError as error:
-            if error.errno in _MACHINE:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise _failure(str(error), _stopped_code(error.__context__)) from None
+            raise _failure(str(error), _code(error)) from None
+        except KeyboardInterrupt as error:
+            raise _failure(STOPPED, _stopped_code(error)) from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _MACHINE:
                 where = f"{error.filename}: " if error.filename else ""
                 raise _failure(where + _MACHINE[error.errno], 1) from None
-            if not _is_network(error):
+            if not (is_librarys(error) or isinstance(error, _NETWORK)):
                 raise
-            text = f"{error}; check the network and the address, then run the same command again"
-            raise _failure(text, 1) from None
+            told = explained(error, "a server")
+            raise _failure(str(told), _code(told)) from None
 
 
-def _is_network(error: OSError) -> bool:
-    """A host that cannot be reached, as the standard library or aiohttp (of gcsfs) says it."""
-    known = (ConnectionError, TimeoutError, socket.gaierror)
-    return isinstance(error, known) or type(error).__module__.startswith("aiohttp.")
+def _code(error: EyasError) -> int:
+    return 1 if isinstance(error, MachineError) else 2
+
+
+def _stopped_code(error: KeyboardInterrupt) -> int:
+    return 128 + getattr(error, "number", signal.SIGINT)
 
 
 def _failure(text: str, code: int) -> click.ClickException:

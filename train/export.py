@@ -34,7 +34,7 @@ def export(
     the draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
     the model card tells of the head (target, store, step, acceptance length). EyasError, before anything is
     written, for arrays that are not this head's or not finite, a head that does not fit the target, and a
-    folder that holds anything but an earlier export.
+    folder that is not an earlier export.
     """
     if dtype not in DTYPES:
         raise EyasError(f"dtype {dtype!r} cannot be served; choose one of {', '.join(DTYPES)}")
@@ -49,8 +49,8 @@ def export(
         {
             # "pt" says that linear weights are [out, in]; transformers refuses a file without it.
             "model.safetensors": save(tensors, metadata={"format": "pt"}),
-            "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
             "README.md": model_card(head, metadata or {}).encode(),
+            "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },
     )
     return local_path(folder)

@@ -51,7 +51,7 @@ def _announce(plan: Plan) -> str:
 
 
 def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
-    """Gives the trainer every batch that it has not had. KeyboardInterrupt, its state saved, if stopped."""
+    """Gives the trainer every batch that it has not had. Stopped, its state saved, if stopped."""
     first, tokens, stream = trainer.step, plan.config.batch_rows * plan.store.length, plan.stream()
     began = time.monotonic()
     trainer.catch_up()
@@ -65,7 +65,7 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
             trainer.do_what_is_due()
     trainer.finish()
     if not trainer.done:
-        raise KeyboardInterrupt
+        stop.check()
     seconds, steps = time.monotonic() - began, plan.steps - first
     return {
         "out": plan.config.out,

@@ -14,10 +14,10 @@ import orbax.checkpoint as ocp
 from common import schema, storage
 from common.config import differences, to_json
 from common.errors import EyasError, MachineError
+from common.library_errors import library_errors
 from common.lock import FILE as LOCK
 from common.lock import locked
 from common.schema import Count, TypedDict
-from common.storage import readable_errors
 from train.plan import FILE, Plan
 from train.step import State
 
@@ -101,7 +101,7 @@ class Saved:
     def _writing(self) -> Iterator[None]:
         """Orbax and its background threads raise what they like: a MachineError of one line."""
         try:
-            with readable_errors(self._place):
+            with library_errors(self._place):
                 yield
         except EyasError:
             raise
@@ -165,7 +165,7 @@ class Lines:
                 if line.endswith(b"\n") and self._step_of(line, number) <= step
             ]
         storage.write_bytes(self._url, b"".join(kept))
-        with readable_errors(self._url):
+        with library_errors(self._url):
             self._file = open(storage.local_path(self._url), "a", encoding="utf-8")  # noqa: SIM115
 
     def _step_of(self, line: bytes, number: int) -> int:
@@ -178,13 +178,13 @@ class Lines:
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line at once."""
-        with readable_errors(self._url):
+        with library_errors(self._url):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
     def flush(self) -> None:
         """Waits until every line is on disk."""
-        with readable_errors(self._url):
+        with library_errors(self._url):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -107,16 +107,62 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     ("entry", "word"),
     [
         ({"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}, "does not fit"),
-        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "does not fit"),
+        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "no list of numbers"),
         ({"dtype": "Q4", "shape": [4], "data_offsets": [0, 16]}, "Q4"),
         ({"dtype": "F32", "shape": [4]}, "damaged"),
         ([], "damaged"),
+        (None, "damaged"),
+        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "['F32']"),
+        ({"dtype": "F32", "shape": [True, 4], "data_offsets": [0, 16]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": [10**300], "data_offsets": [0, 16]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": [2**40] * 100_000, "data_offsets": [0, 16]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}, "no list of numbers"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}, "damaged"),
+        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "cut off"),
     ],
 )
 def test_a_lying_header_is_refused(tmp_path, entry, word):
     header = json.dumps({"x": entry}).encode()
     (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     refused(tmp_path, word, "x")
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (b"[" * 50_000 + b"]" * 50_000, "nested"),
+        (b" 5", "damaged"),
+        (b'{"x": NaN}', "NaN"),
+        (
+            b'{"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},'
+            b' "x": {"dtype": "U8", "shape": [8], "data_offsets": [8, 16]}}',
+            "'x' is named twice",
+        ),
+        (
+            b'{"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},'
+            b' "y": {"dtype": "U8", "shape": [8], "data_offsets": [7, 15]}}',
+            "x and y share bytes",
+        ),
+    ],
+)
+def test_a_header_of_another_kind_is_refused(tmp_path, header, word):
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    refused(tmp_path, word, SINGLE)
+
+
+@pytest.mark.parametrize("index", [[], 5, None, {"weight_map": []}, {"weight_map": {"a": 5}}])
+def test_an_index_of_another_kind_is_refused(tmp_path, index):
+    folder = sharded(tmp_path)
+    storage.write_json(f"{folder}/{INDEX}", index)
+    refused(folder, INDEX)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    folder = sharded(tmp_path)
+    safetensors.write(f"{folder}/model-b.safetensors", {name: TENSORS[name] for name in "ab"})
+    refused(folder, "two of its shards have a")
 
 
 def test_folders_without_safetensors_are_refused(tmp_path):

@@ -1,16 +1,23 @@
 """Files and folders are written whole or not at all, and no name leads out of its folder."""
 
+import json
 import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from common import storage
-from common.errors import EyasError
+from common import storage, zarr
+from common.errors import EyasError, MachineError
 from common.storage import write_folder
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "..", "a\\b", "gs://b/c"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "a/../../secret", "/etc/passwd", "..", "a\\b", "gs://b/c", "a\0b", "\ud800"]
+)
 def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(EyasError, match="points outside of model"):
         storage.join("model", name)
@@ -28,7 +35,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MachineError, match="the disk is full"):
         storage.write_json(path, {"new": 2})
     assert storage.read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
@@ -47,6 +54,48 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
     with pytest.raises(EyasError, match="is not JSON") as found:
         storage.read_json(f"{tmp_path}/a.json")
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b'{"a": NaN}', "NaN is no number"),
+        (b"[-Infinity]", "-Infinity is no number"),
+        (b"[1e999]", "1e999 is no number"),
+        (b"[" + b"9" * 5000 + b"]", "is not JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is named twice"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "nested too deeply"),
+        (b'"\\ud800"', "surrogates not allowed"),
+        (b'{"a": "\xff"}', "is not JSON"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_what_is_not_json_by_the_standard_is_one_line(tmp_path, data, problem):
+    storage.write_bytes(f"{tmp_path}/a.json", data)
+    with pytest.raises(EyasError, match=problem) as found:
+        storage.read_json(f"{tmp_path}/a.json")
+    assert "\n" not in str(found.value)
+    assert str(found.value).startswith(f"{tmp_path}/a.json")
+
+
+def test_a_folder_and_a_huge_file_are_no_json(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(EyasError, match="is a folder"):
+        storage.read_json(f"{tmp_path}/a.json")
+    with pytest.raises(EyasError, match=r"is missing|inside of a file"):
+        storage.read_json(f"{Path(__file__)}/a.json")
+    with open(tmp_path / "b.json", "wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(EyasError, match="has more than the 200,000,000 bytes"):
+        storage.read_json(f"{tmp_path}/b.json")
+
+
+@pytest.mark.parametrize("value", [None, 5, [], "text"])
+def test_another_value_than_an_object_is_refused(tmp_path, value):
+    storage.write_json(f"{tmp_path}/a.json", value)
+    with pytest.raises(EyasError, match=rf"a\.json holds a JSON {type(value).__name__} where an object"):
+        storage.read_object(f"{tmp_path}/a.json")
 
 
 def test_urls_are_read_and_listed_like_folders():
@@ -89,77 +138,161 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_replaces_a_folder_and_leaves_nothing_beside_it(tmp_path):
-    for files in ({"a": b"1", "b": b"2"}, {"a": b"3", "b": b"4", "c": b"5"}):
-        write_folder(str(tmp_path / "new" / "head"), files)
-        assert content(tmp_path / "new" / "head") == files
-    assert os.listdir(tmp_path / "new") == ["head"]
+def head(weights: bytes, **config) -> dict[str, bytes]:
+    """The files of a folder, the one that makes it whole last."""
+    whole = json.dumps({"architectures": ["Head"]} | config).encode()
+    return {"weights": weights, "README.md": weights, "config.json": whole}
 
 
-def test_a_reader_finds_a_whole_folder_at_every_moment(tmp_path):
-    place, stop, misses = tmp_path / "head", threading.Event(), []
-    write_folder(str(place), {"a": b"0"})
+@pytest.mark.parametrize("base", ["", "memory://"])
+def test_a_folder_is_replaced_and_nothing_is_left_beside_it(tmp_path, base):
+    place = f"{base}{tmp_path}/new/head"
+    for files in (head(b"1"), head(b"2"), head(b"3", wider=True), head(b"4", wider=True)):
+        write_folder(place, files)
+        found = {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_names(place)}
+        assert found == files
+    assert storage.list_names(f"{base}{tmp_path}/new") == ["head"]
+
+
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_reader_never_finds_a_mixture(tmp_path, wider):
+    """Weights and README of one writing carry its number; with `wider` the config does as well."""
+    place, stop, found = tmp_path / "head", threading.Event(), []
+    write_folder(str(place), head(b"0", number=0))
 
     def read():
         while not stop.is_set():
-            if not os.path.exists(place):
-                misses.append(1)
+            try:
+                first = json.loads((place / "config.json").read_bytes())["number"]
+                weights = int((place / "weights").read_bytes())
+                second = json.loads((place / "config.json").read_bytes())["number"]
+            except FileNotFoundError:
+                found.append("none yet" if wider else "lost")
+                continue
+            if first == second and wider and weights != first:
+                found.append(f"{weights} beside {first}")
 
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(60):
-        write_folder(str(place), {"a": str(number).encode()})
+        write_folder(str(place), head(str(number).encode(), number=number if wider else 0))
     stop.set()
     reader.join()
-    assert not misses
+    assert set(found) <= {"none yet"}
 
 
-def test_replaces_where_the_file_system_cannot_exchange(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_exchange", lambda a, b: False)
-    for files in ({"a": b"1"}, {"a": b"2"}):
-        write_folder(str(tmp_path / "head"), files)
-        assert content(tmp_path / "head") == files
-    assert os.listdir(tmp_path) == ["head"]
+def test_files_of_others_stay_and_do_not_stop_a_run(tmp_path, capsys):
+    place = tmp_path / "best"
+    write_folder(str(place), head(b"1"))
+    (place / ".cache").mkdir()
+    (place / ".cache" / "tool").write_text("kept")
+    (place / "tokenizer.json").write_text("kept")
+    for files in (head(b"2"), head(b"3", wider=True)):
+        write_folder(str(place), files)
+        assert {name: (place / name).read_bytes() for name in files} == files
+        assert (place / ".cache" / "tool").read_text() == (place / "tokenizer.json").read_text() == "kept"
+        assert "also holds .cache, tokenizer.json, which stays as it is" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch):
-    write_folder(str(tmp_path / "head"), {"a": b"old", "b": b"old"})
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, wider):
+    place = tmp_path / "head"
+    write_folder(str(place), head(b"old", wider=False))
 
     def full(path, data):
-        if path.endswith("b"):
+        if path.endswith("config.json"):
             raise OSError(28, "No space left on device")
         open(path, "wb").close()
 
     monkeypatch.setattr(storage, "write_bytes", full)
-    with pytest.raises(EyasError, match="No space left on device"):
-        write_folder(str(tmp_path / "head"), {"a": b"new", "b": b"new"})
-    assert content(tmp_path / "head") == {"a": b"old", "b": b"old"}
+    with pytest.raises(MachineError, match="the disk is full; make room"):
+        write_folder(str(place), head(b"new", wider=wider))
+    assert content(place) == head(b"old", wider=False)
     assert os.listdir(tmp_path) == ["head"]
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
-    (tmp_path / ".head.partial").mkdir()
-    (tmp_path / ".head.partial" / "stray").write_bytes(b"x")
-    write_folder(str(tmp_path / "head"), {"a": b"1"})
+@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_writer_killed_at_any_step_is_followed_by_the_next(tmp_path, monkeypatch, step, wider):
+    place, steps = tmp_path / "head", iter(range(100))
+    write_folder(str(place), head(b"old", wider=False))
+
+    def killed_at(function):
+        def step_or_die(*arguments):
+            if Path(arguments[-1]).parent == place and next(steps) == step:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return step_or_die
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_at(os.replace))
+        patch.setattr(os, "unlink", killed_at(os.unlink))
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        try:
+            write_folder(str(place), head(b"new", wider=wider))
+        except KeyboardInterrupt:
+            names = {path.name for path in place.iterdir()}
+            assert "config.json" in names or wider
+    write_folder(str(place), head(b"newer", wider=wider))
+    assert content(place) == head(b"newer", wider=wider)
     assert os.listdir(tmp_path) == ["head"]
-    assert content(tmp_path / "head") == {"a": b"1"}
 
 
 def test_a_link_keeps_pointing_to_the_replaced_folder(tmp_path):
-    write_folder(str(tmp_path / "head"), {"a": b"1"})
+    write_folder(str(tmp_path / "head"), head(b"1"))
     (tmp_path / "best").symlink_to("head")
-    write_folder(str(tmp_path / "best"), {"a": b"2"})
+    write_folder(str(tmp_path / "best"), head(b"2"))
     assert (tmp_path / "best").is_symlink()
-    assert content(tmp_path / "head") == {"a": b"2"}
+    assert content(tmp_path / "head") == head(b"2")
 
 
-def test_refuses_a_folder_of_somebody_else_a_file_and_a_bucket(tmp_path):
+def test_a_copy_is_a_folder_like_the_original(tmp_path):
+    write_folder(str(tmp_path / "best"), head(b"1"))
+    write_folder(str(tmp_path / "best"), head(b"2"))
+    subprocess.run(["cp", "-r", "best", "copy"], cwd=tmp_path, check=True)
+    shutil.rmtree(tmp_path / "best")
+    assert content(tmp_path / "copy") == head(b"2")
+    assert all(path.is_file() and not path.is_symlink() for path in (tmp_path / "copy").iterdir())
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"notes.txt": b"mine"},
+        {"weights": b"mine"},
+        {"weights": b"mine", "config.json": b'{"architectures": ["Target"]}'},
+        {"weights": b"mine", "config.json": b"[]"},
+        {"weights": b"mine", "config.json": b'{"archi'},
+    ],
+)
+@pytest.mark.parametrize("base", ["", "memory://"])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, base, there):
+    place = f"{base}{tmp_path}/model"
+    for name, data in there.items():
+        storage.write_bytes(f"{place}/{name}", data)
+    with pytest.raises(EyasError, match=r"already holds .*; name a new or an empty folder"):
+        write_folder(place, head(b"1"))
+    assert {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_names(place)} == there
+
+
+def test_a_file_is_no_folder_to_replace(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for place, message in (
-        (str(tmp_path), "already holds notes.txt"),
-        (str(tmp_path / "notes.txt"), "is a file"),
-        ("gs://bucket/head", "is not a local folder"),
-    ):
-        with pytest.raises(EyasError, match=message):
-            write_folder(place, {"a": b"1"})
+    with pytest.raises(EyasError, match="is a file; name a folder"):
+        write_folder(str(tmp_path / "notes.txt"), head(b"1"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("written", ["../a b/ä", "./x/../ä", "ä/", "~/ä", "file://{}/ä"])
+def test_every_way_to_write_a_path_leads_there(tmp_path, monkeypatch, written):
+    home = tmp_path / "a b"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    place = written.format(home)
+    storage.write_json(f"{place.rstrip('/')}/x.json", {})
+    assert (home / "ä" / "x.json").read_text() == "{}\n"
+    assert storage.list_names(place) == ["x.json"]
+    array = zarr.create(f"{place}/array", (2, 3), np.dtype(np.int32), 2)
+    array.write(np.ones((2, 3), np.int32)).commit.result()
+    assert (home / "ä" / "array" / "zarr.json").exists()

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import requests
 from click.testing import CliRunner
 
 from common import storage
 from common.errors import EyasError, MachineError
+from common.stopping import Stopped
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli
-from pipelines.checks import require_same_target
+from pipelines.same_target import require_same_target
 from tests.dump import chats, tiny
 from train.config import EvaluateConfig, TrainConfig
 
@@ -192,10 +194,20 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
         (
             socket.gaierror(-2, "Name or service not known"),
             1,
-            "Error: [Errno -2] Name or service not known; ch",
+            "Error: a server: no answer from the server ([Errno -2] Name or service not known);",
         ),
-        (aiohttp.ClientOSError("Cannot connect to bucket"), 1, "Error: Cannot connect to bucket; check"),
+        (
+            aiohttp.ClientOSError("Cannot connect to bucket"),
+            1,
+            "Error: a server: no answer from the server (Cannot",
+        ),
+        (
+            requests.exceptions.ProxyError("proxy"),
+            1,
+            "Error: a server: no answer from the server (proxy)",
+        ),
         (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
+        (Stopped(signal.SIGTERM), 143, "Error: stopped; the same command continues"),
     ],
 )
 def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, raised, code, text):
@@ -216,7 +228,7 @@ def test_ctrl_c_in_a_real_dump_exits_with_130_and_says_how_to_go_on(place, tmp_p
     command = [
         sys.executable,
         "-m",
-        "pipelines.cli",
+        "pipelines",
         "dump",
         "--store",
         store,
