@@ -293,6 +293,6 @@ def test_every_way_to_write_a_path_leads_there(tmp_path, monkeypatch, written):
     storage.write_json(f"{place.rstrip('/')}/x.json", {})
     assert (home / "ä" / "x.json").read_text() == "{}\n"
     assert storage.list_names(place) == ["x.json"]
-    array = zarr.create(f"{place}/array", (2, 3), np.dtype(np.int32), 2)
+    array = zarr.open_array(f"{place}/array", zarr.describe((2, 3), np.dtype(np.int32)), create=True)
     array.write(np.ones((2, 3), np.int32)).commit.result()
     assert (home / "ä" / "array" / "zarr.json").exists()
