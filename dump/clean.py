@@ -97,7 +97,7 @@ class Cleaner:
         except MalformedError as reason:
             self.counts[str(reason)] += 1
             if str(reason) == "dropped_malformed" and not self.malformed:
-                self.malformed = describe(record)
+                self.malformed = _shape(record)
             return None
         self._seen.add(key)
         self.counts["turns_masked"] += sum(not m.get("counted", True) for m in messages)
@@ -170,6 +170,20 @@ class Cleaner:
             else:
                 joined.append(message)
         return joined
+
+
+def _shape(record: Any) -> str:
+    """What a malformed record is, in words: its fields, or those of the first turn that cannot be read."""
+    try:
+        turns = read_record(record).turns
+    except MalformedError:
+        return describe(record)
+    for turn in turns:
+        try:
+            read_turn(turn)
+        except MalformedError:
+            return f"one with a turn that is {describe(turn)}"
+    return describe(record)
 
 
 def _says_something(message: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ Legend: R rows, T tokens a row, V vocabulary.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from common.errors import EyasError
 from dump.chat import Encoded
 
 TRAIN, TEST = "train", "test"
+_CHUNKS = 20  # of a chat of ShareGPT; a few have more, which are at most 1% of a file then
+_FULL = 0.95  # of a length that is advised, where there is one
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ def split(bases: list[str], holdout: float, seed: int) -> np.ndarray:
     """bool [n]: whether each conversation is held out; all that share a base share the answer.
 
     A base is held out when the hash of seed and base falls below `holdout`, whatever else is in the data.
-    If that leaves one side empty, the base nearest to the limit changes sides; a single base for all is
-    taken for a running number, not a chat, and every conversation counts as its own. EyasError if there is
-    only one conversation to split.
+    If that leaves one side empty, the base nearest to the limit changes sides. A base of more conversations
+    than a chat has chunks is taken for a running number, and each of its conversations counts as its own.
+    EyasError if there is only one conversation to split.
     """
     if holdout == 0:
         return np.zeros(len(bases), bool)
@@ -39,13 +42,21 @@ def split(bases: list[str], holdout: float, seed: int) -> np.ndarray:
         raise EyasError(
             "one conversation cannot be split into train and test; give more data, or set holdout to 0"
         )
-    if len(set(bases)) == 1:
-        bases = [f"{base}_{number}" for number, base in enumerate(bases)]
+    bases = _small_groups(bases)
     draws = {base: _uniform(f"{seed}:{base}") for base in set(bases)}
     ordered = sorted(draws, key=lambda base: (draws[base], base))
     held = sum(draw < holdout for draw in draws.values())
     test = set(ordered[: min(max(held, 1), len(ordered) - 1)])
     return np.array([base in test for base in bases])
+
+
+def _small_groups(bases: list[str]) -> list[str]:
+    """The bases, numbered where more conversations share one than a chat has chunks."""
+    sizes = Counter(bases)
+    largest = max(_CHUNKS, len(bases) // 100)
+    if len(sizes) == 1:
+        largest = 0
+    return [base if sizes[base] <= largest else f"{base}_{i}" for i, base in enumerate(bases)]
 
 
 def _uniform(text: str) -> float:
@@ -76,6 +87,28 @@ def best_fit(lengths: np.ndarray, T: int) -> list[list[int]]:
         by_room[room - length].append(row)
         rooms |= 1 << (room - length)
     return rows
+
+
+def fill(lengths: np.ndarray, T: int) -> float:
+    """The share of tokens that are no padding when conversations of these lengths, cut at T, are packed."""
+    cut = np.minimum(lengths, T)
+    return float(cut.sum() / (len(best_fit(cut, T)) * T))
+
+
+def advise_length(lengths: np.ndarray, T: int) -> tuple[int, float]:
+    """The row length nearest to T that fills well and cuts no more than T does, and its fill.
+
+    Tried are multiples of 64 up to 8 T, on at most 5,000 of the conversations; where none fills well, it is
+    the one that fills best.
+    """
+    some = lengths[:: max(1, len(lengths) // 5000)]
+    least = min(T, int(lengths.max()))
+    steps = {-(-least // 64) * 64 + 64 * i for i in range(8)} | {-(-T * i // 512) * 64 for i in range(8, 65)}
+    found = {length: fill(some, length) for length in sorted(s for s in steps if s >= least)} | {
+        T: fill(some, T)
+    }
+    best = min(max(found.values()), _FULL)
+    return min((abs(length - T), length, share) for length, share in found.items() if share >= best)[1:]
 
 
 def pack(

@@ -20,6 +20,8 @@ from collections import Counter
 from contextlib import closing
 from typing import Any
 
+import numpy as np
+
 from common import storage
 from common.config import differences, to_json
 from common.errors import EyasError
@@ -30,7 +32,9 @@ from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError
 from dump.clean import Cleaner, Conversation
 from dump.config import PrepareConfig
 from dump.conversations import DataFile
-from dump.pack import TEST, pack, split
+from dump.data_files import find_files
+from dump.pack import advise_length, pack, split
+from dump.record_shapes import EXPECTED
 from dump.template import TemplateRefusedError
 
 COUNTS = (
@@ -47,6 +51,13 @@ COUNTS = (
     "lines_not_json",
     "files_cut_off",
 )
+_FULL = 0.9  # of a row; below it a length that fills better is advised
+# What a count means for the user, said once.
+_EXPLAINED = {
+    "dropped_tools": "conversations with tools are left out, since the target's chat template knows none",
+    "turns_system_folded": "system turns stand in front of the first question, since the template knows none",
+    "turns_reasoning_removed": "turns lose their reasoning: the template leaves it out, as a server does",
+}
 _BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
 
 
@@ -73,7 +84,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         note(f"{config.store} is already prepared from this data in this way; left as it is")
         return read_manifest(config.store)["rows"]
     conversations, counts = _read(config, sources)
-    conversations, encoded = _encode(chat, conversations, config.length, counts)
+    conversations, encoded, lengths = _encode(chat, conversations, config.length, counts)
     _require_tokens(conversations, encoded, vocab_size, counts, config)
     held_out = split([c.base for c in conversations], config.holdout, config.seed)
     ids = [c.id for c in conversations]
@@ -90,7 +101,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "counts": dict(counts),
         "config": _portable(config),
     }
-    _report(manifest, packed.index["split"].to_pylist().count(TEST))
+    _report(manifest, int(held_out.sum()), lengths)
     write_rows(config.store, packed.arrays, packed.token_counts, packed.index, manifest)
     return read_manifest(config.store)["rows"]
 
@@ -106,7 +117,7 @@ def _portable(config: PrepareConfig) -> dict[str, Any]:
 
 def _open(config: PrepareConfig) -> list[DataFile]:
     with Progress("check data", None, "B") as bar:
-        return [DataFile.open(url, bar.update) for url in config.data]
+        return [DataFile.open(url, bar.update) for url in find_files(config.data)]
 
 
 def read_vocab_size(model: str) -> int:
@@ -167,17 +178,22 @@ def _read(config: PrepareConfig, sources: list[DataFile]) -> tuple[list[Conversa
     counts.update(dict.fromkeys(COUNTS, 0))
     counts["lines_not_json"] = sum(source.bad_lines for source in sources)
     counts["files_cut_off"] = sum(source.cut_off for source in sources)
-    _require_some(conversations, counts, config)
+    _require_some(conversations, counts, config, cleaner.malformed)
+    if cleaner.malformed:
+        first = f"the first is {cleaner.malformed}; expected {EXPECTED}"
+        note(f"{counts['dropped_malformed']:,} records have a shape that is not read: {first}")
     return conversations, counts
 
 
-def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig) -> None:
-    """EyasError if nothing is left to learn from."""
+def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig, malformed: str = "") -> None:
+    """EyasError if nothing is left to learn from; `malformed`: the shape of a record that is not read."""
     if kept:
         return
     where = ", ".join(config.data)
     if not counts["read"]:
         raise EyasError(f"{where}: no conversations found; expected at least one record")
+    if malformed and counts["dropped_malformed"] == counts["read"]:
+        raise EyasError(f"{where}: the first record is {malformed}; expected {EXPECTED}")
     reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in _nonzero(counts, "dropped_"))
     raise EyasError(
         f"{where}: none of {counts['read']} conversations has an answer to learn from ({reasons}); "
@@ -187,9 +203,9 @@ def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig) 
 
 def _encode(
     chat: Chat, conversations: list[Conversation], T: int, counts: Counter[str]
-) -> tuple[list[Conversation], list[Encoded]]:
-    """The conversations that have counted tokens within T, and those tokens."""
-    kept, encoded, tokens = [], [], 0
+) -> tuple[list[Conversation], list[Encoded], np.ndarray]:
+    """The conversations that have counted tokens within T, those tokens, and how many there were before T."""
+    kept, encoded, lengths, tokens = [], [], [], 0
     with Progress("tokenise", len(conversations), "chat") as bar:
         for start in range(0, len(conversations), _BATCH):
             batch = conversations[start : start + _BATCH]
@@ -203,10 +219,11 @@ def _encode(
                     counts["dropped_nothing_counted"] += 1
                     continue
                 kept.append(conversation)
+                lengths.append(len(found.tokens))
                 encoded.append(Encoded(found.tokens[:T].copy(), found.mask[:T].copy()))
             bar.update(len(batch), f"{tokens:,} tokens")
     counts["kept"] = len(kept)
-    return kept, encoded
+    return kept, encoded, np.array(lengths, np.int64)
 
 
 def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Rendered | None:
@@ -251,14 +268,30 @@ def _nonzero(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:
     return [(name, n) for name, n in counts.items() if n and name.startswith(prefix)]
 
 
-def _report(manifest: dict[str, Any], test_conversations: int) -> None:
+def _report(manifest: dict[str, Any], held_out: int, lengths: np.ndarray) -> None:
     counts = Counter(manifest["counts"])
-    note(f"conversations: {counts['read']:,} read, {counts['kept']:,} kept ({test_conversations:,} held out)")
+    note(f"conversations: {counts['read']:,} read, {counts['kept']:,} kept ({held_out:,} held out)")
     for prefix in ("dropped_", "turns_", "truncated", "lines_", "files_"):
         found = _nonzero(counts, prefix)
         if found:
             note("  " + ", ".join(f"{name} {n:,}" for name, n in found))
+    for name, meaning in _EXPLAINED.items():
+        if counts[name]:
+            note(f"{counts[name]:,} {meaning}")
+    wanted = manifest["holdout"] * counts["kept"]
+    if abs(held_out - wanted) > max(wanted / 2, 5):
+        note(
+            f"warning: {held_out / counts['kept']:.1%} of the conversations are held out, where "
+            f"{manifest['holdout']:.1%} was asked for: the chunks of a chat stay together"
+        )
     note(
         f"rows: {manifest['train_rows']:,} train + {manifest['test_rows']:,} test of {manifest['length']} "
         f"tokens, {manifest['fill']:.1%} full; {manifest['tokens']:,} tokens, {manifest['counted']:,} counted"
     )
+    if manifest["fill"] < _FULL:
+        length, share = advise_length(lengths, manifest["length"])
+        better = f"--length {length} fills about {share:.0%}"
+        advice = better if share > manifest["fill"] + 0.02 else "more conversations would fill them"
+        note(
+            f"warning: padding is computed like text, and rows are only {manifest['fill']:.0%} full; {advice}"
+        )

@@ -40,6 +40,16 @@ FIELDS = {
 }  # fmt: skip
 
 
+def usable(names: list[str]) -> bool:
+    """Whether a record with fields of these names can hold a conversation."""
+    found = {name.lower() for name in names}
+    asks = found & {*QUESTION_KEYS} and found & {*ANSWER_KEYS}
+    return bool(found & {*TURN_KEYS, "chosen", "data"} or asks)
+
+
+EXPECTED = "a list of turns under conversations or messages, or a question and an answer"
+
+
 @dataclass(frozen=True)
 class Record:
     """A record's turns as the file has them, its definitions of tools, its id or None."""
@@ -80,9 +90,12 @@ def describe(value: Any) -> str:
 
 
 def unwrapped(value: Any) -> Iterator[Any]:
-    """The records of a JSON value: itself, those of a list, or of an object around one list of them."""
-    if isinstance(value, list) and value and not _is_turns(value):
-        yield from value
+    """The records of a JSON value: itself, or those of a list, of lists, or of an object around one list."""
+    if value == []:
+        return
+    if _is_records(value):
+        for item in value:
+            yield from item if _is_records(item) else (item,)
         return
     if isinstance(value, dict) and not _is_record(value):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], (dict, list))]
@@ -92,8 +105,16 @@ def unwrapped(value: Any) -> Iterator[Any]:
     yield value
 
 
-def _is_turns(value: list[Any]) -> bool:
-    return isinstance(value[0], dict) and any(key in value[0] for key in ROLE_KEYS)
+def _is_records(value: Any) -> bool:
+    """Whether a list holds records, and is not the turns of one."""
+    if not isinstance(value, list) or not value:
+        return False
+    return not isinstance(value[0], str) and _pair(value[0]) is None and not _has_role(value[0])
+
+
+def _has_role(turn: Any) -> bool:
+    """Whether an object is a turn; a record may have a role of its own (a row of a tree of messages)."""
+    return isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) and not _is_record(turn)
 
 
 def _is_record(value: dict[str, Any]) -> bool:

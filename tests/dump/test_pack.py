@@ -5,7 +5,7 @@ import pytest
 
 from common.errors import EyasError
 from dump.chat import Encoded
-from dump.pack import best_fit, pack, split
+from dump.pack import advise_length, best_fit, fill, pack, split
 
 T, V = 64, 50
 
@@ -31,6 +31,14 @@ def test_neither_side_is_empty(count, holdout):
         held_out = split([f"chat{i}" for i in range(count)], holdout, seed)
         assert held_out.any()
         assert not held_out.all()
+
+
+def test_a_base_of_more_conversations_than_a_chat_has_chunks_is_no_chat():
+    bases = [f"corpora{i % 3}" for i in range(600)] + [f"chat{i // 5}" for i in range(600)]
+    held_out = split(bases, 0.1, seed=0)
+    assert 0.07 < held_out[:600].mean() < 0.13
+    chats = held_out[600:].reshape(-1, 5)
+    assert (chats.all(1) == chats.any(1)).all()
 
 
 def test_ids_that_only_count_do_not_make_one_chat():
@@ -128,3 +136,13 @@ def test_lengths_like_those_of_chats_fill_the_rows():
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.6, 1.0, 20_000).astype(int) + 1, 2048)
     rows = best_fit(lengths, 2048)
     assert lengths.sum() / (len(rows) * 2048) > 0.97
+
+
+def test_a_length_is_advised_that_fills_and_cuts_nothing_more():
+    lengths = np.random.default_rng(0).normal(270, 20, 3000).astype(int)
+    assert fill(lengths, 512) < 0.8
+    length, share = advise_length(lengths, 512)
+    assert length >= 512
+    assert abs(fill(lengths, length) - share) < 0.02
+    assert share > 0.93
+    assert advise_length(np.array([50, 60, 70]), 2048) == (192, 180 / 192)
