@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from common import storage
+from common import schema, storage
 from common.config import differences, to_json
 from common.errors import EyasError
 from common.manifest import INDEX, MANIFEST, ROW_SUMS, read_manifest
 from common.progress import Progress, note
+from common.schema import NotRequired, Size, TypedDict
 from common.store_writer import write_rows
 from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError
 from dump.clean import Cleaner, Conversation
@@ -120,16 +121,27 @@ def _open(config: PrepareConfig) -> list[DataFile]:
         return [DataFile.open(url, bar.update) for url in find_files(config.data)]
 
 
+class _Sizes(TypedDict):
+    """What is read of config.json before the dump reads all of it."""
+
+    vocab_size: NotRequired[Size]
+    model_type: NotRequired[str]
+    text_config: NotRequired[dict[str, Any]]
+
+
 def read_vocab_size(model: str) -> int:
     """The target's vocabulary (its tokenizer's may be smaller); of the text part, if it has several."""
-    config = storage.read_json(f"{model.rstrip('/')}/config.json")
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    where, advice = f"{model.rstrip('/')}/config.json", "it is not the folder of a language model"
+    config = schema.read(_Sizes, where, advice)
+    text = schema.check(_Sizes, config.get("text_config", {}), f"{where} (text_config)", advice)
+    size = config.get("vocab_size", text.get("vocab_size"))
     if size is None and "text_config" in config:  # multimodal files leave out what equals the defaults
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING
 
-        size = AutoConfig.for_model(**config).get_text_config().vocab_size
-    if not isinstance(size, int):
-        raise EyasError(f"{model}/config.json has no vocab_size; it is not the folder of a language model")
+        known = config.get("model_type")
+        size = CONFIG_MAPPING[known]().get_text_config().vocab_size if known in CONFIG_MAPPING else None
+    if size is None:
+        raise EyasError(f"{where} has no vocab_size; {advice}")
     return size
 
 

@@ -322,8 +322,29 @@ def test_a_multimodal_targets_vocabulary_is_its_text_parts_even_where_the_file_l
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        5,
+        None,
+        {"vocab_size": "7"},
+        {"vocab_size": True},
+        {"text_config": []},
+        {"text_config": {"model_type": 3}},
+        {"text_config": {}},
+        {"text_config": {}, "model_type": "of_tomorrow"},
+        {},
+    ],
+)
+def test_a_config_json_of_other_types_is_one_line(config, tmp_path):
+    storage.write_json(f"{tmp_path}/config.json", config)
+    with pytest.raises(EyasError, match=r"config\.json.*it is not the folder of a language model$"):
+        read_vocab_size(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
-    [({"vocab_size": 100}, "do not belong together"), ({"vocab_size": None}, "has no vocab_size")],
+    [({"vocab_size": 100}, "do not belong together"), ({"vocab_size": None}, "vocab_size is null")],
 )
 def test_a_tokenizer_of_another_model_is_refused(config, tmp_path, settings, message):
     model = write_model(tmp_path / "model", **settings)
