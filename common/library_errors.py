@@ -50,25 +50,34 @@ def library_errors(what: str, doing: str = "write", patience: float = _PATIENCE)
     `what` names the place, a path or URL first; `doing` is read, list or write. FileNotFoundError of a read
     or list passes. Where a URL has not answered after `patience` seconds, a line on stderr says so.
     """
-    timer = threading.Timer(patience, _tell, (what,)) if "://" in what else None
-    if timer:
-        timer.daemon = True
-        timer.start()
+    with waiting(what, patience):
+        try:
+            yield
+        except EyasError:
+            raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and doing != "write":
+                raise
+            raise explained(error, what, doing) from error
+        except Exception as error:
+            if not is_librarys(error):
+                raise
+            raise explained(error, what, doing) from error
+
+
+@contextmanager
+def waiting(what: str, patience: float = _PATIENCE) -> Iterator[None]:
+    """Says on stderr that `what` is waited for, if it is a URL and takes longer than `patience` seconds."""
+    if "://" not in what:
+        yield
+        return
+    timer = threading.Timer(patience, _tell, (what,))
+    timer.daemon = True
+    timer.start()
     try:
         yield
-    except EyasError:
-        raise
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError) and doing != "write":
-            raise
-        raise explained(error, what, doing) from error
-    except Exception as error:
-        if not is_librarys(error):
-            raise
-        raise explained(error, what, doing) from error
     finally:
-        if timer:
-            timer.cancel()
+        timer.cancel()
 
 
 def _tell(what: str) -> None:
@@ -103,6 +112,12 @@ def explained(error: Exception, what: str, doing: str = "read") -> EyasError:
         return MachineError(f"{what}: no answer from {bucket} ({status}{text}); {advice}")
     past = {"read": "reading", "list": "listing", "write": "writing"}[doing]
     return MachineError(f"{what}: {past} failed ({text}); mend that and {_AGAIN}")
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if a server refused or did not answer, rather than that what it gave is wrong."""
+    code = _status(error)
+    return (code is not None and code != 404) or _is_connection(error, code)
 
 
 def reason(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import tensorstore as ts
 
 from common import kvstore, storage
 from common.errors import EyasError
-from common.library_errors import reason
+from common.library_errors import explained, is_refusal, reason, waiting
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
 SHARD_BYTES = 64 << 20  # of arrays that have no blocks
@@ -61,8 +61,8 @@ def describe(shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None) -
 def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.TensorStore:
     """The array at `url`; with `create` it is made where there is none, and never deleted.
 
-    EyasError if it is missing, damaged, or not as `described` by `describe`. TensorStore's ValueError if it
-    cannot be made.
+    EyasError if it is missing, damaged, or not as `described` by `describe`. MachineError if the
+    machine or the network fails.
     """
     codec = {
         "name": "sharding_indexed",
@@ -88,10 +88,11 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
         "recheck_cached_data": "open",  # shards never change
     }
     try:
-        return ts.open(spec, context=kvstore.context(), open=True, create=create).result()
+        with waiting(url):
+            return ts.open(spec, context=kvstore.context(), open=True, create=create).result()
     except ValueError as error:
-        if create and not storage.exists(f"{url}/zarr.json"):
-            raise
+        if is_refusal(error) or (create and not storage.exists(f"{url}/zarr.json")):
+            raise explained(error, url, "write" if create else "read") from error
         raise EyasError(
             f"the array {url} cannot be opened as {described['dtype']} {described['shape']}, which the "
             f"manifest says it is: {reason(error)}; one of the two was edited or cut off: restore it"
@@ -121,9 +122,13 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
             request = target[place : place + stop - start].write(array[start:stop])
             pending.append((name, start, stop, request))
     for name, start, stop, request in pending:
+        place = arrays[name].kvstore.url
         try:
-            request.result()
+            with waiting(place):
+                request.result()
         except ValueError as error:
+            if is_refusal(error):
+                raise explained(error, place) from error
             _refuse(name, arrays[name], range(start, stop), error)
     return found
 
