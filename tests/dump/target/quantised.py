@@ -52,7 +52,9 @@ def first_layers(made: golden.Golden, layers: int) -> golden.Golden:
         return number is None or int(number[1]) < layers
 
     shapes = {name: shape for name, shape in made.shapes.items() if stays(name)}
-    return replace(made, shapes=shapes, config=made.config | {"num_hidden_layers": layers})
+    config = {name: v[:layers] if isinstance(v, list) else v for name, v in made.config.items()}
+    config |= {"architectures": made.config["architectures"], "num_hidden_layers": layers}
+    return replace(made, shapes=shapes, config=config)
 
 
 def _extent(shared: str, shape: tuple[int, int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from common import safetensors, storage
 from common.errors import EyasError
 from common.mesh import make_mesh
 from dump import target
-from tests.dump.target.quantised import E8M0, FLOAT8, SCHEMES, Form, compressed, folders
+from tests.dump.target.quantised import E8M0, FLOAT8, SCHEMES, Form, compressed, first_layers, folders
 from tests.dump.target.test_parity import run
 from tests.goldens import golden
 from tests.goldens.values import tensor
@@ -144,6 +144,12 @@ def test_mxfp4_equals_its_values_kept_and_dequantised_at_load(tmp_path):
     kept = run(made, quantised, 1, 2)
     assert_same(kept, run(made, plain, 1, 1))
     assert_same(run(made, quantised, 1, 2, dequantise=True), kept, 1e-6)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_mxfp4_experts_give_the_stored_values(tp, tmp_path):
+    quantised, plain = write_mxfp4(first_layers(golden.read("gpt_oss"), 1), tmp_path)
+    assert_dequantises(quantised, plain, None, tp)
 
 
 def test_weights_stay_as_they_lie_in_memory_unless_dequantised(tmp_path):
