@@ -18,7 +18,7 @@ from common.progress import note
 
 # Top-level modules whose exceptions speak of storage or network. Modules are not imported to name them.
 _LIBRARIES = (
-    *("aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx"),
+    *("aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "httpcore2", "httpx2"),
     *("huggingface_hub", "requests", "s3fs", "urllib3"),
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -15,24 +15,21 @@ import lzma
 import posixpath
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
-from huggingface_hub.errors import HfHubHTTPError
 
 from common import storage
-from common.errors import EyasError, MachineError
+from common.errors import EyasError
+from common.library_errors import library_errors
 
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
 TABLE_KINDS = (".parquet", ".arrow", ".feather")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _BUFFER = 1 << 18
-_HUB_ERRORS = (
-    HfHubHTTPError.__bases__
-)  # of the HTTP library that the Hub's client uses, httpx or its successor
 
 Advance = Callable[[int], None]  # told how many more bytes have been read
 
@@ -64,7 +61,7 @@ def _find(path: str) -> list[str]:
     if _is_web(path):
         return [path]
     with readable(path):
-        fs, root = fsspec.core.url_to_fs(path if storage.is_remote(path) else storage.local_path(path))
+        fs, root = storage.filesystem(path)
         if fs.isdir(root):
             found = [f for f in fs.find(root) if _is_data(f, root)]
             kinds = sorted({kind_of(f) for f in found})
@@ -103,44 +100,37 @@ def _is_web(url: str) -> bool:
 @contextmanager
 def opened(url: str, advance: Advance | None = None) -> Iterator[BinaryIO]:
     """The file, unpacked, if `advance` is given, which is told of the bytes as they are on disk."""
-    with readable(url), fsspec.open(url if storage.is_remote(url) else storage.local_path(url), "rb") as file:
-        if advance is None:
-            yield file
-            return
-        counted = io.BufferedReader(_Counted(file, advance), _BUFFER)
-        ending = posixpath.splitext(name_of(url).lower())[1]
-        if ending == ".zst":
-            yield io.BufferedReader(_Unpacked(counted), _BUFFER)
-        elif ending in _UNPACK:
-            yield io.BufferedReader(_UNPACK[ending](counted), _BUFFER)
-        else:
-            yield counted
-
-
-_UNPACK: dict[str, Any] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-}
+    with readable(url):
+        fs, path = storage.filesystem(url)
+        with fs.open(path, "rb") as file:
+            if advance is None:
+                yield file
+                return
+            counted = io.BufferedReader(_Counted(file, advance), _BUFFER)
+            unpack = _UNPACK.get(posixpath.splitext(name_of(url).lower())[1])
+            try:
+                yield io.BufferedReader(unpack(counted), _BUFFER) if unpack else counted
+            except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, _DamagedError) as error:
+                raise EyasError(f"{url} cannot be unpacked ({_first_line(error)}); fetch it again") from None
 
 
 @contextmanager
 def readable(url: str) -> Iterator[None]:
-    """Turns what cannot be read into one line."""
+    """Turns what cannot be found, read or unpacked into one line."""
+    remote = storage.is_remote(url)
     try:
-        yield
+        if remote:
+            fsspec.get_filesystem_class(url.partition("://")[0])
+        with library_errors(url, "read") if remote else nullcontext():
+            yield
     except FileNotFoundError:
         raise EyasError(f"the data file {url} does not exist; check the path") from None
     except IsADirectoryError:
         raise EyasError(f"{url} is a folder; name the data files in it") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise EyasError(f"{url} cannot be unpacked ({_first_line(error)}); fetch it again") from None
     except EyasError:
         raise
     except (ImportError, OSError, ValueError) as error:  # also an unknown protocol
         raise EyasError(f"{url} cannot be read: {_first_line(error)}") from None
-    except _HUB_ERRORS as error:
-        raise MachineError(f"{url} cannot be reached: {_first_line(error)}; check the network") from None
 
 
 class _Counted(io.RawIOBase):
@@ -159,6 +149,10 @@ class _Counted(io.RawIOBase):
         return len(piece)
 
 
+class _DamagedError(Exception):
+    """A zstandard file is damaged."""
+
+
 class _Unpacked(io.RawIOBase):
     """A zstandard file, by Arrow's codec."""
 
@@ -169,9 +163,20 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._stream.read(len(buffer))
+        try:
+            piece = self._stream.read(len(buffer))
+        except (OSError, pa.ArrowException) as error:
+            raise _DamagedError(str(error)) from None
         buffer[: len(piece)] = piece
         return len(piece)
+
+
+_UNPACK: dict[str, Any] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _Unpacked,
+}
 
 
 def _first_line(error: Exception) -> str:

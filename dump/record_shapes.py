@@ -8,9 +8,10 @@
 - A question and an answer: `instruction` (with `input` or `context`), `prompt`, `question`, `query`,
   `problem` or `input`; `output`, `response`, `completion`, `answer`, `answers` or `solution`; `history`, a
   list of pairs, comes first.
-- Beside them: `system`, `system_prompt` or `system_message`; `tools` or `functions`; the answer's reasoning
-  under `reasoning`, `thinking`, `reasoning_content`, `complex_cot`, `cot`, `deepseek_reasoning` or
-  `thinking_trajectories`; an id under `id`, `conversation_id`, `prompt_id`, `uuid` or `conversation_hash`.
+- Beside them: `system`, `system_prompt` or `system_message`; `tools` or `functions`, also inside of a
+  `metadata` that is a string of JSON; an id under `id`, `conversation_id`, `prompt_id`, `uuid` or
+  `conversation_hash`; beside a single answer its reasoning under `reasoning_content`, `thinking`,
+  `complex_cot`, `cot`, `deepseek_reasoning`, `thinking_trajectories` or `reasoning`.
 
 Names of fields are compared without regard to capitals. A list that comes first and is not empty is taken.
 """
@@ -36,7 +37,7 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "complex_cot", "cot", "deeps
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid", "conversation_hash")
 FIELDS = {
     *TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *_CONTEXT_KEYS, *_SYSTEM_KEYS, *_TOOL_KEYS, *_REASONING_KEYS,
-    *_ID_KEYS, "chosen", "history", "data",
+    *_ID_KEYS, "chosen", "history", "data", "metadata",
 }  # fmt: skip
 
 
@@ -77,7 +78,11 @@ def read_record(value: Any) -> Record:
         turns = [{"role": "system", "content": system}, *turns]
     given = first(fields, *_ID_KEYS)
     named = isinstance(given, (str, int)) and not isinstance(given, bool) and str(given)
-    return Record(turns, _tools(first(fields, *_TOOL_KEYS)), str(given) if named else None)
+    tools = first(fields, *_TOOL_KEYS)
+    if tools is None and isinstance(fields.get("metadata"), str):
+        inside = parsed(fields["metadata"])
+        tools = first(inside, *_TOOL_KEYS) if isinstance(inside, dict) else None
+    return Record(turns, _tools(tools), str(given) if named else None)
 
 
 def describe(value: Any) -> str:

@@ -135,7 +135,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
         if head.strip() and not unopened:
             continue
         solution = _SOLUTION.fullmatch(answer)
-        answer = next(filter(None, solution.groups()), "") if solution else answer
+        answer = next(filter(None, solution.groups()), "").strip() if solution else answer
         return (reasoning if opened else before).strip(), answer.lstrip()
     return "", text
 

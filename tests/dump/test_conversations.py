@@ -176,7 +176,7 @@ def _cut_parquet(path):
         ("other.parquet", _parquet_without_turns, "has the columns text, label; expected"),
         ("numbers.parquet", _parquet_without_answers, "has the columns prompt, label; expected"),
         ("no.arrow", lambda path: path.write_text("hello"), "no whole Arrow file"),
-        ("no.json.gz", lambda path: path.write_text("hello"), "cannot be read: Not a gzipped file"),
+        ("no.json.gz", lambda path: path.write_text("hello"), "cannot be unpacked .Not a gzipped file"),
         (
             "cut.jsonl.gz",
             lambda path: path.write_bytes(gzip.compress(lines(set()).encode())[:-40]),
@@ -187,7 +187,7 @@ def _cut_parquet(path):
             lambda path: path.write_bytes(lzma.compress(lines(set()).encode())[:-40]),
             "unpacked",
         ),
-        ("no.jsonl.zst", lambda path: path.write_text("hello"), "cannot be"),
+        ("no.jsonl.zst", lambda path: path.write_text("hello"), "cannot be unpacked"),
         ("table.parquet.gz", lambda path: path.write_text("hello"), "of an unknown kind"),
     ],
 )
