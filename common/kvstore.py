@@ -38,6 +38,13 @@ def folder(url: str) -> dict | str:
     return {"driver": "file", "path": path, "file_io_mode": {"mode": "memmap"}}
 
 
+def place(store: ts.KvStore) -> str:
+    """Where a store's files lie: a path, or a URL."""
+    spec = store.spec().to_json()
+    schemes = {"gcs": "gs", "s3": "s3"}
+    return f"{schemes[spec['driver']]}://{spec['bucket']}/{spec['path']}" if "bucket" in spec else spec["path"]
+
+
 def create_file(url: str, data: bytes) -> bool:
     """Writes the file, whole and durably, unless there is one; False if there is. EyasError if it cannot
     be written."""

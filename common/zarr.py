@@ -122,7 +122,7 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
             request = target[place : place + stop - start].write(array[start:stop])
             pending.append((name, start, stop, request))
     for name, start, stop, request in pending:
-        place = arrays[name].kvstore.url
+        place = kvstore.place(arrays[name].kvstore)
         try:
             with waiting(place):
                 request.result()

@@ -295,4 +295,5 @@ def test_every_way_to_write_a_path_leads_there(tmp_path, monkeypatch, written):
     assert storage.list_names(place) == ["x.json"]
     array = zarr.open_array(f"{place}/array", zarr.describe((2, 3), np.dtype(np.int32)), create=True)
     array.write(np.ones((2, 3), np.int32)).commit.result()
+    assert zarr.read_rows({"a": array}, np.arange(2))["a"].all()
     assert (home / "ä" / "array" / "zarr.json").exists()
