@@ -41,8 +41,10 @@ def folder(url: str) -> dict | str:
 def place(store: ts.KvStore) -> str:
     """Where a store's files lie: a path, or a URL."""
     spec = store.spec().to_json()
-    schemes = {"gcs": "gs", "s3": "s3"}
-    return f"{schemes[spec['driver']]}://{spec['bucket']}/{spec['path']}" if "bucket" in spec else spec["path"]
+    if "bucket" not in spec:
+        return spec["path"]
+    scheme = "gs" if spec["driver"] == "gcs" else spec["driver"]
+    return f"{scheme}://{spec['bucket']}/{spec['path']}"
 
 
 def create_file(url: str, data: bytes) -> bool:
