@@ -1,6 +1,6 @@
 """AdamW over float32 masters: warm-up, cosine to zero, clipping by the norm of all gradients."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,34 @@ def make(
 
     return optax.chain(
         _divided_by(units or {}),
-        optax.clip_by_global_norm(clip),
+        _clipped(clip),
         optax.scale_by_adam(*betas),
         _divided_by(units or {}),
         optax.add_decayed_weights(weight_decay, matrices),
         optax.scale_by_learning_rate(rate),
     )
+
+
+class Clipped(NamedTuple):
+    """State of clipping: the norm that was found, and limited."""
+
+    gradient_norm: jax.Array
+
+
+def _clipped(limit: float) -> optax.GradientTransformation:
+    """Gradients whose norm, over all of them, is `limit` at most."""
+
+    def update(updates: Any, _: Clipped, params: Any = None) -> tuple[Any, Clipped]:
+        norm = optax.tree.norm(updates)
+        scale = limit / jnp.maximum(norm, limit)
+        return jax.tree.map(lambda x: x * scale, updates), Clipped(norm)
+
+    return optax.GradientTransformation(lambda _: Clipped(jnp.float32(0)), update)
+
+
+def gradient_norm(state: Any, otherwise: jax.Array) -> jax.Array:
+    """The norm that clipping found in the step that gave this state; `otherwise` if nothing clips."""
+    return optax.tree.get(state, "gradient_norm", otherwise)
 
 
 def _divided_by(units: dict[str, Any]) -> optax.GradientTransformation:

@@ -51,7 +51,7 @@ def _announce(plan: Plan) -> str:
 
 
 def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
-    """Gives the trainer every batch that it has not had. Stopped, its state saved, if stopped."""
+    """Gives the trainer every batch that it has not had yet. If it is stopped, its state is saved."""
     first, tokens, stream = trainer.step, plan.config.batch_rows * plan.store.length, plan.stream()
     began = time.monotonic()
     trainer.catch_up()
@@ -61,11 +61,10 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
             progress.update(tokens, trainer.status)
             if stop.asked and not trainer.done:
                 trainer.save()
-                break
+                trainer.finish()
+                stop.check()
             trainer.do_what_is_due()
     trainer.finish()
-    if not trainer.done:
-        stop.check()
     seconds, steps = time.monotonic() - began, plan.steps - first
     return {
         "out": plan.config.out,

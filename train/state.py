@@ -9,15 +9,16 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from common import schema, storage
+from common import schema, storage, strict_json
 from common.config import differences, to_json
 from common.errors import EyasError, MachineError
 from common.library_errors import library_errors
 from common.lock import FILE as LOCK
 from common.lock import locked
-from common.schema import Count, TypedDict
+from common.schema import Count, Crc32, TypedDict
 from train.plan import FILE, Plan
 from train.step import State
 
@@ -33,8 +34,9 @@ class _Evaluation(TypedDict):
 
 
 class _Noted(TypedDict):
-    """Beside a saved state: the evaluations of the heads in best/ and last/."""
+    """Beside a saved state: its checksums, and the evaluations of the heads in best/ and last/."""
 
+    sums: dict[str, Crc32]
     best: _Evaluation | None
     last: _Evaluation
 
@@ -80,6 +82,22 @@ def _require_own(plan: Plan) -> bool:
     return True
 
 
+@jax.jit
+def _sums(state: State) -> dict[str, jax.Array]:
+    """{path of an array: the sum of its bits, uint32}: exact in any order, so the same on any mesh."""
+
+    def total(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): total(x) for path, x in leaves}
+
+
+def _checksums(state: State) -> dict[str, int]:
+    return {name: int(x) for name, x in jax.device_get(_sums(state)).items()}
+
+
 def _reason(error: Exception) -> str:
     """The first line of what a library says, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -94,7 +112,7 @@ class Saved:
         self._place = storage.join(out, "state")
         path = os.path.abspath(storage.local_path(self._place))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
-        with self._writing():
+        with self._writing():  # it makes the folder, and looks at what is there
             self._manager = ocp.CheckpointManager(path, options=options)
 
     @contextmanager
@@ -107,8 +125,8 @@ class Saved:
             raise
         except Exception as error:
             raise MachineError(
-                f"{self._place}: saving failed ({_reason(error)}); mend that and run the same command again; "
-                "what is complete is kept"
+                f"{self._place} cannot be written ({_reason(error)}); mend that and run the same command "
+                "again; what is complete is kept"
             ) from error
 
     def step(self) -> int | None:
@@ -121,21 +139,27 @@ class Saved:
         """(the newest state, in the shapes and dtypes of `like`; what `save` was given beside it)."""
         step = self.step()
         place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(step, args=args)
+            found = self._read(step, like, where)
         except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
         state, noted = found["state"], schema.check(_Noted, found["noted"], f"{place}/noted", advice)
         if int(state.step) != step:
             raise EyasError(f"{place} holds the state of step {int(state.step)}; {advice}")
+        damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
+        if damaged:
+            raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
         return state, noted["best"], noted["last"]
+
+    def _read(self, step: int | None, like: State, where: jax.sharding.Sharding) -> Any:
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
+        return dict(self._manager.restore(step, args=args).items())
 
     def save(self, state: State, best: dict[str, Any] | None, last: dict[str, Any]) -> None:
         """Begins to save; waits only for an earlier save. MachineError if that or this one fails."""
-        noted = ocp.args.JsonSave({"best": best, "last": last})
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=noted)
+        noted = {"sums": _checksums(state), "best": best, "last": last}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=ocp.args.JsonSave(noted))
         with self._writing():
             self._manager.save(int(state.step), args=args, force=True)
 
@@ -170,11 +194,7 @@ class Lines:
 
     def _step_of(self, line: bytes, number: int) -> int:
         where, advice = f"{self._url}, line {number}", "mend or delete that line: the weights do not need it"
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EyasError(f"{where} is not JSON ({error}); {advice}") from None
-        return schema.check(_Evaluation, found, where, advice)["step"]
+        return schema.check(_Evaluation, strict_json.parse(line, where), where, advice)["step"]
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line at once."""

@@ -15,6 +15,7 @@ from common.mesh import spec
 from train.batch import Batch, Frozen, Params
 from train.head import HeadConfig
 from train.metrics import Sums, shard_sums
+from train.optimizer import gradient_norm
 from train.ttt import shard_counts, shard_loss, shard_scores, teacher
 
 _ROW = spec(("row",))
@@ -31,7 +32,7 @@ class State(NamedTuple):
 
 class Metrics(NamedTuple):
     """Of one step: loss is the sum that is minimised; by TTT step [K] the loss, and the share that is right
-    of the targets in the draft vocabulary; the norm of all gradients."""
+    of the targets in the draft vocabulary; the norm of all gradients, as clipping sees it."""
 
     loss: jax.Array
     loss_K: jax.Array
@@ -84,9 +85,8 @@ def train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it; our own code runs under "strict"
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        return State(params, moments, state.step + 1), Metrics(
-            loss, loss_K, acc_K, optax.tree.norm(gradients)
-        )
+            norm = gradient_norm(moments, optax.tree.norm(gradients))
+        return State(params, moments, state.step + 1), Metrics(loss, loss_K, acc_K, norm)
 
     return step
 

@@ -1,0 +1,255 @@
+"""What a run leaves on disk: continued, it is an uninterrupted run's; damaged, it is one line."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import EyasError
+from common.lock import locked
+from tests.train import small_store
+from tests.train.served import read_tensors
+from train import trainer
+from train.plan import make_plan
+from train.run import TrainConfig, run
+from train.state import Saved, claimed
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("resume")
+    return TrainConfig(
+        store=small_store.write_store(str(place / "store")),
+        out=str(place / "whole"),
+        steps=7,
+        batch_rows=4,
+        ttt_steps=2,
+        draft_vocab=32,
+        learning_rate=3e-2,
+        log_every=2,
+        eval_every=3,
+        save_every=3,
+        init="normal",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    run(config)
+    return config.out
+
+
+def lines_of(out):
+    """The lines of metrics, without the time they took."""
+    with open(f"{out}/metrics.jsonl", encoding="utf-8") as file:
+        return [{n: x for n, x in json.loads(line).items() if n != "seconds"} for line in file]
+
+
+def stopped_at(step, config, monkeypatch):
+    """Runs until SIGTERM comes while step `step` is computed."""
+    take = Trainer.take
+
+    def signalled(self, batch):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", signalled)
+        with pytest.raises(EyasError, match=rf"train stopped; step {step} of {config.steps} is saved"):
+            run(config)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, monkeypatch, step):
+    """Steps 2 and 6 are logged, 3 and 6 evaluated."""
+    here = replace(config, out=str(tmp_path / "out"))
+    stopped_at(step, here, monkeypatch)
+    run(here)
+    assert lines_of(here.out) == lines_of(whole)
+    last = read_tensors(f"{whole}/last/model.safetensors")
+    for name, weight in read_tensors(f"{here.out}/last/model.safetensors").items():
+        np.testing.assert_array_equal(weight, last[name], err_msg=name)
+
+
+def test_a_run_goes_on_with_other_numbers_of_devices_within_rounding(config, whole, tmp_path, monkeypatch):
+    here = replace(config, out=str(tmp_path / "out"))
+    stopped_at(2, here, monkeypatch)
+    stopped_at(4, replace(here, dp=4), monkeypatch)
+    assert run(replace(here, dp=2))["steps_before"] == 4
+    for line, expected in zip(lines_of(here.out), lines_of(whole), strict=True):
+        for name in ("loss", "gradient_norm"):
+            np.testing.assert_allclose(line.get(name, 0), expected.get(name, 0), rtol=1e-3)
+        if "evaluation" in line:
+            np.testing.assert_allclose(line["evaluation"]["loss"], expected["evaluation"]["loss"], rtol=1e-3)
+
+
+def test_an_option_given_in_other_words_continues_the_run(config, whole):
+    assert run(replace(config, dtype="float32", epochs=2.0))["steps_before"] == config.steps
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_no_loss_goes_unseen_and_the_last_one_neither(config, tmp_path, monkeypatch, step):
+    """Step 5 is not logged, and behind step 7 no other follows."""
+
+    def broken(*args):
+        made = trainer_step(*args)
+
+        def one(state, frozen, batch):
+            new, metrics = made(state, frozen, batch)
+            return new, metrics._replace(loss=jnp.where(new.step == step, jnp.nan, metrics.loss))
+
+        return one
+
+    trainer_step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", broken)
+    here = replace(config, out=str(tmp_path / "out"))
+    with pytest.raises(EyasError, match=rf"the loss is nan at step {step}; use a lower"):
+        run(here)
+    assert f"training step | {3 if step == 5 else 6} of 7" in (tmp_path / "out/last/README.md").read_text()
+
+
+def test_a_head_that_scores_nan_is_exported_nowhere(config, tmp_path, monkeypatch):
+    evaluate = trainer.Evaluator.__call__
+
+    def nan(*args):
+        return evaluate(*args) | {"loss": [float("nan")] * 2}
+
+    monkeypatch.setattr(trainer.Evaluator, "__call__", nan)
+    with pytest.raises(EyasError, match=r"the head of step 3 has a loss of nan on held-out rows"):
+        run(replace(config, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out/best").exists()
+
+
+def test_another_process_in_the_folder_is_named_and_harms_nothing(config, whole):
+    before = lines_of(whole)
+    with locked(whole), pytest.raises(EyasError, match=rf"in use by process {os.getpid()} on .*; wait until"):
+        run(config)
+    assert lines_of(whole) == before
+
+
+@functools.cache
+def plan_of(config):
+    return make_plan(config)
+
+
+def continued(config, out):
+    """The step at which a run with this folder goes on."""
+    plan = replace(plan_of(config), config=replace(config, out=str(out)))
+    with claimed(plan), Trainer(plan) as found:
+        return found.step
+
+
+JSON = (
+    "[]",
+    "5",
+    "null",
+    "{}",
+    '{"identity":5}',
+    '{"step":"1"}',
+    "[" * 100_000,
+    "\x00",
+    '{"best":5,"last":{}}',
+)
+
+
+def damages(path):
+    """Ways to damage a file, by name."""
+    data = path.read_bytes()
+    yield "empty", lambda: path.write_bytes(b"")
+    yield "cut", lambda: path.write_bytes(data[: len(data) // 2])
+    yield "other bytes", lambda: path.write_bytes(bytes(255 - byte for byte in data))
+    yield "gone", path.unlink
+    yield "a folder", lambda: (path.unlink(), path.mkdir())
+    for text in JSON if path.suffix in (".json", ".jsonl") or path.name == "metadata" else ():
+        yield text[:20], lambda text=text: path.write_text(text + "\n")
+
+
+def said(config, out):
+    """What is said of the folder, "" if a run goes on from its last state."""
+    try:
+        step = continued(config, out)
+    except EyasError as error:
+        return str(error)
+    assert step == 7
+    return ""
+
+
+def check_damaged(config, whole, out, names):
+    """Every damage of the files `names` is one line that names the place, or does not matter.
+
+    The number of those that are told is returned.
+    """
+    told = 0
+    for name in names:
+        for how, _ in damages(Path(whole) / name):
+            shutil.copytree(whole, out, symlinks=True, ignore=shutil.ignore_patterns("best", "last"))
+            dict(damages(out / name))[how]()
+            text = said(config, out)
+            assert "\n" not in text, (name, how)
+            assert not text or str(out) in text, (name, how, text)
+            told += bool(text)
+            shutil.rmtree(out)
+    return told
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "metrics.jsonl", "state/7/noted/metadata"])
+def test_a_damaged_json_file_of_a_run_is_one_line(config, whole, tmp_path, name):
+    assert check_damaged(config, whole, tmp_path / "out", [name]) >= 9
+
+
+@pytest.mark.slow
+def test_whatever_is_damaged_of_a_state_is_one_line_or_does_not_matter(config, whole, tmp_path):
+    """A run goes on only from a state whose every bit is as it was."""
+    states = os.walk(f"{whole}/state/7/state")
+    names = [
+        os.path.relpath(os.path.join(folder, file), whole) for folder, _, files in states for file in files
+    ]
+    assert check_damaged(config, whole, tmp_path / "out", names) > 30
+
+
+def test_a_changed_bit_of_a_saved_weight_is_found(config, whole, tmp_path, monkeypatch):
+    restore = Saved._read
+
+    def flipped(self, *args):
+        found = restore(self, *args)
+        weight = found["state"].params["fc.weight"]
+        params = found["state"].params | {"fc.weight": weight.at[0, 0].multiply(1 + 1e-6)}
+        return found | {"state": found["state"]._replace(params=params)}
+
+    monkeypatch.setattr(Saved, "_read", flipped)
+    with pytest.raises(
+        EyasError, match=r"state/7 is damaged: .*fc.weight.* is not what was saved; delete it"
+    ):
+        continued(config, whole)
+
+
+def test_a_state_of_other_shapes_or_of_another_step_is_refused(config, whole, tmp_path):
+    other, out = replace(config, out=str(tmp_path / "other"), ffn=48, steps=7), tmp_path / "out"
+    run(other)
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "state")
+    shutil.copytree(f"{other.out}/state", out / "state")
+    with pytest.raises(EyasError, match=r"state/7 cannot be read \(Requested shape.*delete it"):
+        continued(config, out)
+    shutil.rmtree(out / "state")
+    shutil.copytree(f"{whole}/state/7", out / "state/9")
+    with pytest.raises(EyasError, match=r"state/9 holds the state of step 7; delete it"):
+        continued(config, out)
+
+
+def test_names_of_no_step_beside_the_states_are_left_alone(config, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "state/notes").write_text("mine")
+    (out / "state/.cache").mkdir()
+    assert continued(config, out) == 7
+    assert (out / "state/notes").exists()
