@@ -141,7 +141,7 @@ class Store:
 
     def index(self) -> pa.Table:
         """One line a conversation: id, split, row, start, length, counted."""
-        return self._table(INDEX, {"id", "split", "row", "length"})
+        return self._table(INDEX, {"split": pa.string(), "row": pa.int64(), "length": pa.int64()})
 
     def longest_document(self) -> int:
         """The most tokens that a conversation has."""
@@ -150,8 +150,8 @@ class Store:
     def row_sums(self) -> dict[str, np.ndarray]:
         """The crc32c of every row of every array of rows, uint32 [R]."""
         if self._row_sums is None:
-            table = self._table(ROW_SUMS, set(COLUMNS))
-            sums = {name: table[name].to_numpy().astype(np.uint32) for name in COLUMNS}
+            table = self._table(ROW_SUMS, dict.fromkeys(COLUMNS, pa.uint32()))
+            sums = {name: table[name].to_numpy() for name in COLUMNS}
             if table.num_rows != self.rows:
                 raise EyasError(
                     f"{self.url}/{MANIFEST} says {self.rows} rows, {ROW_SUMS} has {table.num_rows}: one of "
@@ -160,8 +160,8 @@ class Store:
             self._row_sums = sums
         return self._row_sums
 
-    def _table(self, name: str, columns: set[str]) -> pa.Table:
-        """A file of `rows.files` that has these columns."""
+    def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
+        """A file of `rows.files`; it has these columns, of types that fit into these."""
         place = f"{self.url}/{name}"
         data = storage.read_bytes(place)
         if sha256(data) != self.manifest["rows"]["files"][name]:
@@ -170,10 +170,10 @@ class Store:
             )
         try:
             table = pyarrow.parquet.read_table(io.BytesIO(data))
-        except (pa.ArrowException, OSError) as error:
-            raise EyasError(f"{place} is no Parquet file ({error}); prepare a new store") from None
-        if columns - set(table.column_names):
-            raise EyasError(f"{place} has no column {min(columns - set(table.column_names))}; prepare anew")
+            table.select(list(columns)).cast(pa.schema(columns))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise EyasError(f"{place} is not what prepare writes ({reason}); prepare a new store") from None
         return table
 
     def split_rows(self, split: str) -> np.ndarray:

@@ -157,7 +157,7 @@ class FeatureWriter:
                 name: zarr.open_array(f"{url}/features/{name}", described, create=True)
                 for name, described in self.store.features["arrays"].items()
             }
-            if draft_ids is not None:
+            if draft_ids is not None and not self._has_draft_ids():
                 described = zarr.describe(draft_ids.shape, draft_ids.dtype)
                 made = zarr.open_array(f"{url}/features/draft_ids", described, create=True)
                 made.write(draft_ids).commit.result()
@@ -165,6 +165,12 @@ class FeatureWriter:
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
         self._pending: deque[Future] = deque()
+
+    def _has_draft_ids(self) -> bool:
+        try:
+            return self.store.draft_ids() is not None
+        except EyasError:
+            return False
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.

@@ -7,12 +7,14 @@ import shutil
 import threading
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from common import kvstore, storage, store_writer
 from common.errors import EyasError
 from common.manifest import read_manifest
-from common.store import Store, has_rows
+from common.store import Store, has_rows, sha256
 from common.store_verify import verify
 from common.store_writer import FeatureWriter
 from tests.common.test_store import (
@@ -374,6 +376,19 @@ def test_an_arrays_own_description_must_agree_with_the_manifest(full, field):
     with pytest.raises(EyasError, match="aux_hidden cannot be opened as float32"):
         Store.open(full).read(["aux_hidden"], [0])
     assert "aux_hidden" in problem(full)
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "row_sums.parquet"])
+@pytest.mark.parametrize("table", [{"row": [0]}, {"split": [1], "row": ["a"], "length": [1], "tokens": [-1]}])
+def test_tables_that_the_manifest_names_but_prepare_never_wrote(full, name, table):
+    pyarrow.parquet.write_table(pa.table(table), f"{full}/{name}")
+    sums = sha256(storage.read_bytes(f"{full}/{name}"))
+    edit(f"{full}/manifest.json", lambda m: m["rows"]["files"].update({name: sums}))
+    store = Store.open(full)
+    with pytest.raises(EyasError, match=f"{name} is not what prepare writes") as found:
+        store.split_rows("train") if name == "index.parquet" else store.read(["tokens"], [0])
+    assert "\n" not in str(found.value)
+    assert name in problem(full)
 
 
 def test_the_manifest_can_be_read_by_a_person(full):

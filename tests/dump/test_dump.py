@@ -217,6 +217,19 @@ def test_stopped_dump_continues_to_the_same_bytes(config, whole, kind):
     assert contents(config.store) == whole
 
 
+@pytest.mark.slow
+def test_two_dumps_at_once_make_one_store(config, whole):
+    """Neither undoes what the other has done, at whatever moment the second one starts."""
+    config = replace(config, block_rows=1)
+    first = start_and_wait_for_a_commit(config)
+    others = [subprocess.Popen(script(config), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in (first, *others):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert verify(config.store)["damaged"] == []
+    assert contents(config.store) == whole
+
+
 def test_damaged_block_is_written_anew(config):
     run(config)
     before = contents(config.store)
