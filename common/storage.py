@@ -4,13 +4,14 @@ A join cannot leave its folder. Every file is written whole or not at all, and e
 line (see library_errors.py).
 """
 
+import fcntl
 import json
 import os
 import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -126,25 +127,37 @@ def _write_local(path: str, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
+            _lock(handle)  # until the file has its name
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            os.fsync(handle)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
+def _lock(handle: int) -> bool:
+    """Locks an open file for this writer; False if another one has it, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def remove_partial(folder: str) -> None:
-    """Removes what killed writers left in a local folder. Not while another process writes there."""
+    """Removes what killed writers left in a local folder, and nothing that one is writing."""
     if is_remote(folder):
         return
     for name in list_names(folder):
-        if name.startswith(".") and name.endswith(_PARTIAL):
-            path = os.path.join(local_path(folder), name)
-            if os.path.isfile(path):
-                os.unlink(path)
+        path = os.path.join(local_path(folder), name)
+        if name.startswith(".") and name.endswith(_PARTIAL) and os.path.isfile(path):
+            with library_errors(path), suppress(FileNotFoundError), open(path, "rb") as file:
+                if _lock(file.fileno()):
+                    os.unlink(path)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import tensorstore as ts
 
 from common import kvstore, storage, zarr
 from common.config import differences
-from common.errors import EyasError, MachineError
+from common.errors import EyasError
 from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
 from common.store import Store, sha256
@@ -45,15 +46,19 @@ def write_rows(
         "files": {name: sha256(data) for name, data in files.items()},
         "token_counts_crc32": zarr.crc32(token_counts),
     }
-    with library_errors(url):
-        _claim_rows(url, rows)
-        storage.remove_partial(url)
-        for name, value in arrays.items():
-            made = zarr.open_array(f"{url}/rows/{name}", rows["arrays"][name], create=True)
-            made.write(value).commit.result()
-        for name, data in files.items():
-            storage.write_bytes(f"{url}/{name}", data)
-        _finish_rows(url, rows)
+    _claim_rows(url, rows)
+    storage.remove_partial(url)
+    for name, value in arrays.items():
+        made = zarr.open_array(f"{url}/rows/{name}", rows["arrays"][name], create=True)
+        _write_whole(f"{url}/rows/{name}", made, value)
+    for name, data in files.items():
+        storage.write_bytes(f"{url}/{name}", data)
+    _finish_rows(url, rows)
+
+
+def _write_whole(place: str, array: ts.TensorStore, value: np.ndarray) -> None:
+    with library_errors(place):
+        array.write(value).commit.result()
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -150,18 +155,17 @@ class FeatureWriter:
         full.
         """
         url = url.rstrip("/")
-        with library_errors(url):
-            _claim_features(url, features)
-            self.store = Store.open(url)
-            self._arrays = {
-                name: zarr.open_array(f"{url}/features/{name}", described, create=True)
-                for name, described in self.store.features["arrays"].items()
-            }
-            if draft_ids is not None and not self._has_draft_ids():
-                described = zarr.describe(draft_ids.shape, draft_ids.dtype)
-                made = zarr.open_array(f"{url}/features/draft_ids", described, create=True)
-                made.write(draft_ids).commit.result()
-                self.store.draft_ids()  # the manifest's
+        _claim_features(url, features)
+        self.store = Store.open(url)
+        self._arrays = {
+            name: zarr.open_array(f"{url}/features/{name}", described, create=True)
+            for name, described in self.store.features["arrays"].items()
+        }
+        if draft_ids is not None and not self._has_draft_ids():
+            described = zarr.describe(draft_ids.shape, draft_ids.dtype)
+            place = f"{url}/features/draft_ids"
+            _write_whole(place, zarr.open_array(place, described, create=True), draft_ids)
+            self.store.draft_ids()  # the manifest's
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
         self._pending: deque[Future] = deque()
@@ -184,33 +188,21 @@ class FeatureWriter:
         self._pending.append(self._pool.submit(self._write, block, values, tokens, counted))
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
-        what = f"{self.store.url} block {block} of {self.store.blocks}"
-        try:
-            with library_errors(what):
-                self._commit(block, values, tokens, counted)
-        except EyasError:
-            raise
-        except Exception as error:  # those of gcsfs, aiohttp and google-auth have nothing in common
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise MachineError(
-                f"{what} could not be written ({cause}); run the same command again; what is complete is kept"
-            ) from error
-
-    def _commit(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows, place = self.store.block_range(block), self.store.marker_place(block)
         if storage.exists(place):
             return  # another dump was faster: what is committed is never written again
-        writes = [
-            self._arrays[name][rows.start : rows.stop].write(
-                value, can_reference_source_data_indefinitely=True
-            )
-            for name, value in values.items()
-        ]
-        for request in writes:
-            request.commit.force()
-        sums = {name: zarr.row_sums(value) for name, value in values.items()}
-        for request in writes:
-            request.commit.result()
+        with library_errors(f"{self.store.url} block {block} of {self.store.blocks}"):
+            writes = [
+                self._arrays[name][rows.start : rows.stop].write(
+                    value, can_reference_source_data_indefinitely=True
+                )
+                for name, value in values.items()
+            ]
+            for request in writes:
+                request.commit.force()
+            sums = {name: zarr.row_sums(value) for name, value in values.items()}
+            for request in writes:
+                request.commit.result()
         marker = make_marker(self.store.hash, block, rows, tokens, counted, sums)
         if not kvstore.create_file(place, storage.json_bytes(marker)) and self.store.commit(block) != marker:
             raise EyasError(

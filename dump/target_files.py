@@ -5,7 +5,6 @@ from typing import Any
 
 from common import safetensors, storage
 from common.errors import EyasError
-from common.library_errors import library_errors
 from common.progress import note
 from common.store import Store, sha256, tensor_file
 from dump.plan import Plan
@@ -64,8 +63,7 @@ def write_target(store: Store, files: Callable[[], dict[str, bytes]]) -> None:
                 f"{place} is to be written, but the model's {name} has changed since this store was begun; "
                 "restore it, or dump into a new store"
             )
-        with library_errors(place):
-            storage.write_bytes(place, data)
+        storage.write_bytes(place, data)
 
 
 def _is_sound(store: Store, name: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -132,6 +133,21 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == [".hidden", "b.partial"]
     storage.remove_partial(f"{tmp_path}/nothing")
     storage.remove_partial("memory://bucket/store")
+
+
+def test_what_another_writer_is_writing_stays(tmp_path, monkeypatch):
+    """Seen from another process, in the middle of the write."""
+    fsync = os.fsync
+    look = f"from common import storage; storage.remove_partial({str(tmp_path)!r})"
+
+    def between(handle):
+        subprocess.run([sys.executable, "-c", look], check=True)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", between)
+    storage.write_bytes(f"{tmp_path}/a.json", b"1")
+    assert storage.read_bytes(f"{tmp_path}/a.json") == b"1"
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def content(folder):
