@@ -21,13 +21,7 @@ class Fields:
     that is in `types` has its type; reading another name is a mistake of the caller's.
     """
 
-    def __init__(
-        self,
-        raw: Any,
-        where: str,
-        types: type = ConfigJson,
-        harmless: frozenset[str] = HARMLESS,
-    ):
+    def __init__(self, raw: Any, where: str, types: type = ConfigJson, harmless: frozenset[str] = HARMLESS):
         self.found: dict[str, Any] = dict(schema.check(types, raw, where, _ADVICE))
         self.raw = self.found
         self.where = where
@@ -74,21 +68,23 @@ class Fields:
         self._read.update(names)
 
     def rope(self, head_dim: int, partial: bool = False) -> Rope:
-        """The rotation of all layers. A part of the dimensions may be rotated only with `partial`: in other
-        families transformers rotates all of them and servers a part.
-        """
+        """The rotation of all layers; see `rotation`."""
         self.skip("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim")
-        scaling = self.get("rope_parameters")
-        factor = scaling.get("partial_rotary_factor")
-        if not partial and factor not in (None, 1.0):
+        return self.rotation(head_dim, self.get("rope_parameters"), partial)
+
+    def rotation(self, head_dim: int, scaling: Mapping[str, Any], partial: bool = False) -> Rope:
+        """A rotation, as it stands in `rope_parameters`; EyasError naming the file if it is not supported.
+
+        A part of the dimensions may be rotated only with `partial`: in other families transformers rotates
+        all of them and other servers a part.
+        """
+        factor = scaling.get("partial_rotary_factor") or 1.0
+        if factor != 1.0 and not partial:
             raise EyasError(
                 f"{self.where}: partial_rotary_factor={factor} is not supported for this architecture, of "
                 "which transformers rotates all and other servers a part; remove it if that is wrong"
             )
-        return self.rotation(head_dim if factor is None else int(head_dim * factor), scaling)
-
-    def rotation(self, dim: int, scaling: Mapping[str, Any]) -> Rope:
-        """One rotation of `dim` dimensions; EyasError naming the file if the scaling is not supported."""
+        dim = int(head_dim * factor)
         try:
             kind = check_scaling(dict(scaling))
         except EyasError as error:

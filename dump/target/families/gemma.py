@@ -17,9 +17,8 @@ def _text(f: Fields, prefix: str = "model.", surplus: tuple[str, ...] = ()) -> T
     f.only("final_logit_softcapping", None)
     f.only("attn_logit_softcapping", None)
     f.only("use_bidirectional_attention", False)
-    f.skip(
-        "sliding_window_pattern", "_sliding_window_pattern"
-    )  # what `layer_types` are where they are left out
+    # These say what `layer_types` are where they are left out.
+    f.skip("sliding_window_pattern", "_sliding_window_pattern")
     bias = f.get("attention_bias")
     norms = norm(f, offset=1.0)
     full, local = _ropes(f)
