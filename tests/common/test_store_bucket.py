@@ -1,0 +1,95 @@
+"""The store in a bucket: what is written comes back, and of several creators one wins, as in a folder."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from common import kvstore, storage
+from common.errors import EyasError
+from common.store import Store, has_rows
+from common.store_verify import verify
+from tests.common.bucket import Bucket, serving
+from tests.common.refusing import environment
+from tests.common.test_store import features, make_rows, write_blocks
+
+URL = "gs://bucket/store"
+
+
+def at_once(task, count: int = 4) -> list[str]:
+    """The text of every failure of `task(number)`, one thread each; "" where it succeeds."""
+    gate, found = threading.Barrier(count), [""] * count
+
+    def run(number: int) -> None:
+        gate.wait()
+        try:
+            task(number)
+        except EyasError as error:
+            found[number] = str(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def files_on_condition() -> None:
+    place = f"{URL}/a.json"
+    assert not kvstore.replace_file(place, b"old", b"new")
+    made = at_once(lambda number: storage_error(kvstore.create_file(place, b"%d" % number)))
+    assert sorted(map(bool, made)) == [False, True, True, True]
+    old = storage.read_bytes(place)
+    assert old == b"%d" % made.index("")
+    assert not kvstore.replace_file(place, b"other", b"new")
+    assert kvstore.replace_file(place, old, b"new")
+    assert storage.read_bytes(place) == b"new"
+
+
+def storage_error(written: bool) -> None:
+    if not written:
+        raise EyasError("there is one")
+
+
+def prepares_at_once() -> None:
+    """Each prepares other rows, so that only one can win."""
+    found = at_once(lambda seed: make_rows(URL, seed))
+    assert found.count("") == 1
+    assert all("is a store already" in text or "beginning of other rows" in text for text in found if text)
+    assert has_rows(URL)
+    assert verify(URL)["damaged"] == []
+
+
+def dumps_at_once() -> None:
+    """All write the same blocks, as two starts of the same command do."""
+    make_rows(URL)
+    assert at_once(lambda _: write_blocks(URL, features())) == [""] * 4
+    before = storage.read_bytes(f"{URL}/commits/000001.json")
+    write_blocks(URL, {name: value[::-1] for name, value in features().items()})
+    assert storage.read_bytes(f"{URL}/commits/000001.json") == before
+    assert verify(URL)["damaged"] == []
+    assert verify(URL)["missing_blocks"] == 0
+    found = Store.open(URL).read(list(features()), [6, 0, 5])
+    for name, value in features().items():
+        np.testing.assert_array_equal(found[name], value[[6, 0, 5]])
+
+
+@pytest.mark.parametrize("what", [files_on_condition, prepares_at_once, dumps_at_once])
+def test_in_a_bucket(what):
+    with serving(Bucket()) as port:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.common.test_store_bucket", what.__name__],
+            env=os.environ | environment(port),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
