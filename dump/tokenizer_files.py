@@ -1,16 +1,26 @@
 """A model folder's tokenizer, chat template and stop tokens, loaded by `transformers`; no code is run."""
 
 import hashlib
-import json
 import os
 import tempfile
 from typing import Any
 
-from common import storage
+from common import schema, storage
 from common.errors import EyasError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+
+
+class _Named(schema.TypedDict):
+    name: str
+    template: str
+
+
+class _Settings(schema.TypedDict):
+    """What is read of a tokenizer_config.json here; transformers reads more."""
+
+    chat_template: schema.NotRequired[str | list[_Named] | dict[str, str] | None]
 
 
 def tokenizer_hash(folder: str) -> str:
@@ -48,15 +58,15 @@ def load_tokenizer(folder: str) -> Any:
 def template_of(tokenizer: Any, folder: str) -> str:
     """The text of the chat template; of several the one named `default`. EyasError if there is none."""
     given = tokenizer.chat_template
-    if isinstance(given, dict):
-        if "default" not in given:
-            names = ", ".join(sorted(map(str, given))) or "none"
+    if isinstance(given, dict) and given:
+        name = "default" if "default" in given else next(iter(given))
+        if name != "default" and len(given) > 1:
             raise EyasError(
-                f"{folder} has several chat templates ({names}) and none named default; write the one to use "
-                "into chat_template.jinja and remove the others"
+                f"{folder} has several chat templates ({', '.join(sorted(given))}) and none named default; "
+                "write the one to use into chat_template.jinja and remove the others"
             )
-        given = given["default"]
-    if given is None or given == "":
+        given = given[name]
+    if not given:
         raise EyasError(
             f"{folder} has no chat template; add chat_template.jinja, or use the instruction-tuned model"
         )
@@ -71,8 +81,7 @@ def stop_tokens(folder: str) -> frozenset[int]:
     """The tokens at which a server stops: `eos_token_id` of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = storage.join(folder, name)
-        settings = storage.read_json(path) if storage.exists(path) else {}
-        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        found = storage.read_object(path).get("eos_token_id") if storage.exists(path) else None
         found = found if isinstance(found, list) else [found]
         stops = frozenset(i for i in found if isinstance(i, int) and not isinstance(i, bool))
         if stops:
@@ -83,17 +92,12 @@ def stop_tokens(folder: str) -> frozenset[int]:
 def _load_local(path: str, shown: str) -> Any:
     config = os.path.join(path, "tokenizer_config.json")
     if storage.exists(config):
-        settings = storage.read_json(config)
-        if not isinstance(settings, dict):
-            raise EyasError(
-                f"{shown}/tokenizer_config.json holds no object; it was damaged or edited by hand"
-            )
+        settings = schema.read(_Settings, config, "restore it from where the model is published")
         if "auto_map" in settings:
             raise EyasError(
                 f"{shown}/tokenizer_config.json asks to run code of its own (auto_map), which is never done; "
                 "use a folder whose tokenizer.json stands alone and remove auto_map"
             )
-        _require_template(settings.get("chat_template"), shown)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     from transformers import AutoTokenizer
 
@@ -102,19 +106,3 @@ def _load_local(path: str, shown: str) -> Any:
     except Exception as error:  # `tokenizers` raises plain Exception for a damaged file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EyasError(f"the tokenizer of {shown} cannot be loaded: {lines[0][:200]}") from None
-
-
-def _require_template(given: Any, shown: str) -> None:
-    """EyasError unless a chat_template of tokenizer_config.json is a text or a list of named texts."""
-    named = isinstance(given, list) and all(
-        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
-        for t in given
-    )
-    if given is None or isinstance(given, str) or named:
-        return
-    if isinstance(given, dict) and all(isinstance(text, str) for text in given.values()):
-        return
-    raise EyasError(
-        f"chat_template in {shown}/tokenizer_config.json is {json.dumps(given)[:40]}; expected a text, or a "
-        "list of objects with a name and a template"
-    )

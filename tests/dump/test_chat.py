@@ -114,6 +114,28 @@ def _remote_code(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def _set(**settings):
+    def spoil(folder):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+
+    return spoil
+
+
+def _write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+NAMED = [{"name": name, "template": CHATML} for name in ("rag", "tool_use")]
+
+
+def test_of_several_templates_the_default_is_used_and_a_single_one_whatever_its_name(tmp_path):
+    for templates in ([*NAMED, {"name": "default", "template": INST}], [{"name": "only", "template": INST}]):
+        folder = write_model(tmp_path)
+        _set(chat_template=templates)(folder)
+        assert Chat.load(str(folder)).render(TALK[1:3]).text.startswith("[INST]")
+
+
 @pytest.mark.parametrize(
     ("template", "spoil", "message"),
     [
@@ -124,6 +146,27 @@ def _remote_code(folder):
         (CHATML, _no_tokenizer, "has no tokenizer"),
         (CHATML, _damaged, "cannot be loaded"),
         (CHATML, _remote_code, "auto_map"),
+        (
+            CHATML,
+            _set(chat_template=NAMED),
+            r"several chat templates \(rag, tool_use\) and none named default",
+        ),
+        (CHATML, _set(chat_template=5), "chat_template.* is 5"),
+        (CHATML, _set(chat_template=[CHATML]), "chat_template"),
+        (CHATML, _set(chat_template={"default": None}), "chat_template"),
+        (CHATML, _set(added_tokens_decoder=[1]), "cannot be loaded"),
+        (CHATML, _set(eos_token=[[]]), "cannot be loaded"),
+        (CHATML, _write("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+        (CHATML, _write("tokenizer_config.json", "[" * 100_000), "tokenizer_config.json"),
+        (CHATML, _write("tokenizer.json", "null"), "cannot be loaded"),
+        (CHATML, _write("tokenizer.json", "[" * 100_000), "cannot be loaded"),
+        (CHATML, _write("generation_config.json", "5"), "generation_config.json"),
+        (CHATML, _write("chat_template.jinja", "{{ 'x' * 10**11 }}"), "too much memory"),
+        (
+            CHATML,
+            _write("chat_template.jinja", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+            "for ever",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path, template, spoil, message):
