@@ -7,6 +7,19 @@ class EyasError(ValueError):
     The command line prints its text as one line and exits with 2; a library caller sees a ValueError.
     """
 
+    exit_code = 2
+
 
 class MachineError(EyasError):
     """The machine failed, a full disk say: the command line exits with 1."""
+
+    exit_code = 1
+
+
+class RestartError(MachineError):
+    """What may pass by itself, a pre-empted machine say: the same command continues.
+
+    Job runners (XPK) start a job again on exit code 42 and not on 1 or 2.
+    """
+
+    exit_code = 42

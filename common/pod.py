@@ -1,0 +1,221 @@
+"""The processes of a pod (one a host) run one program: how they find each other and how they agree.
+
+JAX's multi-controller runtime is the engine: every process issues the same computations in the same order. What
+it leaves open is kept here. A process that fails before it has issued its part would leave the others waiting
+inside a computation for ever, so whatever can fail is done before, and its outcome exchanged: `together` makes
+one process's error everybody's, `told` runs a decision on the first one only, `exchange` is what both stand on.
+They go through the key-value store of JAX's coordination service, never through the devices.
+
+A watch on every process ends it when that is not possible: when a process has failed and the others do not meet
+it within a few seconds, or has not been heard of for `LOST_SECONDS`. With one process nothing of this runs.
+"""
+
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import jax
+
+from common.errors import EyasError, MachineError, RestartError
+
+LOST_SECONDS = 20  # without a sign of life a process counts as lost
+_BEAT_SECONDS = 1.0
+_GRACE_SECONDS = 8.0  # for a process to reach the exchange in which it learns of an error
+_PATIENCE_MS = 24 * 3600 * 1000  # processes may be far apart in reading; only the watch ends a wait
+_ALIVE, _FAILED, _LEFT, _EXCHANGE = "eyas/alive/", "eyas/failed/", "eyas/left/", "eyas/exchange/"
+
+
+class _Pod:
+    """This process's place in the pod, after `initialise`."""
+
+    client: Any = None
+    numbers: Iterator[int] = itertools.count()
+    heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
+    failed: ClassVar[dict[str, float]] = {}  # when a process's failure was first seen
+
+
+def initialise(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the pod; call it before anything else of JAX.
+
+    Without arguments it is found by itself on Cloud TPU, GKE and Slurm, and elsewhere this process is alone.
+    Given by hand it is `coordinator` ("HOST:PORT" of process 0), the number of `processes` and which one this is.
+    EyasError for arguments that do not belong together, MachineError if the others cannot be reached.
+    """
+    given = (coordinator, processes, process)
+    if processes == 1 or jax.distributed.is_initialized():
+        return
+    if any(x is not None for x in given) and any(x is None for x in given):
+        raise EyasError(
+            f"coordinator={coordinator}, processes={processes}, process={process}: give all three of a pod, or none"
+        )
+    if processes is not None and not 0 <= process < processes:
+        raise EyasError(
+            f"process={process} of processes={processes}: give a number from 0 to {processes - 1}"
+        )
+    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
+    try:
+        jax.distributed.initialize(*given)
+    except ValueError as error:
+        if coordinator is None:
+            return  # no pod was found
+        raise EyasError(
+            f"coordinator={coordinator}: {_first_line(error)}; give HOST:PORT of process 0"
+        ) from None
+    except Exception as error:  # the runtime has no type of its own for this
+        raise MachineError(
+            f"the processes of the pod do not find each other ({_first_line(error)}); start the same command on "
+            "every host, or give --processes 1 to run alone"
+        ) from error
+    if jax.process_count() > 1:
+        from jax._src import distributed  # the key-value store has no public name; orbax uses it likewise
+
+        _Pod.client = distributed.global_state.client
+        threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
+
+
+def size() -> int:
+    """The number of processes."""
+    return 1 if _Pod.client is None else jax.process_count()
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return 0 if _Pod.client is None else jax.process_index()
+
+
+def is_first() -> bool:
+    """True on the process that decides and announces."""
+    return index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """Every process's `value` (plain JSON), in the order of the processes; all must call it, in the same order."""
+    if size() == 1:
+        return [value]
+    client, number = _Pod.client, next(_Pod.numbers)
+    client.key_value_set(f"{_EXCHANGE}{number}/{index()}", json.dumps(value))
+    client.wait_at_barrier(f"{_EXCHANGE}{number}", _PATIENCE_MS)
+    found = dict(client.key_value_dir_get(f"{_EXCHANGE}{number}/"))
+    if number:  # all have set this one's, so all have read the one before
+        client.key_value_delete(f"{_EXCHANGE}{number - 1}/{index()}")
+    return [json.loads(found[f"{_EXCHANGE}{number}/{process}"]) for process in range(size())]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails inside on one process fails on all of them, with the same line; all wait for each other here."""
+    if size() == 1:
+        yield
+        return
+    own = None
+    try:
+        yield
+    except BaseException as error:
+        own = error
+    failures = exchange(None if own is None else _describe(own))
+    if own is not None:
+        raise own
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            raise _as_error(process, failure)
+
+
+def told(decide: Callable[[], Any]) -> Any:
+    """What `decide()` gives on the first process, on all of them; plain JSON."""
+    decided = None
+    with together():
+        if is_first():
+            decided = decide()
+    return exchange(decided)[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is true on any process."""
+    return any(exchange(flag))
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Around a whole stage: an error that leaves it on one process ends the others, wherever they are."""
+    try:
+        yield
+    except BaseException as error:
+        if size() > 1:
+            _Pod.client.key_value_set(f"{_FAILED}{index()}", json.dumps(_describe(error)))
+        raise
+
+
+def leave(code: int) -> None:
+    """Ends this process with `code`, in a pod only. The first one, which holds the key-value store, goes last.
+
+    JAX would wait for minutes at exit for processes that have gone, and end those that stay with a trace.
+    """
+    if size() == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
+    end = time.monotonic() + 2 * _GRACE_SECONDS
+    while is_first() and (code == 0 or time.monotonic() < end):
+        if len(_Pod.client.key_value_dir_get(_LEFT)) == size():
+            break
+        time.sleep(0.05)
+    os._exit(code)
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    known = isinstance(error, EyasError)
+    text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
+    return {"text": text, "code": error.exit_code if known else MachineError.exit_code}
+
+
+def _as_error(process: int, failure: dict[str, Any]) -> EyasError:
+    error = EyasError(f"process {process}: {failure['text']}")
+    error.exit_code = failure["code"]
+    return error
+
+
+def _watch() -> None:
+    """Shows that this process lives, and ends it when another is lost or has failed without being met."""
+    try:
+        for beat in itertools.count():
+            _look(str(beat))
+            time.sleep(_BEAT_SECONDS)
+    except jax.errors.JaxRuntimeError:
+        return  # the first process is gone: JAX itself ends this one
+
+
+def _look(beat: str) -> None:
+    client, now = _Pod.client, time.monotonic()
+    client.key_value_set(f"{_ALIVE}{index()}", beat, allow_overwrite=True)
+    left = {key.removeprefix(_LEFT) for key, _ in client.key_value_dir_get(_LEFT)}
+    for key, value in client.key_value_dir_get(_ALIVE):
+        process = key.removeprefix(_ALIVE)
+        if process in left or _Pod.heard.get(process, ("", 0.0))[0] != value:
+            _Pod.heard[process] = (value, now)
+        elif now - _Pod.heard[process][1] > LOST_SECONDS:
+            _end(f"process {process} is lost; start the same command again", RestartError.exit_code)
+    for key, text in client.key_value_dir_get(_FAILED):
+        process, failure = key.removeprefix(_FAILED), json.loads(text)
+        at = _Pod.failed.setdefault(process, now)
+        if now - at > _GRACE_SECONDS:
+            _end(f"process {process}: {failure['text']}", failure["code"])
+
+
+def _end(line: str, code: int) -> None:
+    """Ends the process at once: its main thread may be waiting inside a computation that will never end."""
+    print(f"Error: {line}", file=sys.stderr, flush=True)
+    leave(code)
+
+
+def _first_line(error: BaseException, limit: int = 200) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

@@ -1,0 +1,102 @@
+"""Processes of a pod agree on what one of them decided or met, and none waits for ever for another."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from common import pod
+from common.errors import EyasError
+from tests import pod as miniature
+
+ENDED = """
+from common.errors import EyasError
+import sys
+try:
+    with pod.announced():
+        work()
+except EyasError as error:
+    print("Error:", error, file=sys.stderr)
+    pod.leave(error.exit_code)
+pod.leave(0)
+"""
+
+
+def ended(work, processes=3):
+    return miniature.wait(miniature.start(work + ENDED, processes))
+
+
+def test_alone_nothing_is_exchanged():
+    assert (pod.size(), pod.index(), pod.is_first()) == (1, 0, True)
+    assert pod.exchange({"a": 1}) == [{"a": 1}]
+    assert pod.told(lambda: 5) == 5
+    with pytest.raises(EyasError, match="mine"), pod.together():
+        raise EyasError("mine")
+    pod.leave(3)  # does nothing
+
+
+def test_exchange_and_told():
+    found = ended(
+        "def work(): print(pod.exchange(me * 10), pod.told(lambda: f'by {me}'), pod.any_of(me == 2))"
+    )
+    assert [(p.code, p.out.strip()) for p in found] == [(0, "[0, 10, 20] by 0 True")] * 3, found
+
+
+def test_an_error_of_one_is_everybodys_line():
+    work = """
+def work():
+    pod.exchange(0)
+    with pod.together():
+        if me == 1:
+            raise EyasError("the bucket is full; make room")
+"""
+    begin = time.monotonic()
+    found = ended(work)
+    assert time.monotonic() - begin < 30
+    assert [p.code for p in found] == [2, 2, 2], found
+    assert found[1].err.strip().endswith("Error: the bucket is full; make room")
+    for other in (found[0], found[2]):
+        assert other.err.strip().endswith("Error: process 1: the bucket is full; make room")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_is_told_to_those_who_wait_inside_a_computation(victim):
+    work = f"""
+def work():
+    import jax, numpy as np
+    from jax.sharding import PartitionSpec as P
+    mesh = jax.make_mesh((3,), ("x",))
+    pod.exchange(0)
+    if me == {victim}:
+        raise EyasError("no row is left")
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("all")
+"""
+    begin = time.monotonic()
+    found = ended(work)
+    assert time.monotonic() - begin < 40
+    assert [p.code for p in found] == [2, 2, 2], found
+    assert all("no row is left" in p.err and "Traceback" not in p.err for p in found), found
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again():
+    started = miniature.start(
+        "import time\ndef work():\n    print(1, flush=True)\n    time.sleep(100)\n" + ENDED, 3
+    )
+    for process in started:
+        process.stdout.readline()
+    os.kill(started[2].pid, signal.SIGKILL)
+    begin = time.monotonic()
+    found = miniature.wait(started)
+    assert time.monotonic() - begin < 40
+    assert [p.code for p in found] == [42, 42, -9], found
+    assert all("process 2 is lost; start the same command again" in p.err for p in found[:2])
+
+
+@pytest.mark.parametrize("given", [("a:1", None, None), ("a:1", 2, 2), ("a:1", 2, -1)])
+def test_a_pod_that_cannot_be_is_refused(given):
+    with pytest.raises(EyasError):
+        pod.initialise(*given)
