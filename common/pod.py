@@ -1,13 +1,15 @@
 """The processes of a pod (one a host) run one program: how they find each other and how they agree.
 
-JAX's multi-controller runtime is the engine: every process issues the same computations in the same order. What
-it leaves open is kept here. A process that fails before it has issued its part would leave the others waiting
-inside a computation for ever, so whatever can fail is done before, and its outcome exchanged: `together` makes
-one process's error everybody's, `told` runs a decision on the first one only, `exchange` is what both stand on.
-They go through the key-value store of JAX's coordination service, never through the devices.
+JAX's multi-controller runtime is the engine: every process issues the same computations in the same order.
+What it leaves open is kept here. A process that fails before it has issued its part would leave the others
+waiting inside a computation for ever, so whatever can fail is done before, and its outcome exchanged:
+`together` makes one process's error everybody's, `told` runs a decision on the first one only. They go
+through
+the key-value store of JAX's coordination service, never through the devices.
 
-A watch on every process ends it when that is not possible: when a process has failed and the others do not meet
-it within a few seconds, or has not been heard of for `LOST_SECONDS`. With one process nothing of this runs.
+A watch on every process ends it where that is not possible: when a process has failed and the others do not
+meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. With one process none of this
+runs.
 """
 
 import itertools
@@ -24,7 +26,7 @@ import jax
 
 from common.errors import EyasError, MachineError, RestartError
 
-LOST_SECONDS = 20  # without a sign of life a process counts as lost
+LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 8.0  # for a process to reach the exchange in which it learns of an error
 _PATIENCE_MS = 24 * 3600 * 1000  # processes may be far apart in reading; only the watch ends a wait
@@ -37,6 +39,7 @@ class _Pod:
     client: Any = None
     numbers: Iterator[int] = itertools.count()
     heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
+    lost: ClassVar[set[str]] = set()
     failed: ClassVar[dict[str, float]] = {}  # when a process's failure was first seen
 
 
@@ -46,15 +49,16 @@ def initialise(
     """Joins the pod; call it before anything else of JAX.
 
     Without arguments it is found by itself on Cloud TPU, GKE and Slurm, and elsewhere this process is alone.
-    Given by hand it is `coordinator` ("HOST:PORT" of process 0), the number of `processes` and which one this is.
-    EyasError for arguments that do not belong together, MachineError if the others cannot be reached.
+    Given by hand it is `coordinator` ("HOST:PORT" of process 0), the number of `processes`, and which of them
+    this one is. EyasError for arguments that do not belong together, RestartError if the others cannot be
+    reached.
     """
     given = (coordinator, processes, process)
     if processes == 1 or jax.distributed.is_initialized():
         return
     if any(x is not None for x in given) and any(x is None for x in given):
         raise EyasError(
-            f"coordinator={coordinator}, processes={processes}, process={process}: give all three of a pod, or none"
+            f"coordinator={coordinator}, processes={processes}, process={process}: give all three, or none"
         )
     if processes is not None and not 0 <= process < processes:
         raise EyasError(
@@ -66,13 +70,11 @@ def initialise(
     except ValueError as error:
         if coordinator is None:
             return  # no pod was found
-        raise EyasError(
-            f"coordinator={coordinator}: {_first_line(error)}; give HOST:PORT of process 0"
-        ) from None
-    except Exception as error:  # the runtime has no type of its own for this
-        raise MachineError(
-            f"the processes of the pod do not find each other ({_first_line(error)}); start the same command on "
-            "every host, or give --processes 1 to run alone"
+        raise EyasError(f"coordinator={coordinator}: {_first_line(error)}; give HOST:PORT") from None
+    except (RuntimeError, OSError) as error:
+        raise RestartError(
+            f"the processes of the pod do not find each other ({_first_line(error)}); start the same command "
+            "on every host, or give --processes 1 to run alone"
         ) from error
     if jax.process_count() > 1:
         from jax._src import distributed  # the key-value store has no public name; orbax uses it likewise
@@ -97,7 +99,7 @@ def is_first() -> bool:
 
 
 def exchange(value: Any) -> list[Any]:
-    """Every process's `value` (plain JSON), in the order of the processes; all must call it, in the same order."""
+    """Every process's `value` (plain JSON), in the order of the processes. All call it, in the same order."""
     if size() == 1:
         return [value]
     client, number = _Pod.client, next(_Pod.numbers)
@@ -111,7 +113,7 @@ def exchange(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails inside on one process fails on all of them, with the same line; all wait for each other here."""
+    """What fails inside on one process fails on all, with the same line; they wait for each other here."""
     if size() == 1:
         yield
         return
@@ -154,7 +156,7 @@ def announced() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process with `code`, in a pod only. The first one, which holds the key-value store, goes last.
+    """Ends this process with `code`, in a pod only. The first, which holds the key-value store, goes last.
 
     JAX would wait for minutes at exit for processes that have gone, and end those that stay with a trace.
     """
@@ -165,7 +167,8 @@ def leave(code: int) -> None:
     _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
     end = time.monotonic() + 2 * _GRACE_SECONDS
     while is_first() and (code == 0 or time.monotonic() < end):
-        if len(_Pod.client.key_value_dir_get(_LEFT)) == size():
+        gone = {key.removeprefix(_LEFT) for key, _ in _Pod.client.key_value_dir_get(_LEFT)} | _Pod.lost
+        if len(gone) == size():
             break
         time.sleep(0.05)
     os._exit(code)
@@ -202,6 +205,7 @@ def _look(beat: str) -> None:
         if process in left or _Pod.heard.get(process, ("", 0.0))[0] != value:
             _Pod.heard[process] = (value, now)
         elif now - _Pod.heard[process][1] > LOST_SECONDS:
+            _Pod.lost.add(process)
             _end(f"process {process} is lost; start the same command again", RestartError.exit_code)
     for key, text in client.key_value_dir_get(_FAILED):
         process, failure = key.removeprefix(_FAILED), json.loads(text)
