@@ -4,12 +4,11 @@ JAX's multi-controller runtime is the engine: every process issues the same comp
 What it leaves open is kept here. A process that fails before it has issued its part would leave the others
 waiting inside a computation for ever, so whatever can fail is done before, and its outcome exchanged:
 `together` makes one process's error everybody's, `told` runs a decision on the first one only. They go
-through
-the key-value store of JAX's coordination service, never through the devices.
+through the key-value store of JAX's coordination service, never through the devices.
 
 A watch on every process ends it where that is not possible: when a process has failed and the others do not
-meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. With one process none of this
-runs.
+meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. With one process, nothing of
+this runs.
 """
 
 import itertools
