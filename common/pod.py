@@ -7,8 +7,8 @@ waiting inside a computation for ever, so whatever can fail is done before, and 
 through the key-value store of JAX's coordination service, never through the devices.
 
 A watch on every process ends it where that is not possible: when a process has failed and the others do not
-meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. With one process, nothing of
-this runs.
+meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. Nothing of this runs where
+there is one process.
 """
 
 import itertools
