@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from common import progress
 from common.errors import EyasError, MachineError, RestartError
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
@@ -79,6 +80,8 @@ def initialise(
         from jax._src import distributed  # the key-value store has no public name; orbax uses it likewise
 
         _Pod.client = distributed.global_state.client
+        if jax.process_index():
+            progress.silence()
         threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
 
 
@@ -112,7 +115,11 @@ def exchange(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails inside on one process fails on all, with the same line; they wait for each other here."""
+    """What fails inside on one process fails on all, with the same line; they wait for each other here.
+
+    A request to stop (KeyboardInterrupt) counts as a failure: all stop. What was agreed on in a `together`
+    inside is not told again.
+    """
     if size() == 1:
         yield
         return
@@ -120,13 +127,14 @@ def together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if getattr(error, "agreed", False):
+            raise
         own = error
     failures = exchange(None if own is None else _describe(own))
-    if own is not None:
-        raise own
-    for process, failure in enumerate(failures):
-        if failure is not None:
-            raise _as_error(process, failure)
+    found = own or next((_as_error(p, failure) for p, failure in enumerate(failures) if failure), None)
+    if found is not None:
+        found.agreed = True
+        raise found
 
 
 def told(decide: Callable[[], Any]) -> Any:
@@ -176,10 +184,13 @@ def leave(code: int) -> None:
 def _describe(error: BaseException) -> dict[str, Any]:
     known = isinstance(error, EyasError)
     text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
-    return {"text": text, "code": error.exit_code if known else MachineError.exit_code}
+    code = error.exit_code if known else MachineError.exit_code
+    return {"text": text, "code": code, "stop": isinstance(error, KeyboardInterrupt)}
 
 
-def _as_error(process: int, failure: dict[str, Any]) -> EyasError:
+def _as_error(process: int, failure: dict[str, Any]) -> BaseException:
+    if failure["stop"]:
+        return KeyboardInterrupt()
     error = EyasError(f"process {process}: {failure['text']}")
     error.exit_code = failure["code"]
     return error

@@ -9,12 +9,20 @@ from tqdm import tqdm
 from common import stopping
 
 _LINE_SECONDS = 5.0
+_shown = True
+
+
+def silence() -> None:
+    """From now on this process shows nothing: of a pod's processes, one tells what happens."""
+    global _shown
+    _shown = False
 
 
 def note(text: str) -> None:
     """Prints one line to stderr at once, above a bar if one is shown."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    if _shown:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 class Progress:
@@ -29,7 +37,7 @@ class Progress:
         self._text = ""
         self._start = time.monotonic()
         self._printed = self._start
-        terminal = sys.stderr.isatty()
+        terminal = _shown and sys.stderr.isatty()
         self._bar = (
             tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=label, file=sys.stderr)
             if terminal
@@ -54,6 +62,8 @@ class Progress:
 
     def _line(self) -> None:
         self._printed = time.monotonic()
+        if not _shown:
+            return
         meter = tqdm.format_meter(
             self._done,
             self._total,

@@ -134,6 +134,31 @@ def _claim_features(url: str, features: dict[str, Any]) -> None:
             return
 
 
+def create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray | None = None) -> None:
+    """Puts the features into the manifest and makes their arrays, or finds them there.
+
+    `draft_ids` int32 [N]: the ids behind draft_logits. EyasError as `find_features`, MachineError when the
+    disk is full.
+    """
+    url = url.rstrip("/")
+    _claim_features(url, features)
+    store = Store.open(url)
+    for name, described in store.features["arrays"].items():
+        zarr.open_array(f"{url}/features/{name}", described, create=True)
+    if draft_ids is not None and not _has_draft_ids(store):
+        described = zarr.describe(draft_ids.shape, draft_ids.dtype)
+        place = f"{url}/features/draft_ids"
+        _write_whole(place, zarr.open_array(place, described, create=True), draft_ids)
+        store.draft_ids()  # the manifest's
+
+
+def _has_draft_ids(store: Store) -> bool:
+    try:
+        return store.draft_ids() is not None
+    except EyasError:
+        return False
+
+
 class FeatureWriter:
     """Writes blocks of features in the background, `in_flight` at a time; a full queue makes `write` wait.
 
@@ -142,39 +167,16 @@ class FeatureWriter:
     Whatever keeps a block from being committed is raised, by a later `write` or when the context is left.
     """
 
-    def __init__(
-        self,
-        url: str,
-        features: dict[str, Any],
-        draft_ids: np.ndarray | None = None,
-        in_flight: int = 2,
-    ):
-        """Puts the features into the manifest and makes their arrays, or continues them.
-
-        `draft_ids` int32 [N]: the ids behind draft_logits. EyasError as `find_features`, or when the disk is
-        full.
-        """
-        url = url.rstrip("/")
-        _claim_features(url, features)
+    def __init__(self, url: str, in_flight: int = 2):
+        """Opens a store in which `create_features` has made the features."""
         self.store = Store.open(url)
         self._arrays = {
-            name: zarr.open_array(f"{url}/features/{name}", described, create=True)
+            name: zarr.open_array(f"{self.store.url}/features/{name}", described)
             for name, described in self.store.features["arrays"].items()
         }
-        if draft_ids is not None and not self._has_draft_ids():
-            described = zarr.describe(draft_ids.shape, draft_ids.dtype)
-            place = f"{url}/features/draft_ids"
-            _write_whole(place, zarr.open_array(place, described, create=True), draft_ids)
-            self.store.draft_ids()  # the manifest's
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
         self._pending: deque[Future] = deque()
-
-    def _has_draft_ids(self) -> bool:
-        try:
-            return self.store.draft_ids() is not None
-        except EyasError:
-            return False
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.

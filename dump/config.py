@@ -1,5 +1,6 @@
 """What can be chosen about preparing rows and dumping features."""
 
+import re
 from dataclasses import dataclass
 
 from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, setting
@@ -63,22 +64,30 @@ class DumpConfig:
         False, "Quantised weights become plain at load: faster, two to four times as large."
     )
 
+    share: str = setting(
+        "1/1", "I/N: only every N-th block, from the I-th on; for several slices on one store."
+    )
+
     def __post_init__(self) -> None:
         check(self)
         self.batch(1)
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """(I - 1, N) of `share`."""
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.share)
+        part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= part <= parts:
+            raise ValueError(f"share={self.share!r} must be I/N with I from 1 to N, 2/3 say")
+        return part - 1, parts
 
     def batch(self, length: int) -> int:
-        """Rows of a forward pass over rows of `length` tokens: a multiple of dp*tp, a part of block_rows."""
+        """Rows of a forward pass over rows of `length` tokens: a multiple of dp*tp."""
         chips = self.dp * self.tp
-        if self.block_rows % chips:
-            raise ValueError(f"block_rows={self.block_rows} must be a multiple of dp*tp={chips}")
         if self.batch_rows is not None:
-            if self.batch_rows % chips or self.block_rows % self.batch_rows:
-                raise ValueError(
-                    f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips} that divides "
-                    f"block_rows={self.block_rows}"
-                )
+            if self.batch_rows % chips:
+                raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips}")
             return self.batch_rows
         wanted = max(1, _CHIP_TOKENS // length)
-        share = self.block_rows // chips
+        share = max(1, self.block_rows // chips)
         return chips * max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)

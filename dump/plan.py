@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common import zarr
+from common import pod, zarr
 from common.codec import Codec, shapes
 from common.config import digest
 from common.draft_vocab import most_frequent
@@ -32,59 +32,114 @@ _SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
 @dataclass(frozen=True)
 class Plan:
     """A checked dump. `features` is the manifest's section, but for the sums of target/ where no dump has
-    begun; `blocks` are those without a commit marker."""
+    begun; `blocks` are those of its share that have no commit marker, the same on every process. What the
+    configuration left open (dtype, precision, aux layers) is chosen."""
 
     config: DumpConfig
     store: Store
     target: target.TargetConfig
     mesh: Mesh
-    dtype: str
-    aux_layers: tuple[int, ...]
     codec: Codec
     draft_ids: np.ndarray | None
     features: dict[str, Any]
+    batch_rows: int  # of a forward pass, over all chips
     blocks: tuple[int, ...]
-    bytes: int  # of the blocks that are missing, on disk
+    bytes: int  # of these blocks, on disk
+
+    def rows_of(self, block: int) -> range:
+        """The rows of a block; the last one may be short."""
+        size = self.config.block_rows
+        return range(block * size, min((block + 1) * size, self.store.rows))
 
 
 def make_plan(config: DumpConfig) -> Plan:
-    """Checks everything; writes nothing. EyasError names what is wrong."""
-    store = Store.open(config.store)
-    store.row_sums()  # there are as many rows as the manifest says
-    cfg = target.read_config(config.model, config.experts, config.dequantise)
-    _check_rows_fit(config, store, cfg)
-    aux_layers = config.aux_layers or target.default_aux_layers(cfg.num_layers)
-    target.check_aux_layers(cfg, aux_layers)
-    target.check_length(cfg, store.length)
-    _check_documents_fit(config, store, cfg)
+    """Checks everything; writes nothing. EyasError, on every process, names what is wrong."""
+    with pod.together():
+        store = Store.open(config.store)
+        store.row_sums()  # there are as many rows as the manifest says
+        cfg = target.read_config(config.model, config.experts, config.dequantise)
+        _check_rows_fit(config, store, cfg)
+        aux_layers = config.aux_layers or target.default_aux_layers(cfg.num_layers)
+        target.check_aux_layers(cfg, aux_layers)
+        target.check_length(cfg, store.length)
+        _check_documents_fit(config, store, cfg)
+        mesh = _mesh(config)
+        target.check(config.model, cfg, config.tp)
+        dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        precision = config.precision or dtype
+        config = replace(config, precision=precision, dtype=dtype, aux_layers=tuple(aux_layers))
+        codec, draft_ids = _codec(config, store, cfg.vocab_size)
+        batch_rows = _batch_rows(config, store.length, mesh)
+    # One process looks at what is there, and the others are told: it may change while they look.
+    features, blocks = pod.told(lambda: _begun(config, store, cfg, codec, draft_ids))
+    plan = Plan(
+        config=config,
+        store=store,
+        target=cfg,
+        mesh=mesh,
+        codec=codec,
+        draft_ids=draft_ids,
+        features=features,
+        batch_rows=batch_rows,
+        blocks=tuple(blocks),
+        bytes=_bytes(features, store.rows, len(blocks)),
+    )
+    with pod.together():
+        require_room(config.store, plan.bytes, "the features", _SAVE)
+    return plan
+
+
+def _mesh(config: DumpConfig) -> Mesh:
     try:
         mesh = make_mesh(config.dp, config.tp)
     except ValueError as error:
         raise EyasError(str(error)) from None
-    target.check(config.model, cfg, config.tp)
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    codec, draft_ids = _codec(replace(config, precision=config.precision or dtype), store, cfg.vocab_size)
+    if pod.size() > 1 and mesh.size != jax.device_count():
+        raise EyasError(
+            f"dp*tp={mesh.size}, but the {pod.size()} processes have {jax.device_count()} chips; all of them "
+            "must take part: change --dp or --tp"
+        )
+    return mesh
+
+
+def _begun(
+    config: DumpConfig,
+    store: Store,
+    cfg: target.TargetConfig,
+    codec: Codec,
+    draft_ids: np.ndarray | None,
+) -> tuple[dict[str, Any], list[int]]:
+    """(the manifest's section, the store's own where a dump has begun; the blocks to compute)."""
     features = {
         "target": _describe_target(config.model, cfg),
-        "aux_layers": list(aux_layers),
+        "aux_layers": list(config.aux_layers),
         "last_hidden": "after_final_norm",
         "codec": {"name": codec.name, "size": codec.size}
         | ({} if draft_ids is None else {"ids_crc32": zarr.crc32(draft_ids)}),
         "precision": codec.precision,
-        "compute_dtype": dtype,
+        "compute_dtype": config.dtype,
         "block_rows": config.block_rows,
         "arrays": describe_arrays(
-            shapes(codec, store.rows, store.length, len(aux_layers), cfg.hidden_size), config.block_rows
+            shapes(codec, store.rows, store.length, len(config.aux_layers), cfg.hidden_size),
+            config.block_rows,
         ),
     }
     begun = find_features(config.store, features)
     blocks = range(-(-store.rows // config.block_rows)) if begun is None else _missing_blocks(config.store)
-    features = begun or features
-    need = _bytes(features, store.rows, len(blocks))
-    require_room(config.store, need, "the features", _SAVE)
-    return Plan(
-        config, store, cfg, mesh, dtype, tuple(aux_layers), codec, draft_ids, features, tuple(blocks), need
-    )
+    part, parts = config.part()
+    return begun or features, [block for block in blocks if block % parts == part]
+
+
+def _batch_rows(config: DumpConfig, length: int, mesh: Mesh) -> int:
+    """Rows of a forward pass. EyasError if a process's part of it is no part of a block."""
+    rows = config.batch(length)
+    own = rows // mesh.size * len(mesh.local_devices)
+    if config.block_rows % own:
+        raise EyasError(
+            f"batch_rows={rows} gives each of {pod.size()} processes {own} rows at a time, but block_rows="
+            f"{config.block_rows} is no multiple of that; change one of the two"
+        )
+    return rows
 
 
 def _check_rows_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> None:

@@ -13,9 +13,11 @@ import pyarrow as pa
 from common.mesh import make_mesh
 from common.progress import note
 from common.store import Store
-from common.store_writer import FeatureWriter, describe_arrays, raw_bytes, write_rows
+from common.store_writer import FeatureWriter, create_features, describe_arrays, raw_bytes, write_rows
 from dump import dump, prepare, target
 from dump.plan import make_plan
+from dump.prefill import Prefill
+from dump.rounds import Discard, run_rounds
 from dump.target_files import target_files, with_sums, write_target
 from train import run as train
 from train.stream import Stream, Workload, order
@@ -57,18 +59,19 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     prepare.run(prepare.PrepareConfig((data,), model, url, length=512, max_conversations=_DUMPED, holdout=0))
     plan = make_plan(dump.DumpConfig(model, url, block_rows=4))
     note(f"bench: dump, {plan.store.rows} rows of {plan.store.length} tokens")
-    weights = target.load(model, plan.target, plan.mesh, jnp.dtype(plan.dtype))
-    prefill = dump.Prefill(plan, weights)
-    jax.block_until_ready(prefill(*(np.zeros((prefill.rows, plan.store.length), np.int32),) * 3))
+    weights = target.load(model, plan.target, plan.mesh, jnp.dtype(plan.config.dtype))
+    prefill = Prefill(plan, weights)
+    prefill(*(np.zeros((prefill.rows, plan.store.length), np.int32),) * 3).into({})
 
     features = with_sums(plan.features, lambda: target_files(plan))
 
     def written() -> None:
-        with FeatureWriter(url, features, plan.draft_ids) as writer:
-            dump.run_blocks(plan, prefill, writer)
+        create_features(url, features, plan.draft_ids)
+        with FeatureWriter(url) as writer:
+            run_rounds(plan, prefill, writer)
 
     def dropped() -> None:
-        dump.run_blocks(plan, prefill, dump.Discard())
+        run_rounds(plan, prefill, Discard())
 
     # Forward, both, forward: a machine that slows down or speeds up meanwhile hits both alike.
     first, wall, last = _seconds(dropped), _seconds(written), _seconds(dropped)
@@ -87,7 +90,7 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
         "dump.tokens_per_s": {
             "value": tokens / wall,
             "unit": "tokens/s",
-            "compared_with": f"nothing; the embedded target in {plan.dtype}, compiled before",
+            "compared_with": f"nothing; the embedded target in {plan.config.dtype}, compiled before",
         },
         "store.bytes_per_token_ratio": {
             "value": on_disk / raw,
@@ -157,7 +160,8 @@ def _random_store(url: str) -> Store:
         "arrays": describe_arrays(kinds, 32),
         "target_files": {},
     }
-    with FeatureWriter(url, features) as writer:
+    create_features(url, features)
+    with FeatureWriter(url) as writer:
         for block in range(writer.store.blocks):
             rows = len(writer.store.block_range(block))
             values = {

@@ -15,7 +15,7 @@ from common import safetensors, storage, zarr
 from common.errors import EyasError
 from common.store import Store, sha256, tensor_file
 from common.store_verify import verify
-from common.store_writer import FeatureWriter, describe_arrays, write_rows
+from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
 
 R, T, A, H, V, BLOCK = 7, 12, 3, 8, 50, 3  # the last block has one row
 TARGET = {
@@ -65,7 +65,8 @@ def make_rows(url, seed: int = 0) -> None:
 
 
 def write_blocks(url, values, blocks=None) -> None:
-    with FeatureWriter(url, described(values)) as writer:
+    create_features(url, described(values))
+    with FeatureWriter(url) as writer:
         for name, data in TARGET.items():
             storage.write_bytes(f"{url}/target/{name}", data)
         for block in blocks or range(writer.store.blocks):
@@ -247,7 +248,7 @@ def test_other_features_are_refused_by_field(full):
     with pytest.raises(
         EyasError, match=r"block_rows: 3 there, 5 here; codec\.k: null there, 64 here"
     ) as found:
-        FeatureWriter(full, other)
+        create_features(full, other)
     assert "\n" not in str(found.value)
     assert storage.read_bytes(f"{full}/manifest.json") == before
 

@@ -16,7 +16,6 @@ from common.errors import EyasError
 from common.manifest import read_manifest
 from common.store import Store, has_rows, sha256
 from common.store_verify import verify
-from common.store_writer import FeatureWriter
 from tests.common.test_store import (
     BLOCK,
     A,
@@ -306,7 +305,7 @@ def test_of_two_dumps_at_once_one_wins_and_the_same_continue(tmp_path, monkeypat
     def dump(number: int) -> None:
         wanted = described(values) | {"compute_dtype": "bfloat16" if number % 2 else "float32"}
         try:
-            FeatureWriter(url, wanted).__exit__(None)
+            store_writer.create_features(url, wanted)
             found[number] = wanted["compute_dtype"]
         except EyasError as error:
             found[number] = str(error)

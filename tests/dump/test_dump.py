@@ -25,7 +25,9 @@ from common.store import Store
 from common.store_verify import verify
 from dump import plan as planning
 from dump import target
-from dump.dump import Discard, DumpConfig, Prefill, own_blocks, run, run_blocks
+from dump.dump import DumpConfig, run
+from dump.prefill import Prefill
+from dump.rounds import Discard, deal, run_rounds
 from tests.dump import tiny
 
 ROWS = 11
@@ -157,7 +159,7 @@ def test_forward_passes_can_be_timed_without_writing(config):
     plan = planning.make_plan(config)
     weights = target.load(config.model, plan.target, plan.mesh, jnp.float32)
     before = contents(config.store)
-    run_blocks(plan, Prefill(plan, weights), Discard())
+    run_rounds(plan, Prefill(plan, weights), Discard())
     assert contents(config.store) == before
 
 
@@ -420,11 +422,14 @@ def test_bad_input_writes_nothing(config, tmp_path):
         {"topk": 0},
         {"batch_rows": 3},
         {"tp": 3},
+        {"share": "0/2"},
+        {"share": "3/2"},
+        {"share": "half"},
     ],
 )
 def test_bad_options_are_named(config, change):
     with pytest.raises(ValueError, match=next(iter(change)) if "tp" not in change else "block_rows=4"):
-        replace(config, **change)
+        planning.make_plan(replace(config, **change))
 
 
 def test_default_batches_divide_blocks():
@@ -432,7 +437,7 @@ def test_default_batches_divide_blocks():
     assert [config.batch(length) for length in (512, 2048, 700, 10)] == [4, 1, 2, 32]
     assert replace(config, dp=2, tp=8).batch(512) == 32
     assert replace(config, dp=2, tp=4).batch(2048) == 8
-    assert own_blocks((0, 1, 2, 5, 7), 1, 2) == [1, 5, 7]
+    assert [deal((0, 1, 2, 5, 7), p, 2) for p in (0, 1)] == [(0, 2, 7), (1, 5)]
 
 
 def test_too_small_a_disk_is_refused_before_the_run(config, monkeypatch):

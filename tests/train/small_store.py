@@ -12,7 +12,7 @@ import pyarrow as pa
 from common import safetensors, storage, zarr
 from common.config import digest
 from common.store import sha256, tensor_file
-from common.store_writer import FeatureWriter, describe_arrays, write_rows
+from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
 from tests import tiny_llama
 
 TARGET = tiny_llama.CONFIG
@@ -57,7 +57,8 @@ def write_store(
         "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}, 4),
         "target_files": {name: sha256(data) for name, data in files.items()},
     }
-    with FeatureWriter(url, features, ids) as writer:
+    create_features(url, features, ids)
+    with FeatureWriter(url) as writer:
         for block in range(writer.store.blocks if blocks is None else blocks):
             part = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
             writer.write(block, part, 0, 0)

@@ -1,0 +1,110 @@
+"""A dump on several processes writes what one process writes, and ends on all of them alike."""
+
+import os
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from common.store import Store
+from common.store_verify import verify
+from dump.dump import DumpConfig, run
+from tests import pod as miniature
+from tests.dump import tiny
+
+ROWS = 21
+DUMP = """
+import sys
+from common.errors import EyasError
+from dump.dump import DumpConfig, run
+try:
+    found = run(DumpConfig(**{config}))
+    print(found["blocks_before"], found["blocks"])
+    code = 0
+except EyasError as error:
+    print("Error:", error, file=sys.stderr)
+    code = error.exit_code
+pod.leave(code)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    model = tiny.write_model(f"{tmp_path}/model")
+    store = tiny.write_store(f"{tmp_path}/store", model, ROWS)
+    return DumpConfig(model, store, block_rows=4, logits="topk", topk=4)
+
+
+def dump(config: DumpConfig, processes: int, devices: int, prelude: str = "") -> list[miniature.Ended]:
+    return miniature.wait(miniature.start(prelude + DUMP.format(config=asdict(config)), processes, devices))
+
+
+def alone(config: DumpConfig, folder) -> Store:
+    """The same dump by one process."""
+    shutil.copytree(config.store, f"{folder}/alone")
+    run(replace(config, store=f"{folder}/alone", dp=1, tp=1))
+    return Store.open(f"{folder}/alone")
+
+
+def require_same(found: Store, wanted: Store) -> None:
+    """rows/ bit for bit, features within float32 rounding."""
+    rows = np.arange(wanted.rows)
+    for name in ("tokens", "segment_ids", "positions", "loss_mask"):
+        np.testing.assert_array_equal(found.read([name], rows)[name], wanted.read([name], rows)[name])
+    real = wanted.read(["segment_ids"], rows)["segment_ids"] > 0
+    for name in wanted.features["arrays"]:
+        got, want = (store.read([name], rows)[name][real] for store in (found, wanted))
+        tolerance = {"rtol": 2e-3, "atol": 2e-3} if name == "topk_logits" else {"rtol": 1e-4, "atol": 1e-5}
+        np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), **tolerance, err_msg=name)
+
+
+def test_two_processes_write_what_one_writes(config, tmp_path):
+    wanted = alone(config, tmp_path)
+    found = dump(replace(config, dp=2, tp=2), 2, 2)
+    assert [p.code for p in found] == [0, 0], found
+    checked = verify(config.store)
+    assert (checked["damaged"], checked["missing_blocks"]) == ([], 0)
+    require_same(Store.open(config.store), wanted)
+    assert not found[1].err.strip(), "one process tells what happens, the others are silent"
+
+
+def test_an_error_of_one_process_ends_both(config):
+    """A row that cannot be read by one of them; what is committed stays, and the same command goes on."""
+    broken = """
+from common import store
+if me == 1:
+    read = store.Store.read
+    def fail(self, names, rows):
+        if max(rows) > 19:
+            raise store.EyasError(f"row {max(rows)} is damaged; prepare it anew")
+        return read(self, names, rows)
+    store.Store.read = fail
+"""
+    spread = replace(config, dp=4)
+    found = dump(spread, 2, 2, broken)
+    assert [p.code for p in found] == [2, 2], found
+    assert "Error: process 1: row 20 is damaged; prepare it anew" in found[0].err
+    assert "Error: row 20 is damaged; prepare it anew" in found[1].err
+    assert not any("Traceback" in p.err for p in found)
+    committed = Store.open(config.store).committed()
+    assert 0 < len(committed) < 6
+    found = dump(spread, 2, 2)
+    assert [p.code for p in found] == [0, 0], found
+    assert found[0].out.splitlines()[-1] == f"{len(committed)} 6"
+
+
+def test_shares_are_taken_apart_and_put_together(config, tmp_path):
+    wanted = alone(config, tmp_path)
+    run(replace(config, share="2/3"))
+    assert Store.open(config.store).committed() == {1, 4}
+    run(replace(config, share="1/3"))
+    assert run(config)["blocks_before"] == 4
+    require_same(Store.open(config.store), wanted)
+
+
+def test_chips_that_would_idle_are_named(config):
+    found = dump(replace(config, dp=2), 2, 2)
+    assert [p.code for p in found] == [2, 2]
+    assert "dp*tp=2, but the 2 processes have 4 chips" in found[0].err
+    assert not os.path.exists(f"{config.store}/commits")
