@@ -421,14 +421,14 @@ def test_bad_input_writes_nothing(config, tmp_path):
         {"dtype": "float64"},
         {"topk": 0},
         {"batch_rows": 3},
-        {"tp": 3},
+        {"dp": 3},
         {"share": "0/2"},
         {"share": "3/2"},
         {"share": "half"},
     ],
 )
 def test_bad_options_are_named(config, change):
-    with pytest.raises(ValueError, match=next(iter(change)) if "tp" not in change else "block_rows=4"):
+    with pytest.raises(ValueError, match=next(iter(change)) if "dp" not in change else "block_rows=4"):
         planning.make_plan(replace(config, **change))
 
 
