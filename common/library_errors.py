@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.errors import EyasError, MachineError
+from common.errors import EyasError, MachineError, RestartError
 from common.progress import note
 
 # Top-level modules whose exceptions speak of storage or network. Modules are not imported to name them.
@@ -109,7 +109,7 @@ def explained(error: Exception, what: str, doing: str = "read") -> EyasError:
     if _is_connection(error, code):
         status = f"{code}: " if code else ""
         advice = f"check the network and the address, and {_AGAIN}"
-        return MachineError(f"{what}: no answer from {bucket} ({status}{text}); {advice}")
+        return RestartError(f"{what}: no answer from {bucket} ({status}{text}); {advice}")
     past = {"read": "reading", "list": "listing", "write": "writing"}[doing]
     return MachineError(f"{what}: {past} failed ({text}); mend that and {_AGAIN}")
 

@@ -14,6 +14,7 @@ there is one process.
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,10 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import jax
-
 from common import progress
 from common.errors import EyasError, MachineError, RestartError
+from common.stopping import Stopped
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
@@ -37,6 +37,8 @@ class _Pod:
     """This process's place in the pod, after `initialise`."""
 
     client: Any = None
+    size = 1
+    index = 0
     numbers: Iterator[int] = itertools.count()
     heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
     lost: ClassVar[set[str]] = set()
@@ -54,7 +56,7 @@ def initialise(
     reached.
     """
     given = (coordinator, processes, process)
-    if processes == 1 or jax.distributed.is_initialized():
+    if processes == 1:
         return
     if any(x is not None for x in given) and any(x is None for x in given):
         raise EyasError(
@@ -64,6 +66,10 @@ def initialise(
         raise EyasError(
             f"process={process} of processes={processes}: give a number from 0 to {processes - 1}"
         )
+    import jax  # only here: every verb imports this file, and few need jax
+
+    if jax.distributed.is_initialized():
+        return
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
     try:
         jax.distributed.initialize(*given)
@@ -80,19 +86,20 @@ def initialise(
         from jax._src import distributed  # the key-value store has no public name; orbax uses it likewise
 
         _Pod.client = distributed.global_state.client
-        if jax.process_index():
+        _Pod.size, _Pod.index = jax.process_count(), jax.process_index()
+        if not is_first():
             progress.silence()
         threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
 
 
 def size() -> int:
     """The number of processes."""
-    return 1 if _Pod.client is None else jax.process_count()
+    return _Pod.size
 
 
 def index() -> int:
     """Which of them this is, from 0."""
-    return 0 if _Pod.client is None else jax.process_index()
+    return _Pod.index
 
 
 def is_first() -> bool:
@@ -163,17 +170,17 @@ def announced() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process with `code`, in a pod only. The first, which holds the key-value store, goes last.
+    """Ends this process at once with `code`; what still writes in the background is dropped.
 
-    JAX would wait for minutes at exit for processes that have gone, and end those that stay with a trace.
+    Of a pod the first process, which holds the key-value store, goes last. JAX would wait at exit for minutes
+    for processes that have gone, and end those that stay with a trace.
     """
-    if size() == 1:
-        return
     sys.stdout.flush()
     sys.stderr.flush()
-    _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
+    if size() > 1:
+        _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
     end = time.monotonic() + 2 * _GRACE_SECONDS
-    while is_first() and (code == 0 or time.monotonic() < end):
+    while size() > 1 and is_first() and (code == 0 or time.monotonic() < end):
         gone = {key.removeprefix(_LEFT) for key, _ in _Pod.client.key_value_dir_get(_LEFT)} | _Pod.lost
         if len(gone) == size():
             break
@@ -185,12 +192,17 @@ def _describe(error: BaseException) -> dict[str, Any]:
     known = isinstance(error, EyasError)
     text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
     code = error.exit_code if known else MachineError.exit_code
-    return {"text": text, "code": code, "stop": isinstance(error, KeyboardInterrupt)}
+    return {"text": text, "code": code, "signal": _signal_of(error)}
+
+
+def _signal_of(error: BaseException) -> int:
+    """The signal by which a process was asked to stop, 0 where it was not."""
+    return getattr(error, "number", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 0
 
 
 def _as_error(process: int, failure: dict[str, Any]) -> BaseException:
-    if failure["stop"]:
-        return KeyboardInterrupt()
+    if failure["signal"]:
+        return Stopped(failure["signal"])
     error = EyasError(f"process {process}: {failure['text']}")
     error.exit_code = failure["code"]
     return error
@@ -198,6 +210,8 @@ def _as_error(process: int, failure: dict[str, Any]) -> BaseException:
 
 def _watch() -> None:
     """Shows that this process lives, and ends it when another is lost or has failed without being met."""
+    import jax
+
     try:
         for beat in itertools.count():
             _look(str(beat))
@@ -209,7 +223,7 @@ def _watch() -> None:
 def _look(beat: str) -> None:
     client, now = _Pod.client, time.monotonic()
     client.key_value_set(f"{_ALIVE}{index()}", beat, allow_overwrite=True)
-    left = {key.removeprefix(_LEFT) for key, _ in client.key_value_dir_get(_LEFT)}
+    left = {key.removeprefix(_LEFT): int(code) for key, code in client.key_value_dir_get(_LEFT)}
     for key, value in client.key_value_dir_get(_ALIVE):
         process = key.removeprefix(_ALIVE)
         if process in left or _Pod.heard.get(process, ("", 0.0))[0] != value:
@@ -217,8 +231,11 @@ def _look(beat: str) -> None:
         elif now - _Pod.heard[process][1] > LOST_SECONDS:
             _Pod.lost.add(process)
             _end(f"process {process} is lost; start the same command again", RestartError.exit_code)
-    for key, text in client.key_value_dir_get(_FAILED):
-        process, failure = key.removeprefix(_FAILED), json.loads(text)
+    failures = {
+        process: {"text": f"ended with {code}", "code": code} for process, code in left.items() if code
+    }
+    failures |= {k.removeprefix(_FAILED): json.loads(text) for k, text in client.key_value_dir_get(_FAILED)}
+    for process, failure in failures.items():
         at = _Pod.failed.setdefault(process, now)
         if now - at > _GRACE_SECONDS:
             _end(f"process {process}: {failure['text']}", failure["code"])

@@ -7,7 +7,7 @@ are none, and nothing is deleted: a second writer continues what it finds, or is
 import io
 import math
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from common.errors import EyasError
 from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
 from common.store import Store, sha256
+
+_LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped
 
 
 def write_rows(
@@ -216,6 +218,11 @@ class FeatureWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            # A machine that is taken away leaves seconds: what is not on disk by then is written again.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            wait(self._pending, timeout=_LAST_SECONDS)
+            return
         self._pool.shutdown(wait=True)
         while kind is None and self._pending:
             self._pending.popleft().result()

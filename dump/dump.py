@@ -38,14 +38,15 @@ def run(config: DumpConfig) -> dict[str, Any]:
     written where it can be known before, and after Ctrl-C or SIGTERM.
     """
     start = time.monotonic()
-    with pod.announced(), _resumable(config) as check:
+    with _resumable(config) as check:
         note(f"dump: checking {config.model} and {config.store}")
         plan = make_plan(config)
         note(_announce(plan))
         _run(plan, check)
     seconds = time.monotonic() - start
     tokens = sum(len(plan.rows_of(block)) for block in plan.blocks) * plan.store.length
-    total = -(-plan.store.rows // config.block_rows)
+    part, parts = config.part()
+    total = len(range(part, -(-plan.store.rows // config.block_rows), parts))
     return {
         "store": config.store,
         "rows": plan.store.rows,

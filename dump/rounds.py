@@ -71,8 +71,8 @@ def run_rounds(
                 if len(pending) == _AHEAD:
                     blocks.fill(*pending.popleft())
                 inputs = blocks.inputs(batches[pod.index()], prefill.rows)
+                progress.update(sum(batch.count for batch in batches if batch) * T)
             pending.append((batches[pod.index()], prefill(*inputs)))
-            progress.update(sum(batch.count for batch in batches if batch) * T)
         with pod.together():
             for found in pending:
                 check()

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from common import pod
 from common.errors import EyasError
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import recipes
@@ -18,6 +19,7 @@ from pipelines.options import options
 from train.config import EvaluateConfig, TrainConfig
 
 EMBEDDED = recipes.EMBEDDED
+ON_A_POD = ("dump",)  # the same command on every host
 RECIPES = "default: the recipe's, else {}"
 
 
@@ -43,8 +45,9 @@ def fetch(config: Any, cache: str) -> Any:
 
 
 def show(value: dict[str, Any]) -> None:
-    """Prints a stage's result to stdout, as JSON."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints a stage's result to stdout, as JSON; of a pod's processes the first one does."""
+    if pod.is_first():
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 model_option = click.option(
@@ -71,14 +74,32 @@ store_option = click.option("--store", required=True, help="The feature store: a
     show_default=True,
     help="Where models and conversations are fetched to.",
 )
+@click.option("--coordinator", envvar="EYAS_COORDINATOR", help="HOST:PORT of a pod's first process.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    envvar="EYAS_PROCESSES",
+    help="Processes of the pod, one a host; on Cloud TPU, GKE and Slurm it is found by itself.",
+)
+@click.option(
+    "--process", type=click.IntRange(min=0), envvar="EYAS_PROCESS", help="Which of them this is, from 0."
+)
 @click.pass_context
-def main(ctx: click.Context, cache: str) -> None:
+def main(
+    ctx: click.Context, cache: str, coordinator: str | None, processes: int | None, process: int | None
+) -> None:
     """Trains EAGLE3 draft heads: dump the target's features once, train many heads from them.
 
     The way: prepare -> dump -> train -> eval -> export. Every stage can be stopped and started again with
     the same command. `eyas demo` goes the whole way on an embedded model.
     """
     ctx.obj = cache
+    if ctx.invoked_subcommand in ON_A_POD:
+        pod.initialise(coordinator, processes, process)
+    elif (processes or 1) > 1:
+        raise EyasError(
+            f"{ctx.invoked_subcommand} runs on one host, but --processes is {processes}; run it once, without"
+        )
 
 
 @main.command()
@@ -118,7 +139,8 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
 def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
     """Runs the frozen target over the rows and writes the feature store.
 
-    With --data, a store that has no rows yet is prepared from it first, as the recipe says.
+    With --data, a store that has no rows yet is prepared from it first, as the recipe says. On a pod the same
+    command runs on every host.
 
     Example: eyas dump --model qwen3-32b --store gs://bucket/qwen3-32b --data gs://bucket/chats.parquet
     """
@@ -129,9 +151,13 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
     recipe = recipes.find(model)
     place = {"model": model, "store": store}
     config = configure(DumpConfig, recipe, "dump", given | place)
-    if data and not has_rows(store):
-        rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data})
-        prepare_rows(fetch(rows, cache))
+    rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data}) if data else None
+
+    def prepare_unless_prepared() -> None:
+        if rows and not has_rows(store):
+            prepare_rows(fetch(rows, cache))
+
+    pod.told(prepare_unless_prepared)  # the others wait
     show(stage.run(fetch(config, cache)))
 
 

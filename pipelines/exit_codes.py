@@ -1,7 +1,8 @@
 """The exit codes of `eyas`, and the one line that it ends with when something goes wrong.
 
-0: done. 1: the machine failed (a full disk, no network); the same command may succeed later. 2: a mistake in
-what was given. 130: stopped by Ctrl-C. 143: stopped by SIGTERM. Only a bug of Eyas shows a stack trace.
+0: done. 1: the machine failed, and somebody must mend it (a full disk). 2: a mistake in what was given. 42:
+what may pass by itself (no network, a lost host, SIGTERM of a machine that is taken away): start the same
+command again. 130: stopped by Ctrl-C. Only a bug of Eyas shows a stack trace.
 """
 
 import errno
@@ -11,7 +12,8 @@ from typing import Any
 
 import click
 
-from common.errors import EyasError, MachineError
+from common import pod
+from common.errors import EyasError, RestartError
 from common.library_errors import explained, is_librarys
 from common.stopping import Stop
 
@@ -30,13 +32,13 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with Stop(everywhere=True):
+            with Stop(everywhere=True), pod.announced():
                 return super().invoke(ctx)
         except EyasError as error:
             # A stage that is stopped says itself how far it came.
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise _failure(str(error), _stopped_code(error.__context__)) from None
-            raise _failure(str(error), _code(error)) from None
+            raise _failure(str(error), error.exit_code) from None
         except KeyboardInterrupt as error:
             raise _failure(STOPPED, _stopped_code(error)) from None
         except Exception as error:
@@ -46,15 +48,12 @@ class Group(click.Group):
             if not (is_librarys(error) or isinstance(error, _NETWORK)):
                 raise
             told = explained(error, "a server")
-            raise _failure(str(told), _code(told)) from None
-
-
-def _code(error: EyasError) -> int:
-    return 1 if isinstance(error, MachineError) else 2
+            raise _failure(str(told), told.exit_code) from None
 
 
 def _stopped_code(error: KeyboardInterrupt) -> int:
-    return 128 + getattr(error, "number", signal.SIGINT)
+    """Job runners start again what exits with 42, and SIGTERM is how they take a machine away."""
+    return RestartError.exit_code if getattr(error, "number", 0) == signal.SIGTERM else 130
 
 
 def _failure(text: str, code: int) -> click.ClickException:

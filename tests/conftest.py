@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["EYAS_PROCESSES"] = "1"  # no pod is looked for
 # Tests are tiny and wait for compiling only; without LLVM's optimisations it takes half as long.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 # Programs that several tests compile, also those in processes of their own, are compiled once a run.

@@ -33,7 +33,6 @@ def test_alone_nothing_is_exchanged():
     assert pod.told(lambda: 5) == 5
     with pytest.raises(EyasError, match="mine"), pod.together():
         raise EyasError("mine")
-    pod.leave(3)  # does nothing
 
 
 def test_exchange_and_told():

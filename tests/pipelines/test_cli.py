@@ -193,21 +193,21 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
         (MachineError("store/x: the disk is full"), 1, "Error: store/x: the disk is full"),
         (
             socket.gaierror(-2, "Name or service not known"),
-            1,
+            42,
             "Error: a server: no answer from the server ([Errno -2] Name or service not known);",
         ),
         (
             aiohttp.ClientOSError("Cannot connect to bucket"),
-            1,
+            42,
             "Error: a server: no answer from the server (Cannot",
         ),
         (
             requests.exceptions.ProxyError("proxy"),
-            1,
+            42,
             "Error: a server: no answer from the server (proxy)",
         ),
         (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
-        (Stopped(signal.SIGTERM), 143, "Error: stopped; the same command continues"),
+        (Stopped(signal.SIGTERM), 42, "Error: stopped; the same command continues"),
     ],
 )
 def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, raised, code, text):
