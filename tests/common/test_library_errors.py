@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import library_errors as errors
-from common.errors import EyasError, MachineError
+from common.errors import EyasError, MachineError, RestartError
 from common.library_errors import library_errors
 from tests.common.refusing import environment, refusing
 
@@ -118,7 +118,7 @@ Server.__module__ = "gcsfs.retry"
 @pytest.mark.parametrize(
     ("raised", "kind", "words"),
     [
-        (Server("busy"), MachineError, "no answer from the bucket b (503: busy)"),
+        (Server("busy"), RestartError, "no answer from the bucket b (503: busy)"),
         (
             ValueError("UNAVAILABLE: no [a='{}']"),
             MachineError,
@@ -127,7 +127,7 @@ Server.__module__ = "gcsfs.retry"
         (ValueError("DATA_LOSS: bad checksum"), MachineError, "writing failed (DATA_LOSS: bad checksum)"),
         (OSError(28, "No space left on device"), MachineError, "the disk is full"),
         (PermissionError(13, "Permission denied"), MachineError, "writing failed ([Errno 13] Permission"),
-        (ConnectionResetError("reset"), MachineError, "no answer from the bucket b (reset)"),
+        (ConnectionResetError("reset"), RestartError, "no answer from the bucket b (reset)"),
         (EyasError("of our own"), EyasError, "of our own"),
     ],
 )
