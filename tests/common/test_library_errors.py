@@ -121,7 +121,7 @@ Server.__module__ = "gcsfs.retry"
         (Server("busy"), RestartError, "no answer from the bucket b (503: busy)"),
         (
             ValueError("UNAVAILABLE: no [a='{}']"),
-            MachineError,
+            RestartError,
             "no answer from the bucket b (UNAVAILABLE: no)",
         ),
         (ValueError("DATA_LOSS: bad checksum"), MachineError, "writing failed (DATA_LOSS: bad checksum)"),
