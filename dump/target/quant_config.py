@@ -51,6 +51,7 @@ def _scheme(f: Fields, method: str) -> Float8 | Mxfp4:
     if method == "fp8":
         f.only("fmt", "e4m3", "float8_e4m3fn")
         f.only("scale_fmt", "float", "ue8m0")
+        f.only("expert_dtype", "fp8")
         block = f.get("weight_block_size", None)
         return Float8(tuple(block) if block else _PER_TENSOR, "weight_scale_inv")
     if method == "modelopt":

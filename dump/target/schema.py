@@ -147,7 +147,7 @@ class Quantisation(TypedDict, total=False):
     config_groups: dict[str, dict[str, Any]] | None
     sparsity_config: dict[str, Any] | None
     transform_config: dict[str, Any] | None
-    kv_cache_scheme: dict[str, Any] | None
+    expert_dtype: str | None
     modules_to_not_convert: list[str] | None
     ignored_layers: list[str] | None
     ignore: list[str] | None

@@ -200,6 +200,7 @@ def test_older_modelopt_checkpoints_describe_themselves_in_their_own_file(tmp_pa
         (compressed("channel") | {"ignore": ["re:("]}, ["'re:('", "regular expression"]),
         ({"quant_method": "fp8", "weight_block_size": [128]}, ["weight_block_size is [128]"]),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, ["weight_block_size.1 is 0"]),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, ['expert_dtype="fp4"']),
         ({"quant_method": "fp8", "scale_fmt": "log"}, ['scale_fmt="log"']),
         ({"quant_method": "mxfp4"}, ["covers nothing", "experts"]),
         ({"quant_method": "fp8", "modules_to_not_convert": ["model"]}, ["covers nothing", "linear"]),
@@ -246,10 +247,22 @@ def test_left_out_modules_are_read_under_every_name(scheme, name, tmp_path):
     assert [len(layer.quantised) for layer in layers] == [7, 7, 7, 4, 7, 7, 7, 7]
 
 
+def test_what_transformers_itself_writes_of_float8_is_accepted(tmp_path):
+    blocks = {"quant_method": "fp8", "weight_block_size": [16, 8]}
+    whole = blocks | {"activation_scheme": "dynamic", "dequantize": False, "expert_dtype": "fp8"}
+    whole |= {"modules_to_convert": None, "modules_to_not_convert": None, "scale_fmt": "float"}
+    found = []
+    for about in (blocks, whole):
+        storage.write_json(f"{tmp_path}/config.json", golden.config("llama") | {"quantization_config": about})
+        found.append(target.read_config(str(tmp_path)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}},
+        {"kv_cache_scheme": "static"},
         {"sparsity_config": {"format": "dense"}, "transform_config": {}},
         {"quantization_status": "compressed", "global_compression_ratio": 1.5, "version": "0.10"},
     ],
