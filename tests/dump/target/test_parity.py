@@ -30,22 +30,26 @@ def packed_and_alone(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return out[0], out[1], out[2]
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+def assert_close(found: np.ndarray, expected: np.ndarray, what: str, tolerance: float) -> None:
     size = np.sqrt(np.mean(expected**2))
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * size, err_msg=what)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * size, err_msg=what)
 
 
-def check(found: dict[str, np.ndarray], made: golden.Golden) -> None:
+def check(found: dict[str, np.ndarray], made: golden.Golden, tolerance: float = TOLERANCE) -> None:
     """All four rows of `found` against the documents' expected values."""
     n = DOCUMENTS[0]
     total = len(made.tokens)
     for key, expected in made.expected.items():
         value = np.asarray(found[key])
-        assert_close(value[0, :total], expected, f"{key} packed")
-        assert_close(value[1, :n], expected[:n], f"{key} of the first alone")
-        assert_close(value[2, : total - n], expected[n:], f"{key} of the second alone")
-        assert_close(value[3, : total - n], expected[n:], f"{key} of the second in front")
-        assert_close(value[3, total - n : total], expected[:n], f"{key} of the first behind")
+        places = {
+            "packed": (value[0, :total], expected),
+            "of the first alone": (value[1, :n], expected[:n]),
+            "of the second alone": (value[2, : total - n], expected[n:]),
+            "of the second in front": (value[3, : total - n], expected[n:]),
+            "of the first behind": (value[3, total - n : total], expected[:n]),
+        }
+        for place, (ours, theirs) in places.items():
+            assert_close(ours, theirs, f"{key} {place}", tolerance)
 
 
 def run(

@@ -5,7 +5,7 @@ import pytest
 
 from common import safetensors
 from tests.dump.target.quantised import folders
-from tests.dump.target.test_parity import check, run
+from tests.dump.target.test_parity import TOLERANCE, check, run
 from tests.dump.target.variations import VARIATIONS, chosen, config
 from tests.goldens import golden
 
@@ -20,6 +20,8 @@ def computed():
     return computed
 
 
+# Where a change of transformers' weights by 1e-7 changes its own result by 1e-4: small values are normed.
+TOLERANCES = {"qwen3_next": 5e-4}
 CASES = [(family, names) for family in VARIATIONS for names in chosen(family)]
 
 
@@ -28,7 +30,7 @@ def test_a_variation_equals_transformers(family, names, computed, tmp_path):
     made = computed(family, config(family, *names), golden.read(family).tokens)
     found = run(made, golden.write_folder(made, tmp_path), 1, 1)
     print(f"{family} {' '.join(names)}: {error(found, made):.1e}")
-    check(found, made)
+    check(found, made, TOLERANCES.get(family, TOLERANCE))
 
 
 def error(found: dict, made: golden.Golden) -> float:
@@ -61,4 +63,4 @@ def test_a_quantised_model_equals_transformers(family, scheme, experts, tp, comp
     made = computed(family, golden.config(family), golden.read(family).tokens, weights)
     found = run(made, quantised, 1, tp, experts)
     print(f"{family} {scheme}: {error(found, made):.1e}")
-    check(found, made)
+    check(found, made, TOLERANCES.get(family, TOLERANCE))
