@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from typing import Any
 
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
+from common.library_errors import explained, is_librarys, reason
 
 EMBEDDED = "embedded"
 STAGES = ("prepare", "dump", "train")
@@ -84,20 +85,20 @@ def load(name: str) -> Recipe:
             f"MODEL {name!r} is no folder and no recipe; give a Hugging Face folder, a Hub id (owner/name) "
             f"or one of {', '.join(names())}"
         )
-    return parse(name, (_FOLDER / f"{name}.toml").read_text())
+    return parse(name, (_FOLDER / f"{name}.toml").read_bytes())
 
 
-def parse(name: str, text: str) -> Recipe:
-    """The recipe written in `text`. EyasError names the field that is wrong."""
+def parse(name: str, data: bytes) -> Recipe:
+    """The recipe of a TOML file's bytes. EyasError names the field that is wrong."""
     try:
-        raw = tomllib.loads(text)
+        raw = tomllib.loads(data.decode())
         stages = {stage: dict(raw.pop(stage, {})) for stage in STAGES}
         slices = {f"{stage}_slice": stages[stage].pop("slice", "cpu") for stage in ("dump", "train")}
         unknown = raw.keys() - {known.name for known in fields(Recipe)}
         if unknown:
             raise ValueError(f"{min(unknown)} is no field of a recipe")
         return Recipe(name=name, **raw, **stages, **slices)
-    except (ValueError, TypeError) as error:  # TOML's own error is a ValueError
+    except (ValueError, TypeError) as error:  # those of TOML and of Unicode are ValueErrors
         raise EyasError(f"recipe {name}.toml: {error}") from None
 
 
@@ -137,11 +138,14 @@ def _from_hub(model: str, cache: str) -> str:
     _remove_abandoned(place)
     try:
         return huggingface_hub.snapshot_download(model, local_dir=place, allow_patterns=wanted)
-    except Exception as error:  # also those of the HTTP library, which differs between its versions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EyasError(
-            f"{model} is no folder here and could not be fetched from the Hub ({reason[0]}); check the name "
-            "and the network, and log in if the model is gated"
+    except Exception as error:
+        # Its client's transfers in Rust raise RuntimeErrors.
+        if not (is_librarys(error) or isinstance(error, OSError | ValueError | RuntimeError)):
+            raise
+        kind = RestartError if isinstance(explained(error, model), RestartError) else EyasError
+        raise kind(
+            f"{model} is no folder here and could not be fetched from the Hub ({reason(error)}); check the "
+            "name and the network, and log in if the model is gated"
         ) from None
 
 

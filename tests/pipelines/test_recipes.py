@@ -46,12 +46,13 @@ def test_every_recipe_makes_the_configurations_of_its_stages(name):
         (GOOD.replace("v6e-4", "h100"), "slice='h100' is unknown"),
         ("colour = 1\n" + GOOD, "colour is no field of a recipe"),
         (GOOD + "[", "recipe mine.toml: "),
+        (GOOD + "# \xe9", "recipe mine.toml: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_field_that_is_wrong(wrong, message):
-    assert recipes.parse("mine", GOOD).dump == {"dp": 2, "tp": 2}
+    assert recipes.parse("mine", GOOD.encode()).dump == {"dp": 2, "tp": 2}
     with pytest.raises(EyasError, match=message) as refused:
-        recipes.parse("mine", wrong)
+        recipes.parse("mine", wrong.encode("latin-1"))
     assert "\n" not in str(refused.value)
 
 
