@@ -78,7 +78,7 @@ class Features(TypedDict):
     codec: StoredCodec
     precision: Literal["float32", "bfloat16", "float8_e4m3fn"]
     block_rows: Size
-    arrays: dict[FileName, Array]
+    arrays: Annotated[dict[FileName, Array], Field(min_length=1)]
     target_files: dict[FileName, Sha256]
 
 

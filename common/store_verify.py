@@ -29,13 +29,14 @@ def verify(url: str) -> dict[str, Any]:
     if "features" in store.manifest:
         committed = sorted(store.committed())
         missing = store.blocks - len(committed)
-        checks.append(partial(_strangers, store, committed))
+        checks += [partial(_marker, store, block) for block in committed]
         if committed:
             checks += [partial(_target_file, store, name) for name in store.features["target_files"]]
             checks.append(partial(_draft_ids, store))
         checks += [
             partial(_block, store, name, block) for block in committed for name in store.features["arrays"]
         ]
+    checks.append(partial(_strangers, store, committed))
     damaged, size = [], 0
     with Progress("verifying", len(checks), "part") as progress:
         for check in checks:
@@ -61,8 +62,13 @@ def _rows(store: Store, name: str, rows: range) -> int:
     return sum(store.read([name], part)[name].nbytes for part in parts)
 
 
+def _marker(store: Store, block: int) -> int:
+    store.commit(block)
+    return 0
+
+
 def _block(store: Store, name: str, block: int) -> int:
-    """The bytes of an array's block; reading compares its marker too."""
+    """The bytes of an array's block; reading compares each row with the block's marker."""
     return _rows(store, name, store.block_range(block))
 
 

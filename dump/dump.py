@@ -60,7 +60,7 @@ def run(config: DumpConfig) -> dict[str, Any]:
 
 
 def _run(plan: Plan, check: Callable[[], None]) -> None:
-    url, files = plan.config.store.rstrip("/"), cache(lambda: target_files(plan))
+    url = plan.config.store.rstrip("/")
     with pod.together():
         if pod.is_first() and plan.config.part() == (0, 1):  # else another slice may be writing
             for folder in ("", "commits", "target"):
@@ -69,7 +69,7 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
             weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.config.dtype))
     if plan.blocks:
         prefill = Prefill(plan, weights)
-    pod.told(lambda: _make(plan, files))
+    pod.told(lambda: _make(plan))
     with pod.together(), FeatureWriter(url) as writer:
         if plan.blocks:
             run_rounds(plan, prefill, writer, check)
@@ -81,8 +81,9 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
         )
 
 
-def _make(plan: Plan, files: Callable[[], dict[str, bytes]]) -> None:
+def _make(plan: Plan) -> None:
     """Makes of the store what is not there yet: the manifest's section, the arrays, target/."""
+    files = cache(lambda: target_files(plan))  # gigabytes: gone before blocks are computed
     features = with_sums(plan.features, files)
     create_features(plan.config.store, features, plan.draft_ids)
     write_target(Store.open(plan.config.store), files)

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common import kvstore, storage, store_writer
 from common.errors import EyasError
@@ -240,6 +242,57 @@ def test_a_manifest_that_is_anything_else(full, text):
         Store.open(full)
 
 
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([0, HUGE]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """The paths of everything in a JSON value."""
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, inner in children:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["manifest.json", "commits/000001.json"])
+def test_anything_in_the_place_of_anything(tmp_path, name):
+    """Either the file says what it said, or one line says what is wrong with it, in a moment."""
+    full = f"{tmp_path}/store"
+    make_rows(full)
+    write_blocks(full, features())
+    whole = storage.read_json(f"{full}/{name}")
+
+    @settings(max_examples=500, deadline=10_000, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(place=st.sampled_from(list(places(whole))), value=ANY, delete=st.booleans())
+    def change(place, value, delete):
+        changed = json.loads(json.dumps(whole))
+        *outer, last = place
+        part = changed
+        for key in outer:
+            part = part[key]
+        if delete:
+            del part[last]
+        else:
+            part[last] = value
+        with open(f"{full}/{name}", "w") as file:
+            json.dump(changed, file)
+        assert problem(full) or changed == whole
+
+    change()
+
+
 def test_of_two_prepares_at_once_one_wins(tmp_path):
     url, found = f"{tmp_path}/store", {}
     gate = threading.Barrier(4)
@@ -294,8 +347,8 @@ def test_of_two_dumps_at_once_one_wins_and_the_same_continue(tmp_path, monkeypat
     gate, waited = threading.Barrier(4), threading.local()
     find = store_writer.find_features
 
-    def together(*given):
-        result = find(*given)
+    def together(*arguments):
+        result = find(*arguments)
         if not hasattr(waited, "once"):
             waited.once = gate.wait()
         return result

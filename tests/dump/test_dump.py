@@ -203,7 +203,7 @@ def test_stopped_dump_continues_to_the_same_bytes(config, whole, kind):
     process = start_and_wait_for_a_commit(config)
     process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
-    for name in (".manifest.json.abc.partial", "commits/.000003.json.abc.partial"):  # killed in mid-write
+    for name in (".index.parquet.abc.partial", "target/.config.json.abc.partial"):  # killed in mid-write
         storage.write_bytes(f"{config.store}/{name}", b"cut")
     left = ROWS - len(Store.open(config.store).committed())
     assert 0 < left < ROWS, errors
