@@ -102,3 +102,20 @@ def test_a_better_head_accepts_more_and_an_equal_one_is_not_better():
     assert better({"length_greedy": 1.3}, {"length_greedy": 1.2})
     assert not better({"length_greedy": 1.2}, {"length_greedy": 1.2})
     assert better({"step": 3}, {"step": 2})  # nothing is measured: the later one
+
+
+def test_the_norm_that_is_logged_is_the_one_that_is_clipped():
+    """Dividing by the units of the inputs comes first, and then the limit."""
+    params, units = {"fc": jnp.ones((2, 3)), "norm": jnp.ones(2)}, jnp.array([0.1, 1.0, 10.0])
+    gradients = {"fc": jnp.arange(6.0).reshape(2, 3), "norm": jnp.ones(2)}
+    seen = np.sqrt(((np.arange(6).reshape(2, 3) / np.asarray(units)) ** 2).sum() + 2)
+    moves = {}
+    for limit in (0.5, 2 * seen):
+        made = optimizer.make(optax.constant_schedule(0.1), limit, (0.0, 0.0), 0.0, {"fc": units})
+        state = State(params, made.init(params), jnp.int32(0))
+        found = train_step(lambda *_: ((jnp.float32(1), jnp.zeros(1), jnp.zeros(1)), gradients), made)
+        new, metrics = found(state, None, None)
+        np.testing.assert_allclose(metrics.gradient_norm, seen, rtol=1e-6)
+        moves[limit] = optax.tree.get(new.optimizer, "mu")
+    np.testing.assert_allclose(optax.tree.norm(moves[0.5]), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.norm(moves[2 * seen]), seen, rtol=1e-6)

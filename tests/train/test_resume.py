@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from common.lock import locked
 from tests.train import small_store
 from tests.train.served import read_tensors
@@ -253,3 +253,45 @@ def test_names_of_no_step_beside_the_states_are_left_alone(config, whole, tmp_pa
     (out / "state/.cache").mkdir()
     assert continued(config, out) == 7
     assert (out / "state/notes").exists()
+
+
+def after_step(step, monkeypatch, what):
+    """Calls `what` when `step` steps are done."""
+    take = Trainer.take
+
+    def taken(self, batch):
+        take(self, batch)
+        if self.step == step:
+            what()
+
+    monkeypatch.setattr(Trainer, "take", taken)
+
+
+def test_strangers_in_best_and_last_are_told_of_and_stay(config, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def strangers():
+        (out / "best/.cache").mkdir()
+        (out / "best/.cache/index").write_text("a tool's")
+        (out / "last/notes.txt").write_text("mine")
+
+    after_step(4, monkeypatch, strangers)
+    assert run(replace(config, out=str(out)))["last"]["step"] == 7
+    said = capsys.readouterr().err
+    assert "last also holds notes.txt, which stays as it is" in said
+    assert (out / "best/.cache/index").read_text() == "a tool's"
+    assert (out / "last/notes.txt").read_text() == "mine"
+    assert "training step | 7 of 7" in (out / "last/README.md").read_text()
+
+
+def test_a_save_that_fails_behind_the_steps_ends_the_run_with_one_line(config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def a_file():
+        shutil.rmtree(out / "state")
+        (out / "state").write_text("x")
+
+    after_step(2, monkeypatch, a_file)
+    with pytest.raises(MachineError, match=r"out/state.*(failed|cannot be written)") as told:
+        run(replace(config, out=str(out)))
+    assert "\n" not in str(told.value)

@@ -83,6 +83,9 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     assert whole["best"]["length_greedy"] > measured[0]["evaluation"]["length_greedy"] > 1
     left = [".lock", "best", "experiment.json", "last", "metrics.jsonl", "state"]
     assert sorted(os.listdir(config.out)) == left
+    card = storage.read_bytes(f"{config.out}/best/README.md").decode()
+    how = "(chain of 3, held-out answers walked through as a server does)"
+    assert f"temperature 0 {how} | {best['length_greedy']:.4g} |" in card
     kept = storage.read_json(f"{config.out}/experiment.json")
     assert kept["config"]["learning_rate"] == 3e-2
     assert kept["identity"]["store"] == Store.open(config.store).hash
