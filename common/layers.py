@@ -9,6 +9,11 @@ import jax
 import jax.numpy as jnp
 
 
+def compute_dtype(asked: str | None) -> str:
+    """The type of matmuls that was asked for; else float32 on CPU, bfloat16 on accelerators."""
+    return asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
 def precision(*operands: jax.Array) -> jax.lax.Precision | None:
     """What every matmul of the project asks for: all of float32 where an operand has it.
 

@@ -6,6 +6,8 @@ The mesh is (dp, tp): `dp` splits rows, `tp` splits heads, feed-forward width, v
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from common.errors import EyasError
+
 RULES: dict[str, str | tuple[str, str] | None] = {
     "row": ("dp", "tp"),  # rows as they are read and written: over every chip
     "batch": "dp",  # rows while the target computes
@@ -20,11 +22,13 @@ RULES: dict[str, str | tuple[str, str] | None] = {
 def make_mesh(dp: int = 1, tp: int = 1) -> Mesh:
     """A (dp, tp) mesh of the first dp*tp devices, axes Explicit: a wrong sharding fails at trace time.
 
-    Raises ValueError when there are fewer devices.
+    EyasError when there are fewer devices.
     """
     devices = jax.devices()
     if dp * tp > len(devices):
-        raise ValueError(f"a mesh of dp={dp} x tp={tp} needs {dp * tp} devices; found {len(devices)}")
+        raise EyasError(
+            f"dp={dp} x tp={tp} needs {dp * tp} devices, found {len(devices)}; give a smaller --dp or --tp"
+        )
     return jax.make_mesh((dp, tp), ("dp", "tp"), devices=devices[: dp * tp])
 
 

@@ -15,6 +15,7 @@ from common.codec import Codec, shapes
 from common.config import digest
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
+from common.layers import compute_dtype
 from common.mesh import make_mesh
 from common.safetensors import Checkpoint
 from common.storage import require_room
@@ -65,7 +66,7 @@ def make_plan(config: DumpConfig) -> Plan:
         _check_documents_fit(config, store, cfg)
         mesh = _mesh(config)
         target.check(config.model, cfg, config.tp)
-        dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = compute_dtype(config.dtype)
         precision = config.precision or dtype
         config = replace(config, precision=precision, dtype=dtype, aux_layers=tuple(aux_layers))
         codec, draft_ids = _codec(config, store, cfg.vocab_size)
@@ -90,10 +91,7 @@ def make_plan(config: DumpConfig) -> Plan:
 
 
 def _mesh(config: DumpConfig) -> Mesh:
-    try:
-        mesh = make_mesh(config.dp, config.tp)
-    except ValueError as error:
-        raise EyasError(str(error)) from None
+    mesh = make_mesh(config.dp, config.tp)
     if pod.size() > 1 and mesh.size != jax.device_count():
         raise EyasError(
             f"dp*tp={mesh.size}, but the {pod.size()} processes have {jax.device_count()} chips; all of them "

@@ -30,7 +30,7 @@ from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
 from train import optimizer
 from train.batch import Batch, Frozen
-from train.head import head_config, parameters
+from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
 from train.step import State, gradient, train_step
 
@@ -112,7 +112,7 @@ def train(recipe: str) -> dict[str, float]:
     known = recipes.load(recipe)
     config = TrainConfig("store", "out", **known.train)
     aux = target.default_aux_layers(known.layers)
-    c = head_config(config_of(recipe, None).text, config.draft_vocab, aux, config.ffn)
+    c = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, config.ffn)
     kind = known.train_slice.split("-")[0]
     mesh, B, K = mesh_of(config.dp, 1, kind), config.batch_rows, config.ttt_steps
     rate = optimizer.schedule(config.learning_rate, config.warmup, 1000)
@@ -128,7 +128,7 @@ def train(recipe: str) -> dict[str, float]:
         )
 
     whole, wide = sharding(mesh, ()), jnp.bfloat16
-    params = shapes(parameters(c), jnp.float32)
+    params = shapes(c.parameters(), jnp.float32)
     state = everywhere(State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32)))
     vocabulary = [jax.ShapeDtypeStruct((n, c.hidden_size), wide) for n in (c.vocab_size, c.draft_vocab_size)]
     frozen = everywhere(Frozen(*vocabulary, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32)))

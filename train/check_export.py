@@ -11,8 +11,8 @@ from common import params as declared
 from common.errors import EyasError
 from common.params import Param
 from common.storage import join, list_names, local_path, read_json
-from train.head import HeadConfig, parameters
-from train.serving_config import AUX_KEY, canonical_rope, limits, read_serving_config, require_fit
+from train.heads import Head, read_serving_config
+from train.serving_config import AUX_KEY, canonical_rope
 
 WEIGHTS = "model.safetensors"
 
@@ -33,7 +33,7 @@ def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]
     # Without its target only the number of default layers matters; 7 is the smallest target that has them.
     head = read_serving_config(path, config, (target_config or {}).get("num_hidden_layers", 7))
     if target_config is not None:
-        require_fit(head, target_config, folder)
+        head.require_fit(target_config, folder)
     scaling, default = canonical_rope(head.rope) or {"rope_type": "no"}, "the servers' default"
     facts = [
         *_check_weights(folder, head, config["torch_dtype"]),
@@ -42,7 +42,7 @@ def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]
     ]
     if target_config is not None:
         facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
-    return facts + limits(head)
+    return facts + head.limits()
 
 
 def _check_files(folder: str) -> None:
@@ -57,9 +57,9 @@ def _check_files(folder: str) -> None:
             raise EyasError(f"{folder} holds {name} beside {WEIGHTS}, and servers load both; remove it")
 
 
-def _check_weights(folder: str, head: HeadConfig, dtype: str) -> list[str]:
+def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
     path = join(folder, WEIGHTS)
-    expected = parameters(head)
+    expected = head.parameters()
     types = dict.fromkeys(expected, _DTYPES[dtype])
     N, V = head.draft_vocab_size, head.vocab_size
     if N < V:
@@ -85,7 +85,7 @@ def _check_weights(folder: str, head: HeadConfig, dtype: str) -> list[str]:
         raise EyasError(f"{path} is missing; check the path") from None
     except SafetensorError as error:
         raise EyasError(f"{path} cannot be read ({error}); copy or export it again") from error
-    count = sum(int(np.prod(p.shape)) for p in parameters(head).values())
+    count = sum(int(np.prod(p.shape)) for p in head.parameters().values())
     return [
         f"{WEIGHTS}: {len(expected)} tensors, {count:,} parameters, {dtype}, all finite",
         f"draft vocabulary: {N:,} of {V:,} tokens" + (", d2t and t2d agree" if N < V else ""),

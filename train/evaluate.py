@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from common import storage
 from common.errors import EyasError
+from common.layers import compute_dtype
 from common.mesh import make_mesh, sharding
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
@@ -20,10 +21,9 @@ from common.store import Store
 from train import check_export, ngram
 from train.batch import Frozen, Params
 from train.config import EvaluateConfig
-from train.head import HeadConfig, parameters
+from train.heads import Head, read_serving_config
 from train.metrics import Sums, add, summarise
 from train.plan import frozen
-from train.serving_config import read_serving_config
 from train.step import score_step
 from train.stream import Stream, Workload
 
@@ -35,7 +35,7 @@ class Evaluator:
         self,
         store: Store,
         rows: np.ndarray,
-        head: HeadConfig,
+        head: Head,
         draft_ids: np.ndarray,
         mesh: Mesh,
         ttt_steps: int,
@@ -78,11 +78,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if not len(rows):
         raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")
     head, params, draft_ids = load_head(config.head, store)
-    try:
-        mesh = make_mesh(config.dp)
-    except ValueError as error:
-        raise EyasError(str(error)) from None
-    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    mesh = make_mesh(config.dp)
+    dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
     shape = (store, rows, head, draft_ids, mesh, config.ttt_steps, config.batch_rows, dtype)
     evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens)
@@ -95,7 +92,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return found | {"rows": len(rows), "store": store.hash}
 
 
-def load_head(folder: str, store: Store) -> tuple[HeadConfig, Params, np.ndarray]:
+def load_head(folder: str, store: Store) -> tuple[Head, Params, np.ndarray]:
     """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
     target = store.target_config()
     check_export.check(folder, target)
@@ -107,7 +104,7 @@ def load_head(folder: str, store: Store) -> tuple[HeadConfig, Params, np.ndarray
             f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
         )
     tensors = Checkpoint.open(folder)
-    params = {name: tensors.read(name).astype(np.float32) for name in parameters(head)}
+    params = {name: tensors.read(name).astype(np.float32) for name in head.parameters()}
     ids = np.arange(head.draft_vocab_size)
     if "d2t" in tensors.tensors:
         ids = ids + tensors.read("d2t")

@@ -14,15 +14,15 @@ from safetensors.numpy import save
 from common import params as declared
 from common.errors import EyasError
 from common.storage import local_path, write_folder
-from train.head import HeadConfig, parameters
+from train.heads import Head
 from train.model_card import model_card
-from train.serving_config import DTYPES, require_fit, serving_config
+from train.serving_config import DTYPES
 
 
 def export(
     folder: str,
     params: Mapping[str, Any],
-    head: HeadConfig,
+    head: Head,
     draft_ids: np.ndarray,
     target_config: dict[str, Any],
     dtype: str = "bfloat16",
@@ -30,20 +30,20 @@ def export(
 ) -> str:
     """Writes config.json, model.safetensors and README.md whole or not at all; returns the local path.
 
-    `params` is {name: [out, in] array} as `train.head.parameters` declares it; `draft_ids` the target ids of
-    the draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
+    `params` is {name: [out, in] array} as `head.parameters()` declares it; `draft_ids` the target ids of the
+    draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
     the model card tells of the head (target, store, step, acceptance length). EyasError, before anything is
     written, for arrays that are not this head's or not finite, a head that does not fit the target, and a
     folder that is not an earlier export.
     """
     if dtype not in DTYPES:
         raise EyasError(f"dtype {dtype!r} cannot be served; choose one of {', '.join(DTYPES)}")
-    declared.check(parameters(head), dict(params), "the head")
-    require_fit(head, target_config, "the head")
-    tensors = {name: _cast(name, params[name], dtype) for name in parameters(head)}
+    declared.check(head.parameters(), dict(params), "the head")
+    head.require_fit(target_config, "the head")
+    tensors = {name: _cast(name, params[name], dtype) for name in head.parameters()}
     if head.draft_vocab_size < head.vocab_size:
         tensors["d2t"], tensors["t2d"] = vocabulary_maps(draft_ids, head)
-    config = serving_config(head, target_config, dtype)
+    config = head.serving_config(target_config, dtype)
     write_folder(
         folder,
         {
@@ -56,7 +56,7 @@ def export(
     return local_path(folder)
 
 
-def vocabulary_maps(draft_ids: np.ndarray, head: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
+def vocabulary_maps(draft_ids: np.ndarray, head: Head) -> tuple[np.ndarray, np.ndarray]:
     """(d2t int64 [N], t2d bool [V]): d2t[i] is the *offset* target id - i, t2d marks the draft vocabulary.
 
     Only a draft vocabulary smaller than the target's has maps: vLLM refuses them in a full one. EyasError

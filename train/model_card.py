@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from train.head import HeadConfig
-from train.serving_config import canonical_rope, limits
+from train.heads import Head
+from train.serving_config import canonical_rope
 
 _CARD = """---
 tags:
@@ -41,7 +41,7 @@ By Eyas, from a store of the frozen target's features.
 """
 
 
-def model_card(head: HeadConfig, metadata: Mapping[str, Any]) -> str:
+def model_card(head: Head, metadata: Mapping[str, Any]) -> str:
     """Markdown. `metadata["target"]` names the target; every entry becomes a row of the last section."""
     scaling = canonical_rope(head.rope)
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in metadata.items()]
@@ -56,7 +56,7 @@ def model_card(head: HeadConfig, metadata: Mapping[str, Any]) -> str:
         draft=f"{head.draft_vocab_size:,}",
         vocab=f"{head.vocab_size:,}",
         rope=f"theta {head.rope_theta:g}" + (f", {scaling['rope_type']} scaling" if scaling else ""),
-        limits="".join(f"\n- {limit}.\n" for limit in limits(head)),
+        limits="".join(f"\n- {limit}.\n" for limit in head.limits()),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 

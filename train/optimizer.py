@@ -64,7 +64,9 @@ def gradient_norm(state: Any, otherwise: jax.Array) -> jax.Array:
 
 
 def _divided_by(units: dict[str, Any]) -> optax.GradientTransformation:
-    def divide(updates: dict[str, jax.Array], _: Any) -> dict[str, jax.Array]:
-        return updates | {name: updates[name] / jnp.asarray(unit)[None] for name, unit in units.items()}
+    """Its state is the units: they are data, so that one program serves every store."""
 
-    return optax.stateless(divide)
+    def divide(updates: dict[str, jax.Array], units: dict[str, jax.Array], _: Any) -> Any:
+        return updates | {name: updates[name] / unit[None] for name, unit in units.items()}, units
+
+    return optax.GradientTransformation(lambda _: jax.tree.map(jnp.asarray, units), divide)

@@ -5,6 +5,7 @@ Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from common import storage, zarr
 from common.config import to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
+from common.layers import compute_dtype
 from common.mesh import make_mesh, sharding
 from common.params import shapes
 from common.storage import require_room
@@ -24,8 +26,9 @@ from common.store import Store
 from train import optimizer
 from train.batch import Frozen, Params
 from train.config import TrainConfig
-from train.head import HeadConfig, head_config, parameters
-from train.init import feature_units, start
+from train.heads import HEADS, Head
+from train.init import start
+from train.sample import Sample, measure
 from train.stream import Stream, Workload, order, teaching_arrays
 from train.targets import Capacity
 
@@ -44,7 +47,7 @@ class Plan:
 
     config: TrainConfig
     store: Store
-    head: HeadConfig
+    head: Head
     draft_ids: np.ndarray
     mesh: Mesh
     dtype: Any
@@ -69,19 +72,25 @@ class Plan:
 
     def shapes(self) -> Any:
         """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
-        return shapes(parameters(self.head), jnp.float32, self.mesh)
+        return shapes(self.head.parameters(), jnp.float32, self.mesh)
+
+    @cached_property
+    def sample(self) -> Sample:
+        """What the head is told of its target before it trains; read once."""
+        c = self.config
+        return measure(self.store, self.train_rows, c.seed, self.head.rms_eps, c.init == "fitted")
 
     def initial(self) -> Params:
         """The untrained head, on every chip."""
         c = self.config
-        made = start(self.head, self.store, self.train_rows, self.draft_ids, c.init, c.seed)
+        made = start(self.head, self.store, self.sample, self.draft_ids, c.init, c.seed)
         return jax.device_put(made, sharding(self.mesh, ()))
 
     def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """AdamW, with `fc` in units of its features: it sums A states, so each counts for a part of one."""
-        c, states = self.config, len(self.head.aux_layers)
-        units = states * feature_units(self.head, self.store, self.train_rows, c.seed)
-        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, {"fc.weight": units})
+        """AdamW, with the head's matrices in its units."""
+        c = self.config
+        units = self.head.units(self.sample)
+        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units)
 
 
 def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype: Any) -> Frozen:
@@ -103,9 +112,10 @@ def make_plan(config: TrainConfig) -> Plan:
     store.require_complete()
     teaching_arrays(store, config.teacher)
     draft_ids = _draft_ids(config, store, config.teacher)
-    head = head_config(store.target_config(), len(draft_ids), tuple(features["aux_layers"]), config.ffn)
+    aux_layers = tuple(features["aux_layers"])
+    head = HEADS["eagle3"].for_target(store.target_config(), len(draft_ids), aux_layers, config.ffn)
     _check_room(config, head)
-    mesh = _mesh(config)
+    mesh = make_mesh(config.dp)
     rows, test_rows = store.split_rows("train"), store.split_rows("test")
     workload = Workload(store, rows, config.ttt_steps, config.compat)
     if not workload.counted:
@@ -115,7 +125,7 @@ def make_plan(config: TrainConfig) -> Plan:
         )
     steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
     wanted = order(rows, config.seed, steps, config.batch_rows)
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = compute_dtype(config.dtype)
     # An evaluation costs about a third of as many training rows; all of them stay below a tenth.
     pace = max(-(-steps // 10), -(-len(test_rows) * 10 // (3 * config.batch_rows)))
     return Plan(
@@ -136,20 +146,13 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def _check_room(config: TrainConfig, head: HeadConfig) -> None:
+def _check_room(config: TrainConfig, head: Head) -> None:
     """A new run needs: float32 parameters and moments three times (two kept, one written); two exports."""
     if storage.exists(storage.join(config.out, FILE)):
         return
-    count = sum(math.prod(p.shape) for p in parameters(head).values())
+    count = sum(math.prod(p.shape) for p in head.parameters().values())
     need = 3 * 12 * count + 2 * 2 * count + (1 << 20)
     require_room(config.out, need, "checkpoints and heads", "name a folder on another disk")
-
-
-def _mesh(config: TrainConfig) -> Mesh:
-    try:
-        return make_mesh(config.dp)
-    except ValueError as error:
-        raise EyasError(str(error)) from None
 
 
 def _draft_ids(config: TrainConfig, store: Store, teacher: str) -> np.ndarray:
@@ -167,7 +170,7 @@ def _draft_ids(config: TrainConfig, store: Store, teacher: str) -> np.ndarray:
 
 
 def _identity(
-    config: TrainConfig, store: Store, head: HeadConfig, draft_ids: np.ndarray, steps: int, dtype: str
+    config: TrainConfig, store: Store, head: Head, draft_ids: np.ndarray, steps: int, dtype: str
 ) -> dict[str, Any]:
     """What two runs must share for one to continue the other."""
     return {

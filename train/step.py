@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from common.mesh import spec
 from train.batch import Batch, Frozen, Params
-from train.head import HeadConfig
+from train.heads import Head
+from train.loss import Loss, cross_entropy
 from train.metrics import Sums, shard_sums
+from train.objective import shard_counts, shard_loss, shard_scores
 from train.optimizer import gradient_norm
-from train.ttt import shard_counts, shard_loss, shard_scores, teacher
 
 _ROW = spec(("row",))
 _ALL = spec(())
@@ -50,11 +51,17 @@ def _over_mesh(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def gradient(
-    c: HeadConfig, mesh: Mesh, steps: int, decay: float, dtype: Any, compat: str | None = None
+    head: Head,
+    mesh: Mesh,
+    steps: int,
+    decay: float,
+    dtype: Any,
+    compat: str | None = None,
+    loss_of: Loss = cross_entropy,
 ) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, Metrics, Params]]:
     """A function that gives (loss, L_k [K], acc_k [K]), gradients of a batch.
 
-    The loss is sum_k decay^k L_k, L_k the mean cross entropy over the batch's counted positions of step k;
+    The loss is sum_k decay^k L_k, L_k the mean of `loss_of` over the batch's counted positions of step k;
     `compat="specforge"` divides by all B * T positions instead, counted or not.
     """
     decays_K = decay ** jnp.arange(steps, dtype=jnp.float32)
@@ -67,7 +74,7 @@ def gradient(
         weight_K = decays_K / by_K
 
         def loss(params: Params) -> Any:
-            return shard_loss(c, params, frozen, batch, weight_K, dtype)
+            return shard_loss(head, loss_of, params, frozen, batch, weight_K, dtype)
 
         (total, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return (total, sums.loss / by_K, sums.correct / jnp.maximum(counts_K, 1.0)), gradients
@@ -92,13 +99,12 @@ def train_step(
 
 
 def score_step(
-    c: HeadConfig, mesh: Mesh, steps: int, dtype: Any, answer_tokens: int | None = None
+    head: Head, mesh: Mesh, steps: int, dtype: Any, answer_tokens: int | None = None
 ) -> Callable[[Params, Frozen, Batch], Sums]:
     """A function that gives the sums behind the metrics of a batch."""
 
     def on_rows(params: Params, frozen: Frozen, batch: Batch) -> Sums:
-        scores, valid_MK = shard_scores(c, params, frozen, batch, steps, dtype)
-        known_M = teacher(frozen, batch, dtype).argmax_M >= 0
+        scores, valid_MK, known_M = shard_scores(head, params, frozen, batch, steps, dtype)
         return shard_sums(scores, valid_MK, known_M, batch, answer_tokens)
 
     return _over_mesh(mesh, on_rows)

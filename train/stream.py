@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.codec import arrays_of
 from common.errors import EyasError
 from common.mesh import sharding
 from common.store import Store
@@ -64,11 +65,10 @@ class Workload:
 def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     """The feature arrays that a trainer reads. EyasError if the store has no stored logits to teach with."""
     features = store.features
-    names = ["aux_hidden", "argmax", "logsumexp"]
-    scaled = features["precision"] == "float8_e4m3fn"
-    names += ["aux_scale"] if scaled else []
+    states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
+    names = ("argmax", "logsumexp", *arrays_of(features["precision"], *states))
     if teacher == "recompute":
-        return (*names, "last_hidden", *(["last_scale"] if scaled else []))
+        return names
     codec = features["codec"]["name"]
     if codec not in ("draft", "full"):
         raise EyasError(

@@ -108,3 +108,18 @@ def slots(places_C: jax.Array, n: int) -> jax.Array:
     """int32 [n]: where in `places` a flat position stands; C where it does not."""
     C = places_C.shape[0]
     return jnp.full((n,), C, jnp.int32).at[places_C].set(jnp.arange(C, dtype=jnp.int32), mode="drop")
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[index], zeros where that is out of range. `index` names a row once at most, `inverse` undoes it.
+
+    So the gradient is a gather too; autodiff's scatter takes 5% more temporaries in `make bench`'s step.
+    """
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+permute.defvjp(
+    lambda x, index, inverse: (permute(x, index, inverse), inverse),
+    lambda inverse, g: (g.at[inverse].get(mode="fill", fill_value=0), None, None),
+)

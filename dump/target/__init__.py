@@ -1,7 +1,8 @@
 """The frozen target: one decoder, put together from small parts as config.json describes it."""
 
+from common.aux_layers import default_aux_layers
 from dump.target.config import read_config
-from dump.target.decoder import check_aux_layers, check_length, default_aux_layers, forward, logits
+from dump.target.decoder import check_aux_layers, check_length, forward, logits
 from dump.target.moe import split_experts
 from dump.target.spec import TargetConfig
 from dump.target.weights import check, load, parameters

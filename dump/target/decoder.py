@@ -22,15 +22,6 @@ from dump.target.spec import Context, Layer, TargetConfig
 from dump.target.weights import parameters
 
 
-def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """(2, n // 2, n - 3): the aux states that every server assumes. EyasError when n < 7."""
-    if num_layers < 7:
-        raise EyasError(
-            f"the target has {num_layers} layers; the default aux layers need at least 7: give aux_layers"
-        )
-    return 2, num_layers // 2, num_layers - 3
-
-
 def check_aux_layers(cfg: TargetConfig, aux_layers: tuple[int, ...]) -> None:
     """EyasError unless the aux layers are ascending numbers of 0..num_layers."""
     within = all(0 <= k <= cfg.num_layers for k in aux_layers)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from common.layers import apply_rope, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
 from train.batch import Batch, Frozen, Params
-from train.head import HeadConfig
+from train.heads.eagle3 import Eagle3
 
 
 def _shift(x_BT: jax.Array, by: int) -> jax.Array:
@@ -32,9 +32,7 @@ def _attend(q_BTND, keys, values, mask_BTS, scale: float) -> jax.Array:
     return out
 
 
-def loss(
-    c: HeadConfig, params: Params, frozen: Frozen, batch: Batch, mask_BT: jax.Array, weight_K
-) -> jax.Array:
+def loss(c: Eagle3, params: Params, frozen: Frozen, batch: Batch, mask_BT: jax.Array, weight_K) -> jax.Array:
     """sum_k weight_k * (sum of step k's cross entropies); `mask_BT` bool marks the target positions.
 
     `batch` is read for tokens, segment_ids, positions, aux_hidden, last_hidden and argmax.

@@ -19,7 +19,7 @@ from common.progress import note
 from pipelines.bench import plain
 from train import optimizer
 from train.batch import Batch, Frozen
-from train.head import HeadConfig, parameters
+from train.heads.eagle3 import Eagle3
 from train.step import State, gradient, train_step
 from train.targets import compact, counted_targets, live_queries, round_up
 
@@ -41,8 +41,8 @@ class Size:
     vocabulary: int = 32_000
 
     @property
-    def head(self) -> HeadConfig:
-        return HeadConfig(
+    def head(self) -> Eagle3:
+        return Eagle3(
             hidden_size=self.hidden,
             target_hidden_size=self.hidden,
             num_heads=self.heads,
@@ -103,7 +103,7 @@ def make_problem(size: Size, seed: int = 0) -> Problem:
         count=np.array([counted.sum()], np.int32),
     )
     by_step = np.array([counted[:, 1 + step :].sum() for step in range(K)])
-    params = initialise(parameters(size.head), jax.random.key(seed))
+    params = initialise(size.head.parameters(), jax.random.key(seed))
     frozen = Frozen(embed, lm_head, index)
     flops = least_flops(
         size.head, B * T, int(live.sum()), int(counted.sum()), int(by_step.sum()), B * T * (T + 1) / 2, K
@@ -111,9 +111,7 @@ def make_problem(size: Size, seed: int = 0) -> Problem:
     return Problem(size, params, frozen, batch, counted, DECAY ** np.arange(K) / by_step, flops)
 
 
-def least_flops(
-    c: HeadConfig, n: int, live: int, targets: int, predictions: int, pairs: int, K: int
-) -> float:
+def least_flops(c: Eagle3, n: int, live: int, targets: int, predictions: int, pairs: int, K: int) -> float:
     """Multiply-adds, twice, of forward and backward once: nothing recomputed, nothing that does not count.
 
     n: positions; live: indices that predict; targets: positions with a teacher; predictions: (target, step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tests.train import reference
-from train.head import HeadConfig, parameters
+from train.heads.eagle3 import Eagle3
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -25,7 +25,7 @@ class Problem:
     positions and mask [B, T], aux [B, T, A, H], last [B, T, H]; target_logits = last @ target_head.T.
     """
 
-    config: HeadConfig
+    config: Eagle3
     params: dict[str, np.ndarray]
     embed: np.ndarray
     target_head: np.ndarray
@@ -62,9 +62,9 @@ class Problem:
         return replace(self, **{name: getattr(self, name)[row : row + 1, where] for name in names})
 
 
-def head_config(rope=LLAMA3, aux=3) -> HeadConfig:
+def head_config(rope=LLAMA3, aux=3) -> Eagle3:
     """Three query heads to each of three key/value heads; head_dim is not hidden_size / num_heads."""
-    return HeadConfig(
+    return Eagle3(
         hidden_size=10,
         target_hidden_size=10,
         num_heads=9,
@@ -122,7 +122,7 @@ def problem(seed=3, B=2, T=40, rope=LLAMA3) -> Problem:
     rng = np.random.default_rng(seed)
     c = head_config(rope)
     params = {}
-    for name, declared in parameters(c).items():
+    for name, declared in c.parameters().items():
         noise = rng.normal(size=declared.shape)
         params[name] = 1 + 0.2 * noise if len(declared.shape) == 1 else 0.3 * noise
     draft_ids = np.sort(rng.permutation(c.vocab_size)[: c.draft_vocab_size])

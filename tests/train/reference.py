@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.rope import inverse_frequencies
-from train.head import HeadConfig
+from train.heads.eagle3 import Eagle3
 
 Params = dict[str, np.ndarray]
 
@@ -55,7 +55,7 @@ def _attend(q_QD, keys: list, values: list):
     return np.concatenate(out)
 
 
-def _projections(p: Params, c: HeadConfig, embedded_H, state_H, position: int):
+def _projections(p: Params, c: Eagle3, embedded_H, state_H, position: int):
     """Query, key (both turned by `position`) and value of one position."""
     x = np.concatenate(
         [
@@ -69,7 +69,7 @@ def _projections(p: Params, c: HeadConfig, embedded_H, state_H, position: int):
     return _rotate(q, angle, magnitude), _rotate(k, angle, magnitude), v
 
 
-def _mlp(p: Params, c: HeadConfig, state_H):
+def _mlp(p: Params, c: Eagle3, state_H):
     y = rms_norm(state_H, p["midlayer.post_attention_layernorm.weight"], c.rms_eps)
     gate = p["midlayer.mlp.gate_proj.weight"] @ y
     up = p["midlayer.mlp.up_proj.weight"] @ y
@@ -107,7 +107,7 @@ def _rollout_row(p, c, embed_VH, tokens_T, segments_T, positions_T, aux_TAH, ste
 
 
 def rollout(
-    params: Params, config: HeadConfig, embed_VH, tokens_BT, segments_BT, positions_BT, aux_BTAH, steps: int
+    params: Params, config: Eagle3, embed_VH, tokens_BT, segments_BT, positions_BT, aux_BTAH, steps: int
 ) -> np.ndarray:
     """Draft logits [K, B, T, N], float64, of every step at every position; 0 where the position is padding.
 

@@ -8,7 +8,7 @@ import numpy as np
 from common.params import initialise
 from tests.train.served import read_tensors
 from train.export import export
-from train.head import HeadConfig, head_config, parameters
+from train.heads.eagle3 import Eagle3
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -37,9 +37,9 @@ TARGET = {
 IDS = np.unique(np.random.default_rng(0).permutation(61)[:17])
 
 
-def made(target=TARGET, aux_layers=(2, 4, 6), ids=IDS) -> tuple[dict, HeadConfig]:
-    head = head_config(target, len(ids), aux_layers)
-    return initialise(parameters(head), jax.random.key(0)), head
+def made(target=TARGET, aux_layers=(2, 4, 6), ids=IDS) -> tuple[dict, Eagle3]:
+    head = Eagle3.for_target(target, len(ids), aux_layers)
+    return initialise(head.parameters(), jax.random.key(0)), head
 
 
 def exported(folder) -> str:

@@ -10,8 +10,7 @@ from tests.train.served import inverse_frequencies, served_logits
 from tests.train.small_head import IDS, LLAMA3, TARGET, config_of, exported, made, tensors_of, without
 from train.check_export import check
 from train.export import export
-from train.head import head_config
-from train.serving_config import limits, serving_config
+from train.heads.eagle3 import Eagle3
 
 T = 11
 
@@ -171,12 +170,12 @@ def test_a_wrong_head_is_refused_before_anything_is_written(tmp_path, change, me
 def test_a_head_rotates_all_and_says_so_where_its_target_rotates_a_part():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     target = TARGET | {"rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.25, **scaling}}
-    head = head_config(target, 17, (2, 4, 6))
+    head = Eagle3.for_target(target, 17, (2, 4, 6))
     assert (head.rope, head.rope_theta) == (scaling, 5e6)
-    assert serving_config(head, target, "bfloat16")["rope_scaling"] == scaling
+    assert head.serving_config(target, "bfloat16")["rope_scaling"] == scaling
 
 
 def test_servers_that_cannot_take_a_head_are_named():
-    square = head_config(TARGET | {"head_dim": 4}, 17, (2, 4, 6))
-    assert limits(square) == []
-    assert "heads of 8" in limits(head_config(TARGET, 17, (2, 4, 6)))[0]
+    square = Eagle3.for_target(TARGET | {"head_dim": 4}, 17, (2, 4, 6))
+    assert square.limits() == []
+    assert "heads of 8" in Eagle3.for_target(TARGET, 17, (2, 4, 6)).limits()[0]

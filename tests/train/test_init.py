@@ -11,11 +11,12 @@ import pytest
 from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
-from train import optimizer
+from train import optimizer, sample
 from train.evaluate import Evaluator
-from train.head import head_config
-from train.init import feature_units, start
+from train.heads.eagle3 import Eagle3
+from train.init import start
 from train.plan import frozen
+from train.sample import measure
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 
@@ -27,11 +28,12 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(store):
-    return head_config(store.target_config(), len(IDS), small_store.AUX_LAYERS)
+    return Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS)
 
 
 def made(store, head, init, seed=0):
-    return start(head, store, store.split_rows("train"), IDS, init, seed)
+    known = measure(store, store.split_rows("train"), seed, head.rms_eps, init == "fitted")
+    return start(head, store, known, IDS, init, seed)
 
 
 def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
@@ -79,7 +81,9 @@ def test_units_are_the_root_mean_squares_of_documents(store, head):
     rows = store.split_rows("train")
     found = store.read(("segment_ids", "aux_hidden"), rows)
     aux = found["aux_hidden"][found["segment_ids"] > 0].reshape(-1, 3 * small_store.H)
-    np.testing.assert_allclose(feature_units(head, store, rows, 0), np.sqrt((aux**2).mean(0)), rtol=1e-5)
+    known = measure(store, rows, 0, head.rms_eps, fitted=False)
+    np.testing.assert_allclose(known.units_A, np.sqrt((aux**2).mean(0)), rtol=1e-5)
+    np.testing.assert_array_equal(head.units(known)["fc.weight"], 3 * known.units_A)
 
 
 def test_training_in_units_is_training_on_divided_features():
@@ -103,3 +107,42 @@ def test_training_in_units_is_training_on_divided_features():
             moved, states["out"] = makers["out"].update({"w": gradient * units[None]}, states["out"], outside)
             outside = optax.apply_updates(outside, moved)
     np.testing.assert_allclose(outside["w"] * units[None], inside["w"], rtol=1e-5)
+
+
+def test_rows_without_answers_give_a_head_too(tmp_path, head, capsys):
+    store = Store.open(small_store.write_store(str(tmp_path / "store"), mask=0))
+    fitted, target = (made(store, head, init) for init in ("fitted", "target"))
+    for name, weight in target.items():
+        np.testing.assert_array_equal(fitted[name], weight, err_msg=name)
+    assert "starts without a fit" in capsys.readouterr().err
+
+
+def test_the_sample_is_of_rows_that_count(store, head, monkeypatch):
+    """All rows but one have no answer, and the sample is of one row."""
+    rows = store.split_rows("train")
+    mask = store.read(("loss_mask",), np.arange(store.rows))["loss_mask"].copy()
+    mask[rows[1:]] = 0
+    read = store.read
+
+    def edited(names, wanted):
+        changed = {"loss_mask": mask[np.asarray(wanted)]} if "loss_mask" in names else {}
+        return dict(read(names, wanted)) | changed
+
+    monkeypatch.setattr(store, "read", edited)
+    monkeypatch.setattr(sample, "_POSITIONS", small_store.T)
+    for seed in range(3):
+        fit = measure(store, rows, seed, head.rms_eps, fitted=True).fit
+        assert np.isfinite(fit.map_XH).all()
+        assert np.abs(fit.map_XH).max() > 0
+
+
+def test_units_are_data_of_the_program_and_no_constants(store, head):
+    known = measure(store, store.split_rows("train"), 0, head.rms_eps, fitted=False)
+    params = made(store, head, "normal")
+    programs = []
+    for factor in (1, 3):
+        units = {name: factor * unit for name, unit in head.units(known).items()}
+        adamw = optimizer.make(optax.constant_schedule(0.1), 0.5, (0.9, 0.99), 0.1, units)
+        with jax.numpy_dtype_promotion("standard"):
+            programs.append(jax.jit(adamw.update).lower(params, adamw.init(params), params).as_text())
+    assert programs[0] == programs[1]

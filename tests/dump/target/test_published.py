@@ -13,9 +13,10 @@ from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
 from tests.dump.target.published import PUBLISHED
-from train.head import head_config, parameters
+from train.heads import read_serving_config
+from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
-from train.serving_config import canonical_rope, read_serving_config, serving_config
+from train.serving_config import canonical_rope
 
 HBM = {"v6e": 32e9, "v5p": 95e9}  # bytes a chip
 USABLE = 0.97  # the rest is the runtime's
@@ -83,13 +84,13 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     cfg, recipe = read(name, tmp_path)
     config = TrainConfig("store", "out", **recipe.train)
     aux = target.default_aux_layers(cfg.num_layers)
-    head = head_config(cfg.text, config.draft_vocab, aux, config.ffn)
-    storage.write_json(f"{tmp_path}/head.json", serving_config(head, cfg.text, "bfloat16"))
+    head = Eagle3.for_target(cfg.text, config.draft_vocab, aux, config.ffn)
+    storage.write_json(f"{tmp_path}/head.json", head.serving_config(cfg.text, "bfloat16"))
     again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
     assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
 
-    count = sum(math.prod(p.shape) for p in parameters(head).values())
+    count = sum(math.prod(p.shape) for p in head.parameters().values())
     kept = 2 * head.ffn + 2 * (head.num_heads + head.num_kv_heads) * head.head_dim + 2 * head.hidden_size
     tokens = config.batch_rows // config.dp * recipe.prepare["length"]
     need = TRAINED * count + 2 * tokens * config.ttt_steps * kept + 2 * head.vocab_size * head.hidden_size

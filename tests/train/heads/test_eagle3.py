@@ -15,7 +15,8 @@ from tests.train.on_device import STEPS, batch_of, f32, frozen_of, parameters_of
 from tests.train.problem import Problem, head_config, problem
 from tests.train.reference import directional_derivative
 from train import loss
-from train.ttt import shard_counts, shard_loss, shard_scores
+from train.loss import cross_entropy
+from train.objective import shard_counts, shard_loss, shard_scores
 
 CONFIG = head_config()
 DECAY = 0.8
@@ -43,7 +44,7 @@ def weights_of(p: Problem, compat) -> np.ndarray:
 @jax.jit
 def loss_and_gradients(params, frozen, batch, weight_K):
     def fn(params):
-        return shard_loss(CONFIG, params, frozen, batch, weight_K, jnp.float32)
+        return shard_loss(CONFIG, cross_entropy, params, frozen, batch, weight_K, jnp.float32)
 
     return jax.value_and_grad(fn, has_aux=True)(params)
 
@@ -172,7 +173,7 @@ def test_two_devices_sum_to_the_references_loss_and_gradients(packed, compat):
 
 @jax.jit
 def scores_of(params, frozen, batch):
-    return shard_scores(CONFIG, params, frozen, batch, STEPS, jnp.float32)
+    return shard_scores(CONFIG, params, frozen, batch, STEPS, jnp.float32)[:2]
 
 
 def of_document(p: Problem, row: int, segment: int) -> np.ndarray:
@@ -206,7 +207,7 @@ def test_other_documents_and_padding_change_no_score(packed, row, segment):
 def gradients_of_inputs(params, frozen, batch):
     def fn(aux, embed):
         moved, thawed = batch._replace(aux_hidden=aux), frozen._replace(embed=embed)
-        return shard_loss(CONFIG, params, thawed, moved, jnp.ones(STEPS), jnp.float32)[0]
+        return shard_loss(CONFIG, cross_entropy, params, thawed, moved, jnp.ones(STEPS), jnp.float32)[0]
 
     return jax.grad(fn, argnums=(0, 1))(batch.aux_hidden, frozen.embed)
 

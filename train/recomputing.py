@@ -1,4 +1,4 @@
-"""Functions that keep little for their backward pass."""
+"""What keeps little for its backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from common.attention import KEPT
 
 
-def light(fn: Callable, needed: jax.Array) -> Callable:
-    """`fn`, keeping its matmuls' results and attention for the backward pass, which is zeros unless `needed`.
+def recomputing(fn: Callable, needed: jax.Array) -> Callable:
+    """`fn` under jax.checkpoint, which keeps the results of its matmuls and of attention and no more.
 
-    The backward pass is a branch of a conditional, which XLA schedules as a whole. Otherwise it would compute
-    what was not kept early, for all steps at once (for CPU it drops jax.checkpoint's barriers).
+    The gradient is zero unless the bool [] `needed`. That makes the backward pass a branch of a conditional,
+    which XLA schedules as a whole. Without it XLA computes what was not kept early, for all steps at once: on
+    CPU the temporaries of `make bench`'s step are 1.06 GB in place of 0.61, and it takes 6% longer.
     """
     kept = jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(KEPT),
     )
     fn = jax.checkpoint(fn, policy=kept)
-    light = jax.custom_vjp(fn)
+    alone = jax.custom_vjp(fn)
 
     def backward(pullback: Callable, cotangents: Any) -> Any:
         shapes = jax.eval_shape(pullback, cotangents)
@@ -31,5 +32,5 @@ def light(fn: Callable, needed: jax.Array) -> Callable:
             cotangents,
         )
 
-    light.defvjp(lambda *args: jax.vjp(fn, *args), backward)
-    return light
+    alone.defvjp(lambda *args: jax.vjp(fn, *args), backward)
+    return alone

@@ -1,9 +1,9 @@
-"""The EAGLE3 draft head: one transformer block between the target's hidden states and a draft vocabulary.
+"""The sizes of an EAGLE3 head: a transformer block between the target's hidden states and a draft vocabulary.
 
 Parameters are named and laid out as the servers' checkpoints have them: linear weights are [out, in].
 Source: EAGLE-3 (arXiv 2503.01840) and SafeAILab/EAGLE `eagle/model/cnets.py`.
 
-Dimensions: H hidden size, A aux states, F feed-forward width, V draft vocabulary.
+Dimensions: H hidden size, A aux states, F feed-forward width, D draft vocabulary.
 """
 
 import math
@@ -17,7 +17,7 @@ _LATENT_HEAD_DIM, _LATENT_KV_HEADS = 128, 8
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class Sizes:
     """Sizes of a head. `aux_layers` are in h_k terms: h_k is the residual stream that enters layer k."""
 
     hidden_size: int
@@ -57,10 +57,10 @@ class HeadConfig:
             )
 
 
-def head_config(
-    target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], ffn: int | None = None
-) -> HeadConfig:
-    """The head that fits a target: a Llama block of the target's sizes. `target` is its text's config.json.
+def for_target(
+    target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], ffn: int | None
+) -> dict[str, Any]:
+    """The sizes that fit a target: a Llama block of the target's sizes. `target` is its text's config.json.
 
     A target with latent attention has no heads that a Llama block could have: the head's are 128 wide. Its
     YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way.
@@ -75,7 +75,7 @@ def head_config(
         heads = hidden // head_dim
         kv_heads = math.gcd(heads, _LATENT_KV_HEADS)
     rope, theta = _rope(target)
-    return HeadConfig(
+    return dict(
         hidden_size=hidden,
         target_hidden_size=hidden,
         num_heads=heads,
@@ -106,7 +106,7 @@ def _rope(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
     return None if plain or "mscale" in rope else rope, float(theta)
 
 
-def parameters(c: HeadConfig) -> Declaration:
+def parameters(c: Sizes) -> Declaration:
     """Every trained parameter; the embedding is the target's and frozen."""
     H, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = "midlayer"

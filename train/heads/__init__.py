@@ -1,0 +1,92 @@
+"""Kinds of draft heads. Each is one package behind one protocol; nothing else knows what is inside.
+
+Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py).
+"""
+
+from typing import Any, ClassVar, Protocol, Self
+
+import jax
+import numpy as np
+
+from common.errors import EyasError
+from common.params import Declaration
+from train.batch import Batch, Frozen, Params
+from train.heads.eagle3 import Eagle3
+from train.sample import Sample, Weights
+
+
+class Head(Protocol):
+    """The sizes of a head; its parameters are a flat dict. All methods are pure."""
+
+    architecture: ClassVar[str]  # what names this kind in config.json's `architectures`
+    hidden_size: int
+    vocab_size: int  # of the target
+    draft_vocab_size: int
+    aux_layers: tuple[int, ...]  # h_k: the residual stream that enters layer k
+    rms_eps: float
+
+    @classmethod
+    def for_target(
+        cls,
+        target: dict[str, Any],
+        draft_vocab_size: int,
+        aux_layers: tuple[int, ...],
+        ffn: int | None = None,
+    ) -> Self:
+        """The head that fits a target, whose text's config.json is `target`."""
+        ...
+
+    @classmethod
+    def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
+        """The head that the config.json at `path` describes. EyasError for a field that a server misreads."""
+        ...
+
+    def parameters(self) -> Declaration:
+        """Every trained parameter."""
+        ...
+
+    def start(self, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
+        """An untrained head, made of N(0, 0.02) `noise` and of what a sample of the store says."""
+        ...
+
+    def units(self, sample: Sample) -> dict[str, np.ndarray]:
+        """{parameter [out, in]: [in]}: the units in which the optimiser sees the inputs of a matrix."""
+        ...
+
+    def rollout(
+        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+    ) -> list[jax.Array]:
+        """Of each step, the states [C, H] of the live indices that `output` turns into logits."""
+        ...
+
+    def output(self, params: Params) -> jax.Array:
+        """The matrix [D, H] from a rollout's states to logits."""
+        ...
+
+    def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """The config.json that servers read, of weights in `dtype`."""
+        ...
+
+    def limits(self) -> list[str]:
+        """Which servers cannot load this head, and why: one sentence each."""
+        ...
+
+    def require_fit(self, target: dict[str, Any], where: str) -> None:
+        """EyasError naming the first thing of the head at `where` that is not its target's."""
+        ...
+
+
+HEADS: dict[str, type[Head]] = {"eagle3": Eagle3}
+
+
+def read_serving_config(path: str, config: Any, num_target_layers: int) -> Head:
+    """The head of any kind that the config.json at `path` describes, for a target of so many layers."""
+    if not isinstance(config, dict):
+        raise EyasError(f"{path} is no JSON object; export the head again")
+    for kind in HEADS.values():
+        if config.get("architectures") == [kind.architecture]:
+            return kind.from_serving_config(path, config, num_target_layers)
+    known = " or ".join(str([kind.architecture]) for kind in HEADS.values())
+    raise EyasError(
+        f"{path}: architectures is {config.get('architectures')!r}, expected {known}; export the head again"
+    )

@@ -1,0 +1,60 @@
+"""The EAGLE3 draft head (arXiv 2503.01840), behind the protocol of train/heads."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import jax
+import numpy as np
+
+from common.params import Declaration
+from train.batch import Batch, Frozen, Params
+from train.heads.eagle3 import rollout, serving, sizes, start
+from train.sample import Sample, Weights
+
+
+@dataclass(frozen=True)
+class Eagle3(sizes.Sizes):
+    """See train/heads: Head."""
+
+    architecture: ClassVar[str] = serving.ARCHITECTURE
+
+    @classmethod
+    def for_target(
+        cls,
+        target: dict[str, Any],
+        draft_vocab_size: int,
+        aux_layers: tuple[int, ...],
+        ffn: int | None = None,
+    ) -> Self:
+        return cls(**sizes.for_target(target, draft_vocab_size, aux_layers, ffn))
+
+    @classmethod
+    def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
+        return serving.read(cls, path, config, num_target_layers)
+
+    def parameters(self) -> Declaration:
+        return sizes.parameters(self)
+
+    def start(self, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
+        return start.start(self, noise, sample, lm_head_DH, seed)
+
+    def units(self, sample: Sample) -> dict[str, np.ndarray]:
+        return start.units(self, sample)
+
+    def rollout(
+        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+    ) -> list[jax.Array]:
+        return rollout.rollout(self, params, frozen, batch, steps, dtype)
+
+    def output(self, params: Params) -> jax.Array:
+        return params["lm_head.weight"]
+
+    def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
+        return serving.write(self, target, dtype)
+
+    def limits(self) -> list[str]:
+        return serving.limits(self)
+
+    def require_fit(self, target: dict[str, Any], where: str) -> None:
+        wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, self.ffn)
+        serving.require_fit(self, wanted, where)

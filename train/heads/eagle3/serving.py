@@ -1,0 +1,104 @@
+"""The config.json of an EAGLE3 head, written and read, and which servers load which head."""
+
+from typing import Any, TypeVar
+
+from common.aux_layers import default_aux_layers, is_default
+from common.errors import EyasError
+from train.heads.eagle3.sizes import Sizes
+from train.serving_config import aux_keys, canonical_rope, check_fields, read_aux_layers, token_ids
+
+Kind = TypeVar("Kind", bound=Sizes)
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+_FIXED = {
+    "architectures": [ARCHITECTURE],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "norm_before_residual": False,  # written out: its default differs between the layouts that vLLM reads
+}
+_SIZES = {  # the key in config.json: the field of Sizes
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "draft_vocab_size": "draft_vocab_size",
+    "max_position_embeddings": "max_position",
+}
+_NUMBERS = {"rms_norm_eps": "rms_eps", "rope_theta": "rope_theta"}
+
+
+def write(head: Sizes, target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of a head. `target` is its target's; `dtype` names the weights' type.
+
+    RoPE is written as `rope_theta` and `rope_scaling`, which transformers 5 turns into `rope_parameters` by
+    itself. `target_hidden_size` is left out: it defaults to `hidden_size` everywhere, and EAGLE's own code
+    skips the target's embedding where it finds the key.
+    """
+    return {
+        **_FIXED,
+        **{name: getattr(head, field) for name, field in (_SIZES | _NUMBERS).items()},
+        "rope_scaling": canonical_rope(head.rope),
+        "torch_dtype": dtype,
+        **token_ids(target, head.vocab_size),
+        **aux_keys(head.aux_layers, head.num_target_layers),
+    }
+
+
+def read(kind: type[Kind], path: str, config: dict[str, Any], num_target_layers: int) -> Kind:
+    """The head that the config.json at `path` describes, for a target of `num_target_layers` layers.
+
+    EyasError for a field that a server needs and that is missing, of another type or of another value.
+    """
+    check_fields(path, config, _FIXED, _SIZES, _NUMBERS)
+    aux_layers = read_aux_layers(path, config) or default_aux_layers(num_target_layers)
+    try:
+        return kind(
+            **{field: config[name] for name, field in (_SIZES | _NUMBERS).items()},
+            target_hidden_size=config["hidden_size"],
+            rope=config["rope_scaling"],
+            aux_layers=aux_layers,
+            num_target_layers=num_target_layers,
+        )
+    except ValueError as error:
+        raise EyasError(f"{path}: {error}; export the head again") from error
+
+
+def limits(head: Sizes) -> list[str]:
+    """Which servers cannot load this head, and why: one sentence each, [] when all can."""
+    found = []
+    if not is_default(head.aux_layers, head.num_target_layers):
+        found.append(f"sglang-jax and EAGLE's own code cannot take aux layers {list(head.aux_layers)}")
+    if len(head.aux_layers) != 3:
+        found.append(f"SGLang cannot take {len(head.aux_layers)} aux layers, only three")
+    if head.head_dim * head.num_heads != head.hidden_size:
+        found.append(
+            f"EAGLE's own code cannot take heads of {head.head_dim}: it divides hidden_size "
+            f"{head.hidden_size} by {head.num_heads} heads"
+        )
+    scaling = canonical_rope(head.rope)
+    if scaling:
+        found.append(f"EAGLE's own code cannot take {scaling['rope_type']} RoPE scaling in this form")
+    return found
+
+
+def require_fit(head: Sizes, wanted: Sizes, where: str) -> None:
+    """EyasError naming the first size or RoPE setting of `where` that is not `wanted`, its target's."""
+    for field in ("hidden_size", "vocab_size", "rope_theta", "rope"):
+        ours, its = getattr(head, field), getattr(wanted, field)
+        if field == "rope":
+            ours, its = canonical_rope(ours), canonical_rope(its)
+        if ours != its:
+            raise EyasError(
+                f"{where} has {field} {ours}, its target {its}; give the target it was trained for"
+            )
+    outside = [k for k in head.aux_layers if not 0 <= k < wanted.num_target_layers]
+    if outside or len(set(head.aux_layers)) < len(head.aux_layers):
+        raise EyasError(
+            f"{where} takes aux layers {list(head.aux_layers)} from a target of {wanted.num_target_layers} "
+            "layers; expected different layers of that target"
+        )

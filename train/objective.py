@@ -1,0 +1,94 @@
+"""What a shard of rows adds to the loss, the counts and the scores of a batch, for any kind of head.
+
+Dimensions: B rows, T positions, n = B * T, C live indices, M targets, K steps, H hidden size.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from common.codec import decode
+from train.batch import Batch, Frozen, Params, pick
+from train.heads import Head
+from train.loss import Loss, Scores, Teacher, score, weighted_loss
+from train.targets import ahead, drafting_index, permute, slots, valid_targets
+
+
+def at_targets(z_KCH: list[jax.Array], batch: Batch, valid_MK: jax.Array) -> jax.Array:
+    """z [M, K, H] of the index that predicts each target at each step; zeros where that is not valid."""
+    C, M, n = batch.live.shape[0], batch.targets.shape[0], batch.tokens.size
+    slot, target_slot = slots(batch.live, n), slots(batch.targets, n)
+    index_MK = drafting_index(batch.targets, len(z_KCH))
+    states = []
+    for step, z_CH in enumerate(z_KCH):
+        index = jnp.where(valid_MK[:, step], slot.at[index_MK[:, step]].get(mode="clip"), C)
+        reader = target_slot.at[batch.live + ahead(step)].get(mode="fill", fill_value=M)
+        is_read = valid_MK[:, step].at[reader].get(mode="fill", fill_value=False)
+        states.append(permute(z_CH, index, jnp.where(is_read, reader, M)))
+    return jnp.stack(states, 1)
+
+
+def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
+    """The teacher of every target; free places hold zeros."""
+    argmax, logsumexp = (pick(x, batch.targets) for x in (batch.argmax, batch.logsumexp))
+    index = frozen.draft_index[argmax]
+    if frozen.lm_head is None:
+        return Teacher(None, None, pick(batch.draft_logits, batch.targets), logsumexp, index)
+    scale = None if batch.last_scale is None else pick(batch.last_scale, batch.targets)
+    hidden = decode(pick(batch.last_hidden, batch.targets), scale)
+    return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, logsumexp, index)
+
+
+class StepSums(NamedTuple):
+    """Sums over a shard's counted targets, float32 [K]; divide the first two by the third."""
+
+    loss: jax.Array
+    correct: jax.Array
+    counted: jax.Array
+
+
+def shard_loss(
+    head: Head,
+    loss: Loss,
+    params: Params,
+    frozen: Frozen,
+    batch: Batch,
+    weight_K: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, StepSums]:
+    """(sum over this shard of weight_k * loss, sums): the loss is the shard's part of the batch's.
+
+    `weight_K` float32 is decay^k over the number of counted targets of step k in the whole batch.
+    """
+    K = len(weight_K)
+    valid_MK = valid_targets(batch, K)
+    z_MKH = at_targets(head.rollout(params, frozen, batch, K, dtype), batch, valid_MK)
+    taught = teacher(frozen, batch, dtype)
+    counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
+    total, per_MK, correct_MK = weighted_loss(
+        loss,
+        z_MKH,
+        head.output(params).astype(dtype),
+        counts_MK * weight_K[None],
+        taught,
+        batch.count[0],
+    )
+    return total, StepSums((per_MK * counts_MK).sum(0), (correct_MK * counts_MK).sum(0), counts_MK.sum(0))
+
+
+def shard_counts(frozen: Frozen, batch: Batch, steps: int) -> jax.Array:
+    """float32 [K]: this shard's counted targets of every step, from positions alone."""
+    known_M = frozen.draft_index[pick(batch.argmax, batch.targets)] >= 0
+    return (valid_targets(batch, steps) & known_M[:, None]).sum(0).astype(jnp.float32)
+
+
+def shard_scores(
+    head: Head, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+) -> tuple[Scores, jax.Array, jax.Array]:
+    """(Scores [M, K], valid [M, K], known [M]) of a shard's targets; `known`: in the draft vocabulary."""
+    valid_MK = valid_targets(batch, steps)
+    z_MKH = at_targets(head.rollout(params, frozen, batch, steps, dtype), batch, valid_MK)
+    taught = teacher(frozen, batch, dtype)
+    scores = score(z_MKH, head.output(params).astype(dtype), taught, batch.count[0])
+    return scores, valid_MK, taught.argmax_M >= 0
