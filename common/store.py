@@ -98,7 +98,7 @@ class Store:
 
     def committed(self) -> set[int]:
         """The blocks that have a commit marker now."""
-        names = storage.list_names(f"{self.url}/commits")
+        names = set(storage.list_names(f"{self.url}/commits"))
         found = {int(match[1]) for name in names if (match := _MARKER.fullmatch(name))}
         return {block for block in found if block < self.blocks and f"{block:06d}.json" in names}
 
