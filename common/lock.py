@@ -28,7 +28,8 @@ def locked(folder: str) -> Iterator[None]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        _take(handle, folder)
+        with library_errors(path):
+            _take(handle, folder)
         yield
     finally:
         os.close(handle)

@@ -68,7 +68,7 @@ def stopped_at(step, config, monkeypatch):
             run(config)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 6])
+@pytest.mark.parametrize("step", [2, 6, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, monkeypatch, step):
     """Steps 2 and 6 are logged, 3 and 6 evaluated."""
     here = replace(config, out=str(tmp_path / "out"))
@@ -80,6 +80,7 @@ def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, mon
         np.testing.assert_array_equal(weight, last[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices_within_rounding(config, whole, tmp_path, monkeypatch):
     here = replace(config, out=str(tmp_path / "out"))
     stopped_at(2, here, monkeypatch)
@@ -141,9 +142,10 @@ def plan_of(config):
     return make_plan(config)
 
 
-def continued(config, out):
+def continued(config, out, identity=None):
     """The step at which a run with this folder goes on."""
-    plan = replace(plan_of(config), config=replace(config, out=str(out)))
+    plan = plan_of(config)
+    plan = replace(plan, config=replace(config, out=str(out)), identity=identity or plan.identity)
     with claimed(plan), Trainer(plan) as found:
         return found.step
 
@@ -233,17 +235,19 @@ def test_a_changed_bit_of_a_saved_weight_is_found(config, whole, tmp_path, monke
 
 
 def test_a_state_of_other_shapes_or_of_another_step_is_refused(config, whole, tmp_path):
-    other, out = replace(config, out=str(tmp_path / "other"), ffn=48, steps=7), tmp_path / "out"
-    run(other)
+    out = tmp_path / "out"
     shutil.copytree(whole, out)
-    shutil.rmtree(out / "state")
-    shutil.copytree(f"{other.out}/state", out / "state")
+    wider = replace(config, ffn=48)
     with pytest.raises(EyasError, match=r"state/7 cannot be read \(Requested shape.*delete it"):
-        continued(config, out)
-    shutil.rmtree(out / "state")
-    shutil.copytree(f"{whole}/state/7", out / "state/9")
+        continued(wider, out, plan_of(config).identity)
+    shutil.copytree(out / "state/7", out / "state/9")
     with pytest.raises(EyasError, match=r"state/9 holds the state of step 7; delete it"):
         continued(config, out)
+
+
+def test_another_number_of_devices_is_the_same_experiment(config):
+    plans = [plan_of(replace(config, dp=dp)) for dp in (1, 2, 4)]
+    assert plans[0].identity == plans[1].identity == plans[2].identity
 
 
 def test_names_of_no_step_beside_the_states_are_left_alone(config, whole, tmp_path):
