@@ -30,10 +30,10 @@ test-slow: $(READY) ## also the tests that take minutes or download
 	@.venv/bin/python -m pytest -m 'slow or not slow' $(ARGS)
 
 prepare: $(READY) ## DATA -> packed rows in STORE
-	@$(EYAS) prepare --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data $(d)) $(ARGS)
+	@$(EYAS) prepare --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data '$(d)') $(ARGS)
 
 dump: $(READY) ## rows of STORE (prepared from DATA if there are none) -> features, by MODEL
-	@$(EYAS) dump --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data $(d)) $(ARGS)
+	@$(EYAS) dump --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data '$(d)') $(ARGS)
 
 train: $(READY) ## STORE -> a head in EXP
 	@$(EYAS) train --model $(MODEL) --store $(STORE) --out $(EXP) $(ARGS)

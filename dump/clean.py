@@ -211,4 +211,5 @@ def _repaired(text: str) -> str:
 
 
 def _repaired_json(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return json.loads(_repaired(json.dumps(values, ensure_ascii=False))) if values else []
+    """Definitions or calls as plain JSON; what a table holds besides, a date say, becomes text."""
+    return json.loads(_repaired(json.dumps(values, ensure_ascii=False, default=str))) if values else []

