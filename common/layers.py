@@ -1,6 +1,6 @@
 """The small layers that the target and the draft head share; linear weights are [out, in].
 
-Dimensions: B rows, T positions, N heads, D head_dim, R = half of the rotated dimensions, I in, O out.
+Dimensions: B rows, T positions, N heads, d head_dim, R = half of the rotated dimensions, I in, O out.
 """
 
 from functools import partial
@@ -68,7 +68,7 @@ def rope_tables(
 
 
 def apply_rope(
-    x_BTND: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False
+    x_BTNd: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False
 ) -> jax.Array:
     """Rotates the first 2R dimensions of every head, the rest stays.
 
@@ -77,9 +77,9 @@ def apply_rope(
     """
     cos, sin = (t[:, :, None] for t in tables)
     R = cos.shape[-1]
-    turned, rest = x_BTND[..., : 2 * R].astype(jnp.float32), x_BTND[..., 2 * R :]
+    turned, rest = x_BTNd[..., : 2 * R].astype(jnp.float32), x_BTNd[..., 2 * R :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTND.dtype)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNd.dtype)
     return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 

@@ -136,12 +136,13 @@ def _loss_and_gradients(loss, z_MKH, lm_head_DH, weight_MK, teacher, count):
         (d_cKD,) = pull(weight_cK)
         d_cKD = d_cKD.astype(z_cKH.dtype)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
+        rows = CHUNK * z_cKH.shape[1]  # one dimension: XLA for CPU sums over two more slowly
         dz_cKH = einsum("ckd,dh->ckh", d_cKD, lm_head_DH).astype(z_cKH.dtype)
         return (
             total + (loss_cK * weight_cK).sum(),
             _put(by_target, (loss_cK, right_cK), start),
             _put(dz_MKH, dz_cKH, start),
-            dw_DH + einsum("ckd,ckh->dh", d_cKD, z_cKH),
+            dw_DH + einsum("rd,rh->dh", d_cKD.reshape(rows, -1), z_cKH.reshape(rows, -1)),
         )
 
     zero_MK = jnp.zeros(weight_MK.shape, jnp.float32)
