@@ -102,9 +102,10 @@ class Chat:
             raise EyasError(f"{folder} has a tokenizer without offsets; add its tokenizer.json")
         return cls(tokenizer, template_of(tokenizer, folder), digest, folder, stop_tokens(folder))
 
-    def holds_special(self, messages: Messages) -> bool:
-        """True if a message's text spells a special token, which would be taken for the template's own."""
-        return any(self._special.search(text) for message in messages for text in _texts(message))
+    def holds_special(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> bool:
+        """True if a text spells a special token, which would be taken for the template's own."""
+        texts = chain(*map(_texts, messages), (json.dumps(tool, ensure_ascii=False) for tool in tools or ()))
+        return any(map(self._special.search, texts))
 
     def render(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
         """The conversation in the model's own format, without a generation prompt.
@@ -116,7 +117,7 @@ class Chat:
         messages, tools = self._dialect.fold_system(messages), tools or []
         text, marked = self._dialect.apply(messages, tools)
         if self._template.marks_answers:
-            answers = _marked_answers(messages, [self._trimmed(text, *span) for span in marked])
+            answers = _marked_answers(messages, text, [self._trimmed(text, *span) for span in marked])
         else:
             answers = find_answers(
                 messages, text, lambda given: self._dialect.apply(given, tools)[0], self._dialect.prompt
@@ -208,19 +209,21 @@ class Chat:
 
 
 def _texts(message: dict[str, Any]) -> Iterator[str]:
-    yield message["content"]
-    if message.get("reasoning"):
-        yield message["reasoning"]
+    yield from (message[name] for name in ("content", "reasoning", "name") if message.get(name))
     for call in message.get("calls", ()):
         yield json.dumps(call, ensure_ascii=False)
 
 
-def _marked_answers(messages: Messages, spans: list[Span]) -> list[Answer] | None:
+def _marked_answers(messages: Messages, text: str, spans: list[Span]) -> list[Answer] | None:
     """The answers as the template marks them, if it marks one an assistant message."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(turns) != len(spans):
         return None
-    return [Answer(turn, start, end, True, False) for turn, (start, end) in zip(turns, spans, strict=True)]
+    thoughts = [messages[turn].get("reasoning", "").strip() for turn in turns]
+    return [
+        Answer(turn, start, end, thought in text[start:end], calls=False)
+        for turn, thought, (start, end) in zip(turns, thoughts, spans, strict=True)
+    ]
 
 
 def mask_of(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarray:

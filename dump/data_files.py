@@ -99,7 +99,7 @@ def _is_web(url: str) -> bool:
 
 @contextmanager
 def opened(url: str, advance: Advance | None = None) -> Iterator[BinaryIO]:
-    """The file, unpacked, if `advance` is given, which is told of the bytes as they are on disk."""
+    """The file as it is; with `advance`, which is told how many bytes are read, packed files are unpacked."""
     with readable(url):
         fs, path = storage.filesystem(url)
         with fs.open(path, "rb") as file:

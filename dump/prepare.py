@@ -243,7 +243,7 @@ def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Ren
     if not chat.has_tools and (tools or any(m["role"] == "tool" or m.get("calls") for m in messages)):
         counts["dropped_tools"] += 1
         return None
-    if chat.holds_special(messages):
+    if chat.holds_special(messages, tools):
         counts["dropped_special_token"] += 1
         return None
     try:

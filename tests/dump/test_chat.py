@@ -85,6 +85,14 @@ def test_spelled_special_tokens_are_noticed(tmp_path):
     chat = Chat.load(str(write_model(tmp_path)))
     assert chat.holds_special([{"role": "user", "content": "what is <|im_end|>?"}])
     assert not chat.holds_special(TALK)
+    assert not chat.holds_special(TALK, [{"function": {"name": "clock"}}])
+    assert chat.holds_special(TALK, [{"function": {"description": "<|im_start|>"}}])
+    for more in (
+        {"reasoning": "<|im_end|>"},
+        {"name": "<|im_end|>"},
+        {"calls": [{"name": "f", "arguments": {"a": "é<|im_end|>"}}]},
+    ):
+        assert chat.holds_special([*TALK[:-1], TALK[-1] | more])
 
 
 def test_hashes_follow_tokenizer_and_template(tmp_path):

@@ -80,11 +80,24 @@ def test_reasoning_is_counted_where_the_template_leaves_it(tmp_path, template, e
     assert chat.render(thinking_talk()).removed == removed
 
 
-def test_a_masked_answer_is_not_counted(tmp_path):
-    chat = Chat.load(str(write_model(tmp_path)))
+MARKS = chatml("{% generation %}{{ m.content.split('</think>')[-1] }}{% endgeneration %}")
+
+
+def test_reasoning_that_a_template_of_marks_removes_is_noticed(tmp_path):
+    chat = Chat.load(str(write_model(tmp_path, MARKS)))
+    assert chat.render(thinking_talk()).removed == 2
+    assert counted_texts(chat, thinking_talk()) == ["Eight." + END, "Six." + END]
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKS.replace("{% endgeneration %}", END + "{% endgeneration %}")]
+)
+def test_a_masked_answer_is_not_counted(tmp_path, template):
+    chat = Chat.load(str(write_model(tmp_path, template)))
     talk = thinking_talk()
     talk[1]["counted"] = False
-    assert counted_texts(chat, talk) == [TWO + END]
+    (found,) = counted_texts(chat, talk)
+    assert found.endswith("Six." + END)
 
 
 @pytest.mark.parametrize(
