@@ -8,16 +8,17 @@ STORE ?= stores/$(notdir $(MODEL))
 EXP ?= runs/$(notdir $(MODEL))
 HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
+RUNS ?= runs
 ARGS ?=
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow prepare dump train eval export bench targets lint lock clean
+.PHONY: help demo test test-slow prepare dump train compare report eval export bench targets lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD)"
+	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD) RUNS=$(RUNS)"
 	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
 
 demo: $(READY) ## the whole way on the embedded model, sized for 10 minutes on 2 cores
@@ -37,6 +38,12 @@ dump: $(READY) ## rows of STORE (prepared from DATA if there are none) -> featur
 
 train: $(READY) ## STORE -> a head in EXP
 	@$(EYAS) train --model $(MODEL) --store $(STORE) --out $(EXP) $(ARGS)
+
+compare: $(READY) ## the runs in RUNS side by side -> a table and runs/compare.html
+	@$(EYAS) compare $(RUNS) $(ARGS)
+
+report: $(READY) ## the run EXP -> a table and EXP/report.html
+	@$(EYAS) report $(EXP) $(ARGS)
 
 eval: $(READY) ## HEAD (EXP/best) on the held-out rows of STORE
 	@$(EYAS) eval --head $(HEAD) --store $(STORE) $(ARGS)

@@ -50,3 +50,18 @@ def _take(handle: int, folder: str) -> None:
         return
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def in_use(folder: str) -> bool:
+    """Whether a process holds the lock of the local `folder`; False where that cannot be told."""
+    try:
+        handle = os.open(os.path.join(storage.local_path(folder), FILE), os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
+    return False

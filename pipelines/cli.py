@@ -64,6 +64,12 @@ data_option = click.option(
     f"`{EMBEDDED}` is ShareGPT V3 from its wheel.",
 )
 store_option = click.option("--store", required=True, help="The feature store: a folder or gs:// prefix.")
+plots_option = click.option(
+    "--plots/--no-plots",
+    default=True,
+    show_default=True,
+    help="The curves as PNG and SVG too, where matplotlib is installed (the extra `plot`).",
+)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -91,8 +97,8 @@ def main(
 ) -> None:
     """Trains EAGLE3 draft heads: dump the target's features once, train many heads from them.
 
-    The way: prepare -> dump -> train -> eval -> export. Every stage can be stopped and started again with
-    the same command. `eyas demo` goes the whole way on an embedded model.
+    The way: prepare -> dump -> train -> compare -> eval -> export. Every stage can be stopped and started
+    again with the same command. `eyas demo` goes the whole way on an embedded model.
     """
     ctx.obj = cache
     if ctx.invoked_subcommand in ON_A_POD:
@@ -222,6 +228,61 @@ def bench(cache: str, out: str) -> None:
     from pipelines import bench as stage
 
     show(stage.run(out, cache))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--out",
+    default="runs/compare.html",
+    show_default=True,
+    help="The page to write; FILE.png and FILE.svg go beside FILE.html.",
+)
+@click.option(
+    "--k",
+    type=click.IntRange(1),
+    help="Rank by drafts of so many tokens (default: the most that all runs of a store draft).",
+)
+@plots_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def compare(runs: tuple[str, ...], out: str, k: int | None, plots: bool, as_json: bool) -> None:
+    """Compares runs: a table of what differs and what came out, best first, and a page of their curves.
+
+    RUN is what `eyas train --out` wrote, or a folder that holds several. Runs are ranked by the acceptance
+    length of their best heads, those of one store at a time: figures of different stores do not compare. Runs
+    may be in progress. The page is one file, which a browser opens from disk.
+
+    Example: eyas compare runs/lr1e-4 runs/lr2e-4 --out runs/rates.html
+    """
+    from pipelines import compare as stage
+
+    _show_runs(stage.CompareConfig(runs, out, k, plots), as_json)
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--out", help="The page to write (default: RUN/report.html).")
+@plots_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def report(run: str, out: str | None, plots: bool, as_json: bool) -> None:
+    """Reports on one run: a table of what came out, and a page of its curves, like `eyas compare`.
+
+    Example: eyas report runs/smollm2-135m
+    """
+    from pipelines import compare as stage
+
+    place = stage.only_run(run)
+    _show_runs(stage.CompareConfig((place,), out or f"{place}/report.html", plots=plots), as_json)
+
+
+def _show_runs(config: Any, as_json: bool) -> None:
+    from common.progress import note
+    from pipelines import compare as stage
+    from pipelines.compare.tables import table, to_json
+
+    found = stage.run(config)
+    show(to_json(found)) if as_json else click.echo(table(found))
+    note(f"written: {', '.join(found['written'])}")
 
 
 @main.command()

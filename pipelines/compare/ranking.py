@@ -1,0 +1,99 @@
+"""Which runs compare, in what they differ, and which is best.
+
+Acceptance lengths compare on the held-out answers of one store, and at one number k of tokens drafted at
+once. So runs are ranked store by store, at the most tokens that all of a store's runs draft.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import storage
+from pipelines.compare.readable import printable
+from pipelines.compare.runs import GREEDY, SAMPLED, Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run among others. `differs` are the settings that are not the same in all of them, as text."""
+
+    name: str
+    run: Run
+    differs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one store, best first; those without a figure at `k` tokens a draft come last, unranked.
+
+    `same`: the settings that all share, as text.
+    """
+
+    store: str
+    target: str
+    k: int
+    rows: list[Row]
+    same: dict[str, str]
+
+    @property
+    def ranked(self) -> int:
+        """How many rows have a figure to be ranked by."""
+        return sum(math.isfinite(length(row.run, self.k)) for row in self.rows)
+
+
+def length(run: Run, k: int, name: str = GREEDY) -> float:
+    """The walked acceptance length of the run's best head at drafts of `k` tokens; NaN if it has none."""
+    return run.best.at(name, k - 1) if run.best else math.nan
+
+
+def group(found: Sequence[Run], k: int | None = None) -> list[Group]:
+    """The runs store by store, each ranked; the store with the most runs first."""
+    names = dict(zip((run.url for run in found), short_names([run.url for run in found]), strict=True))
+    stores: dict[tuple[str, str], list[Run]] = {}
+    for one in found:
+        stores.setdefault((one.store, one.target["config_hash"]), []).append(one)
+    groups = []
+    for (store, _), members in stores.items():
+        drafted = [one.steps_drafted for one in members if one.steps_drafted]
+        at = k or min(drafted, default=1)
+        members.sort(key=lambda one: _order(one, at, names[one.url]))
+        differing = differences(members)
+        rows = [Row(names[m.url], m, {n: text(m.settings.get(n)) for n in differing}) for m in members]
+        same = {n: text(v) for n, v in members[0].settings.items() if n not in differing}
+        groups.append(Group(store, printable(members[0].target["name"]), at, rows, same))
+    return sorted(groups, key=lambda g: -len(g.rows))
+
+
+def _order(run: Run, k: int, name: str) -> tuple[bool, float, float, str]:
+    greedy, sampled = length(run, k), length(run, k, SAMPLED)
+    return math.isnan(greedy), -greedy, -sampled if math.isfinite(sampled) else 0.0, name
+
+
+def differences(found: Sequence[Run]) -> list[str]:
+    """The names of the settings that are not the same in all runs, in the order of experiment.json."""
+    names = dict.fromkeys(name for one in found for name in one.settings)
+    differing = [n for n in names if any(one.settings.get(n) != found[0].settings.get(n) for one in found)]
+    if "head.draft_vocab_size" in differing:
+        differing = [n for n in differing if n != "draft_ids_crc32"]  # other sizes are other ids
+    return differing
+
+
+def text(value: Any) -> str:
+    """A setting as a person writes it."""
+    if value is None:
+        return "default"
+    if isinstance(value, list):
+        return ",".join(map(text, value))
+    return printable(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def short_names(urls: Sequence[str]) -> list[str]:
+    """What tells the paths apart: each without the folders that all of them share."""
+    paths = [url if storage.is_remote(url) else os.path.abspath(storage.local_path(url)) for url in urls]
+    parts = [path.rstrip("/").split("/") for path in paths]
+    shared, shortest = 0, min(map(len, parts)) - 1
+    while shared < shortest and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [printable("/".join(p[shared:])) for p in parts]
