@@ -103,6 +103,5 @@ def _write(config: CompareConfig, groups: list[Group], notes: list[str]) -> list
         else:
             pages |= plots.draw(config.out.removesuffix(".html"), groups)
     for place, content in pages.items():
-        with storage.readable_errors(place):
-            storage.write_bytes(place, content)
+        storage.write_bytes(place, content)
     return list(pages)

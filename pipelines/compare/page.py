@@ -13,12 +13,12 @@ import numpy as np
 
 from pipelines.compare.curves import Curve
 from pipelines.compare.ranking import Group, Row, length
-from pipelines.compare.readable import duration, number, tokens
+from pipelines.compare.readable import duration, number, percent, tokens
 from pipelines.compare.runs import GREEDY, SAMPLED
 from pipelines.compare.tables import BY_K, by_k, cells, heading, title
 
 COLOURS, DASHES = 8, 5  # of page.css
-_FOLDER = resources.files("pipelines.compare") / "page"
+_FOLDER = resources.files("pipelines.compare") / "web"
 _DIGITS = 5  # of a number in the page
 
 
@@ -87,24 +87,20 @@ def _sortable(line: Sequence[Any]) -> list[tuple[str, str, bool]]:
 
 def _facts(group: Group) -> list[tuple[str, str, str]]:
     """(what, value, how it came about) of the best run, to be seen first."""
-    row = group.rows[0]
-    run, best = row.run, row.run.best
+    run = group.rows[0].run
+    best, drafts = run.best, f"drafts of {group.k}"
     found = []
     if best and group.ranked:
-        at = f"step {best.step:,} of {run.planned:,}"
+        at = f"temperature 0, {drafts}; step {best.step:,} of {run.planned:,}"
         found += [
-            ("acceptance length", number(length(run, group.k)), f"temperature 0, drafts of {group.k}; {at}"),
-            (
-                "the same, sampled",
-                number(length(run, group.k, SAMPLED)),
-                f"temperature 1, drafts of {group.k}",
-            ),
-            ("first token right", f"{best.at('acc', 0):.1%}", "acc_0, held-out rows"),
+            ("acceptance length", number(length(run, group.k)), at),
+            ("the same, sampled", number(length(run, group.k, SAMPLED)), f"temperature 1, {drafts}"),
+            ("first token right", percent(best.at("acc", 0)), "acc_0, held-out rows"),
         ]
-        own = best.values.get("own_text")
-        if isinstance(own, float):
+        own = best.number("own_text")
+        if math.isfinite(own):
             how = "of the answers: at 100% the length at temperature 0 is a server's own"
-            found.append(("target's own text", f"{own:.1%}", how))
+            found.append(("target's own text", percent(own), how))
     found += [
         ("trained on", f"{tokens(run.tokens)} tokens", f"{run.state}, step {run.step:,} of {run.planned:,}"),
         ("took", duration(run.seconds), f"{number(run.tokens_per_s, 3)} tokens/s, evaluations included"),

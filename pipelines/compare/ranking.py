@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import storage
+from common.errors import EyasError
 from pipelines.compare.readable import printable
 from pipelines.compare.runs import GREEDY, SAMPLED, Run
 
@@ -49,7 +50,13 @@ def length(run: Run, k: int, name: str = GREEDY) -> float:
 
 
 def group(found: Sequence[Run], k: int | None = None) -> list[Group]:
-    """The runs store by store, each ranked; the store with the most runs first."""
+    """The runs store by store, each ranked; the store with the most runs first.
+
+    `k`: rank by drafts of so many tokens; EyasError if no run drafts as many.
+    """
+    most = max(one.steps_drafted for one in found)
+    if k and 0 < most < k:
+        raise EyasError(f"--k {k}: no run drafts so many tokens at once; name 1 to {most}")
     names = dict(zip((run.url for run in found), short_names([run.url for run in found]), strict=True))
     stores: dict[tuple[str, str], list[Run]] = {}
     for one in found:

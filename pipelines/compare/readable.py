@@ -13,6 +13,11 @@ def number(value: float, digits: int = 4) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 10**digits else f"{rounded:,.{digits}g}"
 
 
+def percent(value: float) -> str:
+    """Of a share: 51.9%."""
+    return f"{value:.1%}" if math.isfinite(value) else "-"
+
+
 def tokens(value: float) -> str:
     """A count: 850, 12.3k, 4.56M."""
     if not math.isfinite(value):

@@ -60,6 +60,11 @@ class Evaluation:
     seconds: float
     values: dict[str, Any]
 
+    def number(self, name: str) -> float:
+        """The number of that name, NaN if there is none."""
+        found = self.values.get(name)
+        return float(found) if _is_number(found) else math.nan
+
     def by_k(self, name: str) -> list[float]:
         """The K numbers of `name`; [] if it has none."""
         found = self.values.get(name)
@@ -176,8 +181,8 @@ def read(url: str, points: int) -> Run:
 
 def _best(heads: list[Evaluation]) -> Evaluation | None:
     """The one in best/: of the greatest walked greedy length, the first of equals."""
-    known = [head for head in heads if _is_number(head.values.get(LENGTH))]
-    return max(known, key=lambda head: head.values[LENGTH], default=None)
+    known = [head for head in heads if math.isfinite(head.number(LENGTH))]
+    return max(known, key=lambda head: head.number(LENGTH), default=None)
 
 
 def _state(url: str, step: int, planned: int) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipelines.compare.ranking import Group, Row, length, text
+from pipelines.compare.ranking import Group, Row, text
 from pipelines.compare.readable import duration, number, printable, tokens
 from pipelines.compare.runs import GREEDY, SAMPLED, Evaluation
 from pipelines.report import columns
@@ -114,39 +114,37 @@ def _group_text(group: Group) -> str:
 
 
 def to_json(found: dict[str, Any]) -> dict[str, Any]:
-    """What `run` returns as JSON; what is not known is null."""
-    return {
-        "groups": [
-            {
-                "store": g.store,
-                "target": g.target,
-                "k": g.k,
-                "runs": [_row_json(g, n) for n in range(len(g.rows))],
-            }
-            for g in found["groups"]
-        ],
-        "notes": found["notes"],
-        "written": found["written"],
-    }
+    """What `compare.run` returns, as JSON; what is not known is null."""
+    groups = [
+        {"store": g.store, "target": g.target, "k": g.k, "runs": [_row(g, n) for n in range(len(g.rows))]}
+        for g in found["groups"]
+    ]
+    return _finite({"groups": groups, "notes": found["notes"], "written": found["written"]})
 
 
-def _row_json(group: Group, n: int) -> dict[str, Any]:
+def _row(group: Group, n: int) -> dict[str, Any]:
     row, run = group.rows[n], group.rows[n].run
-    spent = {
-        "tokens": run.tokens,
-        "seconds": run.seconds,
-        "tokens_per_s": run.tokens_per_s,
-        "train_loss": run.loss,
-    }
     return {
-        "rank": n + 1 if math.isfinite(length(run, group.k)) else None,
+        "rank": n + 1 if n < group.ranked else None,
         "name": row.name,
         "run": run.url,
         "state": run.state,
         "step": run.step,
         "steps": run.planned,
         "differs": {name: run.settings.get(name) for name in row.differs},
-        **{name: value if math.isfinite(value) else None for name, value in spent.items()},
-        "best": {"step": run.best.step, **run.best.values} if run.best else None,
-        "last": {"step": run.last.step, **run.last.values} if run.last else None,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_s": run.tokens_per_s,
+        "train_loss": run.loss,
+        "best": {**run.best.values, "step": run.best.step} if run.best else None,
+        "last": {**run.last.values, "step": run.last.step} if run.last else None,
     }
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
