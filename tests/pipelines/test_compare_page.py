@@ -82,13 +82,9 @@ def test_plots_of_many_runs_whatever_their_names(three, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     write_run(tmp_path / "runs" / HOSTILE, reached=30, eval_every=None, K=3)
     write_run(tmp_path / "runs" / "other", K=3, store="b" * 64, target="another")
-    written = [
-        {
-            Path(p).read_bytes()
-            for p in compared(three, tmp_path / "runs", out=str(tmp_path / f"{n}.html"))["written"]
-        }
-        for n in range(2)
-    ]
+    pages = [str(tmp_path / name) for name in ("a.html", "b.html")]
+    written = [compared(three, tmp_path / "runs", out=place)["written"] for place in pages]
+    written = [{Path(place).read_bytes() for place in places} for places in written]
     assert len(written[0]) == 3
     assert written[0] == written[1], "the same runs give the same files"
 

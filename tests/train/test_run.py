@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 from common import storage
 from common.errors import EyasError
 from common.store import Store
+from pipelines.compare import runs
 from tests.train import small_store
 from tests.train.served import read_tensors
 from train import evaluate
@@ -89,6 +90,23 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     kept = storage.read_json(f"{config.out}/experiment.json")
     assert kept["config"]["learning_rate"] == 3e-2
     assert kept["identity"]["store"] == Store.open(config.store).hash
+
+
+def test_a_comparison_reads_what_a_run_writes(config, whole):
+    found = runs.read(config.out, 100)
+    assert (found.state, found.step, found.planned) == ("done", 11, 11)
+    assert (found.best.values, found.last.values) == (whole["best"], whole["last"])
+    last = [line for line in lines_of(config.out) if "loss" in line][-1]
+    assert (found.tokens, found.seconds, found.loss) == (last["tokens"], last["seconds"], last["loss"])
+    for curve, names in ((found.trained, runs.TRAINED), (found.evaluated, runs.EVALUATED)):
+        assert all(np.isfinite(curve.mean[name]).all() for name in names)
+        assert np.isfinite(curve.seconds).all()
+    assert found.evaluated.tokens.tolist() == [4 * 48, 8 * 48, 11 * 48]
+    assert found.steps_drafted == 3
+    # Two configurations that differ in a field differ in what is compared.
+    elsewhere = {"epochs": "steps", "draft_vocab": "head.draft_vocab_size", "ffn": "head.ffn"}
+    wanted = {elsewhere.get(field.name, field.name) for field in fields(TrainConfig)} - {"store", "out"}
+    assert wanted <= found.settings.keys()
 
 
 def test_evaluating_best_gives_what_training_said(config, whole, store):
