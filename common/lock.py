@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from common.library_errors import library_errors
 from common.progress import note
 
 FILE = ".lock"  # stays when the lock is released: removing it would let two processes lock two files
+_GLANCES, _GLANCE = 5, 0.02  # how often, and for how many seconds, a look at the lock is waited for
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -37,7 +39,7 @@ def locked(folder: str) -> Iterator[None]:
 
 def _take(handle: int, folder: str) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _try(handle)
     except BlockingIOError:
         holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
         raise EyasError(
@@ -52,8 +54,21 @@ def _take(handle: int, folder: str) -> None:
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
+def _try(handle: int) -> None:
+    """Takes the lock, also where somebody just looks at it. BlockingIOError if another process holds it."""
+    for _ in range(_GLANCES):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_GLANCE)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def in_use(folder: str) -> bool:
-    """Whether a process holds the lock of the local `folder`; False where that cannot be told."""
+    """Whether a process holds the lock of the local `folder`; False where that cannot be told.
+
+    It shares the lock for an instant, for which `locked` waits.
+    """
     try:
         handle = os.open(os.path.join(storage.local_path(folder), FILE), os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:

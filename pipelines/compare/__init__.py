@@ -65,10 +65,10 @@ def _read(urls: Sequence[str]) -> tuple[list[Run], list[str]]:
                 found.append(runs.read(url, points))
                 notes += [printable(text) for text in found[-1].notes]
             except EyasError as error:
-                notes.append(printable(f"{error}"))
+                if url == urls[-1] and not found:
+                    raise
+                notes.append(printable(f"left out: {error}"))
             progress.update(1)
-    if not found:
-        raise EyasError(notes[0])
     return found, notes
 
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from pipelines.compare.curves import Curve, means
@@ -22,6 +24,7 @@ PALETTE = ("#174674", "#e87417", "#00a2a2", "#8b2e46", "#a274ff", "#b98b5d", "#a
 _DASHES = ("-", "--", ":", "-.", (0, (4, 5)))
 _DPI = 150
 _NAME = 40  # characters of a run's name in the legend
+_GROUPS = 8
 _SHOWN = 100  # points of a curve, about
 _STYLE = {
     "svg.hashsalt": "eyas",  # the same file for the same runs
@@ -36,10 +39,13 @@ _STYLE = {
 
 
 def draw(place: str, groups: Sequence[Group]) -> dict[str, bytes]:
-    """{place.png, place.svg}: a row of charts for each figure of a group, against tokens and seconds."""
+    """{place.png, place.svg}: a row of charts for each figure of a group, against tokens and seconds.
+
+    Of more than 8 groups the first ones, so that a picture is not too high to be drawn.
+    """
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks
-        figure = _figure(groups)
+        figure = _figure(groups[:_GROUPS])
         return {f"{place}.{kind}": _saved(figure, kind) for kind in ("png", "svg")}
 
 
@@ -53,27 +59,30 @@ def _saved(figure: Figure, kind: str) -> bytes:
 def _figure(groups: Sequence[Group]) -> Figure:
     charts = [(group, chart) for group in groups for chart in _charts(group)]
     figure = Figure(figsize=(12, 2.9 * len(charts)), layout="constrained")
-    axes = figure.subplots(len(charts), 2, squeeze=False)
-    for (group, chart), pair in zip(charts, axes, strict=True):
+    legend: list[Artist] = []
+    for (group, chart), pair in zip(charts, figure.subplots(len(charts), 2, squeeze=False), strict=True):
         for axis, against in zip(pair, ("tokens", "seconds"), strict=True):
             _draw(axis, group, chart, against)
         pair[0].set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
-        if chart.name == GREEDY or (len(group.rows) == 1 and chart.name == "acc"):
-            look = {"fontsize": 8, "frameon": False, "loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
-            pair[1].legend(**look).set_in_layout(
-                False
-            )  # longer than a chart is high, it goes on beside others
+        if chart.name == GREEDY:
+            legend += _legend(group, pair[0])
+    figure.legend(handles=legend, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
+def _legend(group: Group, axis: Axes) -> list[Artist]:
+    """The lines of a group's first chart, which has them all, below the name of its store."""
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]  # without the stars
+    return [Line2D([], [], linestyle="none", label=f"store {printable(group.store[:16])}"), *lines]
+
+
 class _Chart(NamedTuple):
-    """`kind` and `name` say where a run has the curve; `k` is its index, `first` the k of the first index."""
+    """`kind` and `name` say where a run has the curve, `k` which of its K."""
 
     title: str
     kind: str
     name: str
     k: int
-    first: int = 0
 
 
 def _charts(group: Group) -> list[_Chart]:
@@ -81,8 +90,8 @@ def _charts(group: Group) -> list[_Chart]:
     where = f" ({group.target}, store {printable(group.store[:16])})"
     drafted, step = ("by k", "by step k") if one else (f"k = {group.k}", "step 0")
     return [
-        _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY, k, 1),
-        _Chart(f"Estimated acceptance length, temperature 1, {drafted}", "evaluated", SAMPLED, k, 1),
+        _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY, k),
+        _Chart(f"Estimated acceptance length, temperature 1, {drafted}", "evaluated", SAMPLED, k),
         _Chart(f"Accuracy acc_k, held-out, {step}", "evaluated", "acc", 0),
         _Chart(f"Held-out loss, {step}", "evaluated", "loss", 0),
         _Chart("Training loss, sum over steps", "trained", "loss", 0),
@@ -95,7 +104,7 @@ def _draw(axis: Axes, group: Group, chart: _Chart, against: str) -> None:
     if len(group.rows) == 1:
         run = group.rows[0].run
         for k in range(getattr(run, chart.kind).mean[chart.name].shape[1]):
-            _line(axis, run, chart._replace(k=k), against, k, f"k = {k + chart.first}", 8)
+            _line(axis, run, chart._replace(k=k), against, k, f"k = {k + 1} (step {k})", 8)
         return
     for n, row in enumerate(group.rows):
         _line(axis, row.run, chart, against, n, _label(group, n), 13 if n == 0 else 7)

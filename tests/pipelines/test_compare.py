@@ -1,18 +1,20 @@
 """Runs side by side: what is ranked, what is said of runs that are not whole, where pages are written."""
 
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from common.errors import EyasError
-from common.lock import locked
+from common.lock import in_use, locked
 from pipelines import cli, compare
 from pipelines.compare import CompareConfig, page, readable, runs
 from pipelines.compare.curves import elapsed, thin
@@ -159,6 +161,16 @@ def test_a_run_at_work_is_running_and_is_not_disturbed(tmp_path):
         with pytest.raises(EyasError, match="in use"), locked(str(run)):
             pass
     assert runs.read(str(run), 10).state == "stopped"
+
+
+def test_a_glance_at_a_lock_does_not_stop_a_run_from_taking_it(tmp_path):
+    place = write_run(tmp_path / "run") / ".lock"
+    place.touch()
+    glance = os.open(place, os.O_RDONLY)
+    fcntl.flock(glance, fcntl.LOCK_SH)
+    threading.Timer(0.03, os.close, [glance]).start()
+    with locked(str(place.parent)):
+        assert in_use(str(place.parent))
 
 
 def test_what_holds_no_readable_run_is_one_line(tmp_path, sweep):

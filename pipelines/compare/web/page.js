@@ -132,7 +132,7 @@ function begin() {
   for (const id of ["drafted-choice", "step-choice"]) $(id).hidden = single() || K < 2;
   document.querySelector(".tools").hidden = single();
   if (!single()) runs().forEach((run, n) => entry(`${n}`, tag(run, n), run.name, run.about));
-  else each.forEach((k) => entry(`${k}`, `${k + 1}`, k ? `token ${k + 1} of the draft` : "first token of the draft", ""));
+  else each.forEach((k) => entry(`${k}`, "", `step ${k}; drafts of ${k + 1}`, ""));
   $("entries").classList.toggle("many", runs().length > LABELLED);
   smoothAtFirst();
   search();
