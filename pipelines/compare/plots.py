@@ -18,6 +18,7 @@ from pipelines.compare.curves import Curve, means
 from pipelines.compare.ranking import Group
 from pipelines.compare.readable import printable
 from pipelines.compare.runs import GREEDY, SAMPLED, Run
+from pipelines.compare.tables import store_name
 
 # Those of page.css on light paper.
 PALETTE = ("#174674", "#e87417", "#00a2a2", "#8b2e46", "#a274ff", "#b98b5d", "#a20000", "#5d17a2")
@@ -73,7 +74,7 @@ def _figure(groups: Sequence[Group]) -> Figure:
 def _legend(group: Group, axis: Axes) -> list[Artist]:
     """The lines of a group's first chart, which has them all, below the name of its store."""
     lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]  # without the stars
-    return [Line2D([], [], linestyle="none", label=f"store {printable(group.store[:16])}"), *lines]
+    return [Line2D([], [], linestyle="none", label=f"store {printable(group.store[:12])}"), *lines]
 
 
 class _Chart(NamedTuple):
@@ -87,7 +88,7 @@ class _Chart(NamedTuple):
 
 def _charts(group: Group) -> list[_Chart]:
     one, k = len(group.rows) == 1, group.k - 1
-    where = f" ({group.target}, store {printable(group.store[:16])})"
+    where = f"\nstore {store_name(group)} of {group.target}"
     drafted, step = ("by k", "by step k") if one else (f"k = {group.k}", "step 0")
     return [
         _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY, k),

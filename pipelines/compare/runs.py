@@ -80,6 +80,7 @@ class Evaluation:
 class Run:
     """One folder of `train`. `settings` are all that could differ from another run, flat: {"head.ffn": 1536}.
 
+    `store` is the store's hash, `store_url` where it was then.
     `state` is "done", "running", "stopped" or, where that cannot be told, "unfinished". `best` is the
     evaluation of the head in best/, `last` the last one, None where there is none. `loss` is the last
     training loss.
@@ -87,6 +88,7 @@ class Run:
 
     url: str
     store: str
+    store_url: str
     target: dict[str, Any]
     settings: dict[str, Any]
     planned: int
@@ -163,6 +165,7 @@ def read(url: str, points: int) -> Run:
     return Run(
         url=url,
         store=identity["store"],
+        store_url=str(experiment["config"].get("store", "")),
         target=dict(identity["target"]),
         settings=_settings(experiment),
         planned=identity["steps"],

@@ -99,7 +99,13 @@ def table(found: dict[str, Any]) -> str:
 def title(group: Group) -> str:
     """What a group is, as a heading."""
     many = "1 run" if len(group.rows) == 1 else f"{len(group.rows)} runs"
-    return f"{many} on store {printable(group.store[:16])} of {group.target}"
+    return f"{many} on store {store_name(group)} of {group.target}"
+
+
+def store_name(group: Group) -> str:
+    """Where a group's store was, and what tells it from others."""
+    url, mark = (printable(text) for text in (group.rows[0].run.store_url, group.store[:12]))
+    return f"{url} ({mark})" if url else mark
 
 
 def _group_text(group: Group) -> str:

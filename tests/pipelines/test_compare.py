@@ -96,7 +96,7 @@ def test_runs_of_different_stores_are_not_ranked_together(tmp_path):
     assert "2 stores" in found["notes"][0]
     assert "seed" not in found["groups"][0].rows[0].differs
     html = page.render(found["groups"], found["notes"])
-    assert "1 run on store bbbbbbbbbbbbbbbb of another" in html
+    assert "1 run on store stores/x (bbbbbbbbbbbb) of another" in html
     assert [len(group["runs"]) for group in data_of(html)["groups"]] == [2, 1]
 
 
