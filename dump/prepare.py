@@ -34,7 +34,8 @@ from dump.clean import Cleaner, Conversation
 from dump.config import PrepareConfig
 from dump.conversations import DataFile
 from dump.data_files import find_files
-from dump.pack import advise_length, pack, split
+from dump.pack import pack, split
+from dump.prepare_report import nonzero, report
 from dump.record_shapes import EXPECTED
 from dump.template import TemplateRefusedError
 
@@ -52,13 +53,6 @@ COUNTS = (
     "lines_not_json",
     "files_cut_off",
 )
-_FULL = 0.9  # of a row; below it a length that fills better is advised
-# What a count means for the user, said once.
-_EXPLAINED = {
-    "dropped_tools": "conversations with tools are left out, since the target's chat template knows none",
-    "turns_system_folded": "system turns stand in front of the first question, since the template knows none",
-    "turns_reasoning_removed": "turns lose their reasoning: the template leaves it out, as a server does",
-}
 _BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
 
 
@@ -102,7 +96,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "counts": dict(counts),
         "config": _portable(config),
     }
-    _report(manifest, int(held_out.sum()), lengths)
+    report(manifest, int(held_out.sum()), lengths)
     write_rows(config.store, packed.arrays, packed.token_counts, packed.index, manifest)
     return read_manifest(config.store)["rows"]
 
@@ -206,7 +200,7 @@ def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig, 
         raise EyasError(f"{where}: no conversations found; expected at least one record")
     if malformed and counts["dropped_malformed"] == counts["read"]:
         raise EyasError(f"{where}: the first record is {malformed}; expected {EXPECTED}")
-    reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in _nonzero(counts, "dropped_"))
+    reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in nonzero(counts, "dropped_"))
     raise EyasError(
         f"{where}: none of {counts['read']} conversations has an answer to learn from ({reasons}); "
         "give conversations with assistant turns"
@@ -273,37 +267,4 @@ def _require_tokens(
         raise EyasError(
             f"{config.model}: the tokenizer gives token {largest}, but config.json has vocab_size {V}; "
             "tokenizer and model do not belong together"
-        )
-
-
-def _nonzero(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:
-    return [(name, n) for name, n in counts.items() if n and name.startswith(prefix)]
-
-
-def _report(manifest: dict[str, Any], held_out: int, lengths: np.ndarray) -> None:
-    counts = Counter(manifest["counts"])
-    note(f"conversations: {counts['read']:,} read, {counts['kept']:,} kept ({held_out:,} held out)")
-    for prefix in ("dropped_", "turns_", "truncated", "lines_", "files_"):
-        found = _nonzero(counts, prefix)
-        if found:
-            note("  " + ", ".join(f"{name} {n:,}" for name, n in found))
-    for name, meaning in _EXPLAINED.items():
-        if counts[name]:
-            note(f"{counts[name]:,} {meaning}")
-    wanted = manifest["holdout"] * counts["kept"]
-    if abs(held_out - wanted) > max(wanted / 2, 5):
-        note(
-            f"warning: {held_out / counts['kept']:.1%} of the conversations are held out, where "
-            f"{manifest['holdout']:.1%} was asked for: the chunks of a chat stay together"
-        )
-    note(
-        f"rows: {manifest['train_rows']:,} train + {manifest['test_rows']:,} test of {manifest['length']} "
-        f"tokens, {manifest['fill']:.1%} full; {manifest['tokens']:,} tokens, {manifest['counted']:,} counted"
-    )
-    if manifest["fill"] < _FULL:
-        length, share = advise_length(lengths, manifest["length"])
-        better = f"--length {length} fills about {share:.0%}"
-        advice = better if share > manifest["fill"] + 0.02 else "more conversations would fill them"
-        note(
-            f"warning: padding is computed like text, and rows are only {manifest['fill']:.0%} full; {advice}"
         )
