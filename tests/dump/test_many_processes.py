@@ -1,12 +1,16 @@
 """A dump on several processes writes what one process writes, and ends on all of them alike."""
 
 import os
+import random
 import shutil
+import signal
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from common import storage
 from common.store import Store
 from common.store_verify import verify
 from dump.dump import DumpConfig, run
@@ -108,3 +112,52 @@ def test_chips_that_would_idle_are_named(config):
     assert [p.code for p in found] == [2, 2]
     assert "dp*tp=2, but the 2 processes have 4 chips" in found[0].err
     assert not os.path.exists(f"{config.store}/commits")
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): storage.read_bytes(path) for path in paths}
+
+
+def committed(store: str) -> int:
+    return len(os.listdir(f"{store}/commits")) if os.path.exists(f"{store}/commits") else 0
+
+
+SLOWLY = """
+print("joined", flush=True)
+import time
+from common import pod
+from common.store_writer import FeatureWriter
+pod.LOST_SECONDS = 3
+write = FeatureWriter.write
+FeatureWriter.write = lambda self, *a: (time.sleep(0.2), write(self, *a))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_thirty_kills_leave_the_bytes_of_a_dump_left_alone(tmp_path):
+    """Single processes and whole jobs, at random moments; each time the same command goes on."""
+    model = tiny.write_model(f"{tmp_path}/model")
+    store = tiny.write_store(f"{tmp_path}/store", model, 80)
+    shutil.copytree(store, f"{tmp_path}/killed")
+    config = DumpConfig(model, store, block_rows=1, dp=2)
+    assert [p.code for p in dump(config, 2, 1)] == [0, 0]
+    rng, config = random.Random(5), replace(config, store=f"{tmp_path}/killed")
+    for kill in range(30):
+        started = miniature.start(SLOWLY + DUMP.format(config=asdict(config)), 2, 1)
+        for process in started:  # one that never comes is waited for, for minutes
+            while "joined" not in process.stdout.readline():
+                assert process.poll() is None
+        before, moment = committed(config.store), time.monotonic() + 60
+        while kill % 3 and committed(config.store) == before and time.monotonic() < moment:
+            if any(process.poll() is not None for process in started):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3 if kill % 3 == 0 else 0.6))  # a third while they begin
+        for victim in started if kill % 2 else [rng.choice(started)]:
+            victim.send_signal(signal.SIGKILL)
+        ended = miniature.wait(started)
+        assert all(p.code in (0, 42, -signal.SIGKILL, -signal.SIGABRT) for p in ended), ended
+    assert [p.code for p in dump(config, 2, 1)] == [0, 0]
+    assert contents(config.store) == contents(store)
