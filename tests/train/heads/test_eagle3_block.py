@@ -1,0 +1,49 @@
+"""The block is a function of its inputs alone: with attention written down plainly it drafts as trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.layers import linear, rms_norm
+from tests.train.on_device import f32, parameters_of
+from tests.train.problem import problem
+from train.heads.eagle3.rollout import block, weights
+
+
+def attend(q_TNd, keys, values, seen_TS):
+    """Softmax attention over keys [T, S, N, d], S of them for each query."""
+    s = jnp.einsum("tnd,tsnd->tns", q_TNd, keys) * q_TNd.shape[-1] ** -0.5
+    p = jax.nn.softmax(jnp.where(seen_TS[:, None], s, -jnp.inf), -1)
+    return jnp.einsum("tns,tsnd->tnd", p, values)
+
+
+def test_two_steps_of_the_block_are_the_references():
+    p = problem().document(1, 5)
+    c, T = p.config, p.tokens.shape[1]
+    before, w = weights(c, parameters_of(p), jnp.float32)
+    positions = jnp.asarray(p.positions[0])
+    embedded = rms_norm(f32(p.embed[p.tokens[0]]), before["norm"], c.rms_eps)
+    token_TX = linear(embedded, before["qkv"])
+    state = linear(f32(p.aux[0].reshape(T, -1)), before["fc"])
+    causal = np.tri(T, dtype=bool)
+    own: list = []
+    expected = p.logits(2)
+
+    def read(q, k, v):
+        G = c.num_heads // c.num_kv_heads
+        own.append([jnp.repeat(x, G, 1) for x in (k, v)])
+        first, *later = own
+        keys, values = (
+            jnp.concatenate(
+                [jnp.broadcast_to(first[n][None], (T, *first[n].shape)), *(x[n][:, None] for x in later)], 1
+            )
+            for n in (0, 1)
+        )
+        return attend(q, keys, values, np.pad(causal, ((0, 0), (0, len(later))), constant_values=True))
+
+    for step in range(2):
+        token = jnp.roll(token_TX, -1 - step, 0)
+        state, z, _ = block(c, w, token, state, positions + step, read)
+        logits = linear(z, f32(p.params["lm_head.weight"]))
+        inside = T - 1 - step  # whose token is in the document; they see no index behind them
+        np.testing.assert_allclose(logits[:inside], expected[step, 0, :inside], rtol=1e-4, atol=1e-4)
