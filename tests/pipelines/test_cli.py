@@ -251,6 +251,22 @@ def test_ctrl_c_in_a_real_dump_exits_with_130_and_says_how_to_go_on(place, tmp_p
     assert f"0 parts damaged, {left} blocks missing" in refused(invoke("verify", "--store", store))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_a_prepare_that_is_stopped_says_so_and_leaves_nothing(place, tmp_path, number, code):
+    data = tmp_path / "chats.jsonl"
+    data.write_bytes(Path(CHATS).read_bytes() * 20_000)
+    command = [sys.executable, "-m", "pipelines", "prepare", "--model", str(place / "chat")]
+    command += ["--store", str(tmp_path / "store"), "--data", str(data)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    first = process.stderr.readline()
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == code, first + rest
+    assert rest.splitlines()[-1] == "Error: stopped; the same command continues"
+    assert "Traceback" not in rest
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.fixture(scope="module")
 def dumped(place):
     store = tiny.write_store(str(place.parent / "dumped"), str(place / "model"))
