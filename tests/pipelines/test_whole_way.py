@@ -26,22 +26,32 @@ def eyas(*args):
     return result.stdout
 
 
-def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path):
-    model, store, run, head = (tmp_path / name for name in ("model", "store", "run", "head"))
-    write_target(model)
-    place = ("--model", model, "--store", store)
+def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path, monkeypatch):
+    """Paths are written in all the ways that people write them."""
+    here = tmp_path / "a b" / "ö"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    write_target(here / "model")
+    place = ("--model", "./model/", "--store", "../x/../störe/")
     counts = json.loads(eyas("prepare", *place, "--data", CHATS, "--length", 256, "--holdout", 0.2))
     assert counts["read"] == counts["kept"] + sum(n for name, n in counts.items() if "dropped_" in name)
     dumped = json.loads(eyas("dump", *place, "--data", CHATS, "--block-rows", 4))
     assert dumped["blocks_before"] == 0
+    store = here.parent / "störe"
+    place = ("--model", f"file://{here}/model", "--store", f"file://{store}")
     assert json.loads(eyas("dump", *place, "--block-rows", 4))["blocks_before"] == dumped["blocks"]
-    assert json.loads(eyas("verify", "--store", store))["missing_blocks"] == 0
+    assert json.loads(eyas("verify", "--store", f"{store}//"))["missing_blocks"] == 0
     few = ("--steps", 4, "--batch-rows", 2, "--draft-vocab", 64, "--ttt-steps", 3)
-    eyas("train", *place, "--out", run, *few)
+    eyas("train", *place, "--out", "~/../run", *few)
+    run = here.parent / "run"
     found = json.loads(eyas("eval", "--head", run / "best", "--store", store, "--ttt-steps", 3, "--json"))
     assert len(found["head"]["acc"]) == 3
     assert 1 <= found["head"]["length_greedy"] <= 4
-    assert "bigram" in eyas("eval", "--head", run / "best", "--store", store, "--ttt-steps", 3)
-    assert "target: hidden size" in eyas("export", "--head", run / "best", "--store", store, "--out", head)
-    assert sorted(os.listdir(head)) == ["README.md", "config.json", "model.safetensors"]
-    assert storage.read_json(str(head / "config.json"))["draft_vocab_size"] == 64
+    head = ("--head", "../run/best/", "--store", "../störe")
+    assert "bigram" in eyas("eval", *head, "--ttt-steps", 3)
+    assert "target: hidden size" in eyas("export", *head, "--out", "~/head")
+    assert sorted(os.listdir(here / "head")) == ["README.md", "config.json", "model.safetensors"]
+    assert storage.read_json(str(here / "head" / "config.json"))["draft_vocab_size"] == 64
+    assert sorted(os.listdir(here)) == ["head", "model"]
+    assert sorted(os.listdir(here.parent)) == ["run", "störe", "ö"]
