@@ -98,14 +98,14 @@ def leading_dense(f: Fields, attention, router: Router, **more) -> TargetConfig:
 def _kinds(f: Fields) -> list[str]:
     """The kind of each layer. EyasError where the two fields differ, as each is what some servers read."""
     n, first = f.get("num_hidden_layers"), f.get("first_k_dense_replace", None)
-    leading = None if first is None else (["dense"] * first)[:n] + ["sparse"] * (n - first)
+    leading = None if first is None else ["dense" if i < first else "sparse" for i in range(n)]
     if f.get("mlp_layer_types", None) is None:
         return leading
     kinds = layer_types(f, "dense", "sparse", name="mlp_layer_types")
     if leading not in (None, kinds):
         raise EyasError(
-            f"{f.where}: first_k_dense_replace={first}, but mlp_layer_types (transformers' own where left "
-            f"out) has {kinds.count('dense')} dense of {n} layers; correct the wrong one"
+            f"{f.where}: first_k_dense_replace={first}, but mlp_layer_types has {kinds.count('dense')} "
+            f"dense of {n} layers, or in another order (what is left out is transformers'); make them agree"
         )
     return kinds
 

@@ -163,7 +163,7 @@ VARIATIONS: dict[str, dict[str, Changes]] = {
     | _switches("norm_topk_prob", "attention_bias")
     | {
         "no_dense": {"first_k_dense_replace": 0},
-        "kinds": {"first_k_dense_replace": ABSENT, "mlp_layer_types": (["dense"] * 2 + ["sparse"] * 2) * 2},
+        "kinds": {"first_k_dense_replace": 2, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 6},
         "groups": {"n_group": 2, "topk_group": 1},
     },
     "minimax_m2": _SOME_ROPES
