@@ -201,7 +201,7 @@ VARIATIONS: dict[str, dict[str, Changes]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 90.0},
             },
         },
-        "other_scale": {"query_pre_attn_scalar": 3},
+        "other_scale": {"query_pre_attn_scalar": 17},
     },
 }
 
