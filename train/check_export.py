@@ -12,7 +12,6 @@ from common.errors import EyasError
 from common.params import Param
 from common.storage import join, list_names, local_path, read_json
 from train.heads import Head, read_serving_config
-from train.serving_config import AUX_KEY, canonical_rope
 
 WEIGHTS = "model.safetensors"
 
@@ -34,12 +33,7 @@ def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]
     head = read_serving_config(path, config, (target_config or {}).get("num_hidden_layers", 7))
     if target_config is not None:
         head.require_fit(target_config, folder)
-    scaling, default = canonical_rope(head.rope) or {"rope_type": "no"}, "the servers' default"
-    facts = [
-        *_check_weights(folder, head, config["torch_dtype"]),
-        f"RoPE: theta {head.rope_theta:g}, {scaling['rope_type']} scaling",
-        f"aux layers: {config.get(AUX_KEY, default)}",
-    ]
+    facts = [*_check_weights(folder, head, config["torch_dtype"]), *head.facts()]
     if target_config is not None:
         facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
     return facts + head.limits()

@@ -15,7 +15,6 @@ from common import params as declared
 from common.errors import EyasError
 from common.storage import local_path, write_folder
 from train.heads import Head
-from train.model_card import model_card
 from train.serving_config import DTYPES
 
 
@@ -49,7 +48,7 @@ def export(
         {
             # "pt" says that linear weights are [out, in]; transformers refuses a file without it.
             "model.safetensors": save(tensors, metadata={"format": "pt"}),
-            "README.md": model_card(head, metadata or {}).encode(),
+            "README.md": head.card(metadata or {}).encode(),
             "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },
     )

@@ -3,6 +3,7 @@
 Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py).
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import jax
@@ -65,6 +66,14 @@ class Head(Protocol):
 
     def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
         """The config.json that servers read, of weights in `dtype`."""
+        ...
+
+    def card(self, metadata: Mapping[str, Any]) -> str:
+        """The README.md of an exported head; `metadata` says how it was made, "target" of which target."""
+        ...
+
+    def facts(self) -> list[str]:
+        """What a check says of it beside its tensors, a line each."""
         ...
 
     def limits(self) -> list[str]:

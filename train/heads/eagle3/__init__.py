@@ -1,5 +1,6 @@
 """The EAGLE3 draft head (arXiv 2503.01840), behind the protocol of train/heads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import rollout, serving, sizes, start
+from train.heads.eagle3 import card, rollout, serving, sizes, start
 from train.sample import Sample, Weights
 
 
@@ -51,6 +52,12 @@ class Eagle3(sizes.Sizes):
 
     def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
         return serving.write(self, target, dtype)
+
+    def card(self, metadata: Mapping[str, Any]) -> str:
+        return card.model_card(self, metadata)
+
+    def facts(self) -> list[str]:
+        return serving.facts(self)
 
     def limits(self) -> list[str]:
         return serving.limits(self)

@@ -68,6 +68,16 @@ def read(kind: type[Kind], path: str, config: dict[str, Any], num_target_layers:
         raise EyasError(f"{path}: {error}; export the head again") from error
 
 
+def facts(head: Sizes) -> list[str]:
+    """RoPE and aux layers, in words."""
+    scaling = canonical_rope(head.rope) or {"rope_type": "no"}
+    default = is_default(head.aux_layers, head.num_target_layers)
+    return [
+        f"RoPE: theta {head.rope_theta:g}, {scaling['rope_type']} scaling",
+        f"aux layers: {'the default of servers' if default else list(head.aux_layers)}",
+    ]
+
+
 def limits(head: Sizes) -> list[str]:
     """Which servers cannot load this head, and why: one sentence each, [] when all can."""
     found = []

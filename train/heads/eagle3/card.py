@@ -1,9 +1,10 @@
-"""The README.md of an exported head: what it is, how to serve it, how it was made."""
+"""The README.md of an exported EAGLE3 head: what it is, how to serve it, how it was made."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from train.heads import Head
+from train.heads.eagle3 import serving
+from train.heads.eagle3.sizes import Sizes
 from train.serving_config import canonical_rope
 
 _CARD = """---
@@ -41,7 +42,7 @@ By Eyas, from a store of the frozen target's features.
 """
 
 
-def model_card(head: Head, metadata: Mapping[str, Any]) -> str:
+def model_card(head: Sizes, metadata: Mapping[str, Any]) -> str:
     """Markdown. `metadata["target"]` names the target; every entry becomes a row of the last section."""
     scaling = canonical_rope(head.rope)
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in metadata.items()]
@@ -56,7 +57,7 @@ def model_card(head: Head, metadata: Mapping[str, Any]) -> str:
         draft=f"{head.draft_vocab_size:,}",
         vocab=f"{head.vocab_size:,}",
         rope=f"theta {head.rope_theta:g}" + (f", {scaling['rope_type']} scaling" if scaling else ""),
-        limits="".join(f"\n- {limit}.\n" for limit in head.limits()),
+        limits="".join(f"\n- {limit}.\n" for limit in serving.limits(head)),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 
