@@ -8,6 +8,7 @@ Counts beside those of dump/clean.py, in conversations:
 - `dropped_tools`: tools are defined, called or heard, and the target's template knows none.
 - `dropped_special_token`: a turn's text spells a special token of the target.
 - `dropped_template_refused`: the chat template raised (roles that do not alternate, say).
+- `dropped_template_ran_away`: it left its bounds of time or size (dump/template.py); three end the run.
 - `dropped_template_not_followed`: the answers could not be located in the rendered text.
 - `dropped_nothing_counted`: no counted token is left in the first T.
 - `truncated`: longer than T tokens; `truncated_tokens` is what was cut off in all.
@@ -37,12 +38,13 @@ from dump.data_files import find_files
 from dump.pack import pack, split
 from dump.prepare_report import nonzero, report
 from dump.record_shapes import EXPECTED
-from dump.template import TemplateRefusedError
+from dump.template import TemplateRanAwayError, TemplateRefusedError
 
 COUNTS = (
     "dropped_tools",
     "dropped_special_token",
     "dropped_template_refused",
+    "dropped_template_ran_away",
     "dropped_template_not_followed",
     "dropped_nothing_counted",
     "truncated",
@@ -53,6 +55,7 @@ COUNTS = (
     "lines_not_json",
     "files_cut_off",
 )
+_RUNAWAYS = 3  # each may take seconds
 _BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
 
 
@@ -245,6 +248,13 @@ def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Ren
         counts["turns_system_folded"] += messages[0]["role"] == "system" and not chat.has_system
         counts["turns_reasoning_removed"] += rendered.removed
         return rendered
+    except TemplateRanAwayError as error:
+        counts["dropped_template_ran_away"] += 1
+        if counts["dropped_template_ran_away"] == _RUNAWAYS:
+            raise EyasError(
+                f"the chat template ran away in {_RUNAWAYS} conversations ({error}); use the one that is "
+                "published with the model"
+            ) from None
     except TemplateRefusedError as error:
         if not counts["dropped_template_refused"]:
             note(f"the chat template refuses conversations; they are left out. It says: {error}")

@@ -45,6 +45,10 @@ class TemplateRefusedError(ValueError):
     """The template raised for this conversation (no system role, say); str() is the template's message."""
 
 
+class TemplateRanAwayError(TemplateRefusedError):
+    """The template left its bounds, as it may do for every conversation."""
+
+
 class _OutOfTimeError(Exception):
     """Nothing in a template catches it."""
 
@@ -74,14 +78,16 @@ class Template:
             with _bounded():
                 text = "".join(_counted(self._template.generate(**variables)))
         except _OutOfTimeError:
-            raise TemplateRefusedError(f"it was not done after {_SECONDS:.0f} s") from None
+            raise TemplateRanAwayError(f"it was not done after {_SECONDS:.0f} s") from None
         except RecursionError:
-            raise TemplateRefusedError("it calls itself for ever") from None
+            raise TemplateRanAwayError("it calls itself for ever") from None
         except MemoryError:
-            raise TemplateRefusedError("it needs too much memory") from None
+            raise TemplateRanAwayError("it needs too much memory") from None
+        except TemplateRanAwayError:
+            raise
         except (jinja2.TemplateError, *_FAULTS) as error:
             # Only what the template itself raises is its own text; other errors can quote the conversation.
-            own = type(error) in (jinja2.TemplateError, TemplateRefusedError)
+            own = type(error) is jinja2.TemplateError
             reason = _first_line(error) if own else f"{type(error).__name__} inside the template"
             raise TemplateRefusedError(reason) from None
         return _without_marks(text) if self.marks_answers else (text, [])
@@ -100,7 +106,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _BITS:
-                raise TemplateRefusedError("it makes an integer that is too large")
+                raise TemplateRanAwayError("it makes an integer that is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -137,7 +143,7 @@ def _counted(pieces: Iterator[str]) -> Iterator[str]:
     for piece in pieces:
         size += len(piece)
         if size > _CHARACTERS:
-            raise TemplateRefusedError(f"it renders more than {_CHARACTERS >> 20} MiB of text")
+            raise TemplateRanAwayError(f"it renders more than {_CHARACTERS >> 20} MiB of text")
         yield piece
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from common.errors import EyasError, MachineError
 from dump import data_files
+from dump.clean import Cleaner
 from dump.conversations import DataFile
 from dump.data_files import find_files
 
@@ -197,3 +198,20 @@ def test_a_list_of_lists_of_turns(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(turns))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, turns)))
     assert read(tmp_path / "a.json") == read(tmp_path / "a.jsonl") == turns
+
+
+def test_tables_put_together_from_two_sources(tmp_path):
+    """Each row has its turns in one of two columns, and null in the other."""
+    rows = [
+        {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
+        {"id": "b", "messages": TALKS[0]["messages"]},
+        {"id": "c", "conversations": [], "messages": TALKS[1]["messages"]},
+    ]
+    names = ("id", "conversations", "messages")
+    columns = pa.Table.from_pylist([rows[0] | {"messages": rows[1]["messages"]}]).select(names).schema
+    pq.write_table(pa.Table.from_pylist(rows, columns), tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"messages": None} | row) for row in rows))
+    for name in ("t.parquet", "t.jsonl"):
+        cleaner = Cleaner()
+        found = [cleaner.clean(record, i, name) for i, record in enumerate(read(tmp_path / name))]
+        assert [c.messages[0]["content"] for c in found] == ["Q?", "Q0?", "Q1?"]

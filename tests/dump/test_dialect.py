@@ -167,3 +167,24 @@ def test_a_template_that_drops_calls_is_not_followed(tmp_path):
 
 def test_a_template_without_tools_says_so(tmp_path):
     assert not Chat.load(str(write_model(tmp_path))).has_tools
+
+
+HEADERS_STOP = DEFINED + (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|endoftext|>{{ m.content }}{% else %}<|im_end|>\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments | items %}<key>{{ k }}<value>{{ v }}{% endfor %}</call>{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_end|>\n{% endif %}"
+)
+
+
+def test_a_call_that_only_the_results_header_closes_ends_with_that_stop_token(tmp_path):
+    """GLM's way: its stop tokens are the headers of the turns that others write."""
+    folder = write_model(tmp_path, HEADERS_STOP)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    chat = Chat.load(str(folder))
+    assert chat.has_tools
+    assert counted_texts(chat, tool_talk("clock", "calendar")) == [
+        "<call>clock<key>city<value>Oslo</call><call>calendar<key>city<value>Oslo</call><|endoftext|>",
+        "Noon.<|im_start|>",
+    ]

@@ -155,6 +155,14 @@ def test_several_files_are_one_data_set(config, tmp_path):
     assert [source["name"] for source in rows["data"]] == ["a.jsonl", "b.jsonl"]
 
 
+def test_a_template_that_runs_away_again_and_again_ends_the_run(config, tmp_path):
+    bomb = "{% if messages[0].content != 'Which colour?' %}{{ 'x' * 10**11 }}{% endif %}"
+    template = CHATML + bomb  # the plain conversation that every template is tried with asks for a colour
+    with pytest.raises(EyasError, match=r"ran away in 3 conversations \(it needs too much memory\)"):
+        run(replace(config, model=str(write_model(tmp_path / "model", template))))
+    assert not os.path.exists(config.store)
+
+
 def test_a_template_that_refuses_some_conversations_says_why_once(config, tmp_path, capfd):
     refusal = "{{ raise_exception('no planets, please') }}"
     template = "{% if 'planet' in messages[0].content %}" + refusal + "{% endif %}" + CHATML

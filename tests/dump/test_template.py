@@ -5,7 +5,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import EyasError
 from dump import template as module
-from dump.template import Template, TemplateRefusedError
+from dump.template import Template, TemplateRanAwayError, TemplateRefusedError
 
 MESSAGES = [{"role": "user", "content": "<q> \u00e9 \U0001f309"}, {"role": "assistant", "content": " a\n"}]
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"<b>": "\u00e9"}}}]
@@ -53,15 +53,26 @@ LOOPS = "{% set ns = namespace(x=MADE) %}{% for i in range(99) %}{% set ns.x = G
         (LOOPS.replace("MADE", "3").replace("GROWN", "ns.x * ns.x"), "an integer that is too large"),
         (LOOPS.replace("MADE", "'x'").replace("GROWN", "ns.x ~ ns.x"), "too much memory"),
         (LOOPS.replace("MADE", "[1]").replace("GROWN", "ns.x + ns.x"), "too much memory"),
+    ],
+)
+def test_a_template_that_runs_away_is_ended(impatient, text, message):
+    with pytest.raises(TemplateRanAwayError, match=message):
+        Template(text).render(messages=MESSAGES)
+    assert Template("{{ messages[1].content }}").render(messages=MESSAGES)[0] == " a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{% include 'secret.txt' %}", "inside the template"),
+        ("{{ raise_exception('Not like this') }}", "^Not like this$"),
     ],
 )
-def test_a_template_that_runs_away_refuses(impatient, text, message):
+def test_a_template_that_reaches_out_or_raises_refuses(text, message):
     with pytest.raises(TemplateRefusedError, match=message):
         Template(text).render(messages=MESSAGES)
-    assert Template("{{ messages[1].content }}").render(messages=MESSAGES)[0] == " a\n"
 
 
 @pytest.mark.parametrize(
