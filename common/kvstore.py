@@ -5,6 +5,7 @@ several writers at once one wins and the others are told.
 """
 
 import functools
+import os
 import posixpath
 import re
 
@@ -13,6 +14,7 @@ import tensorstore as ts
 from common import storage
 from common.library_errors import library_errors
 
+_QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
 _GCS = re.compile(r"gs://([^/]+)(.*)")
 
 
@@ -20,7 +22,9 @@ _GCS = re.compile(r"gs://([^/]+)(.*)")
 def context() -> ts.Context:
     """What every request shares."""
     # One request to GCS gives about 200 MB/s and takes up to a second: rates come from many at once.
-    # A server that is away is tried for two minutes, about as long as gcsfs does.
+    # A server that is away is tried for two minutes, one that says nothing for five, about as gcsfs does.
+    for name, value in _QUIET.items():
+        os.environ.setdefault(f"TENSORSTORE_CURL_LOW_SPEED_{name}", value)
     retries = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "30s"}
     return ts.Context({"gcs_request_concurrency": {"limit": 256}, "gcs_request_retries": retries})
 

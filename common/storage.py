@@ -23,7 +23,7 @@ from common.library_errors import library_errors
 from common.progress import note
 
 _PARTIAL = ".partial"  # how the name of a file that is being written ends
-_TIMEOUT = 60.0  # seconds for a server to connect, or to go on answering
+_TIMEOUT = 30.0  # seconds for a server to connect, or to go on answering; gcsfs tries six times
 _JSON_BYTES = 200_000_000  # beyond any file that a model or a store has
 
 

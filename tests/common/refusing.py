@@ -16,7 +16,7 @@ def refusing(status: int | None) -> Iterator[int]:
         def do_GET(self):
             self.rfile.read(int(self.headers.get("content-length") or 0))
             if status is None:
-                over.wait(30)
+                over.wait(100)
                 return
             message = {401: "Invalid token", 403: "x lacks access", 404: "Not found"}.get(status, "Try later")
             body = json.dumps({"error": {"code": status, "message": message}}).encode()
