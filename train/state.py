@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -108,7 +109,9 @@ class Saved:
     """The folder `state/` of a run: saved states, written in the background, whole or not at all."""
 
     def __init__(self, out: str):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs traces of what it then raises
+        # Orbax logs traces of what it then raises, and leaves coroutines behind that Python complains of.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._place = storage.join(out, "state")
         path = os.path.abspath(storage.local_path(self._place))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
