@@ -41,7 +41,7 @@ SCHEMES = {  # name -> (quantization_config, what shares a scale, what the scale
     "ct_channel": (compressed("channel", ("lm_head", "re:.*mlp.gate$", KEPT)), "channel", "", None),
     "ct_block": (compressed("block", block_structure=list(BLOCK)), "block", "", None),
 }
-MATRIX = re.compile(r"layers\..*(?<!norm)(?<!(?:mlp|moe)\.gate)(?<!conv1d)\.weight$")
+MATRIX = re.compile(r"layers\..*(?<!norm)(?<!(?:mlp|moe)\.gate)(?<!shared_expert_gate)(?<!conv1d)\.weight$")
 
 
 def first_layers(made: golden.Golden, layers: int) -> golden.Golden:
@@ -90,9 +90,10 @@ class Form:
         return scale.astype(self.dtype).astype(np.float32)
 
 
-def folders(name: str, scheme: str, path, form: Form = Form(), layers: int = 8) -> tuple[str, str]:
-    """The first layers of a golden quantised, and the same values in float32."""
-    whole = golden.write_folder(first_layers(golden.read(name), layers), path / "whole")
+def folders(name: str, scheme: str, path, form: Form = Form(), layers: int | None = None) -> tuple[str, str]:
+    """A golden (its first layers) quantised, and the same values in float32."""
+    made = golden.read(name)
+    whole = golden.write_folder(first_layers(made, layers) if layers else made, path / "whole")
     found = safetensors.Checkpoint.open(whole)
     config, shared, suffix, shape = SCHEMES[scheme]
     stored, plain = {}, {}
