@@ -1,7 +1,7 @@
 """TTT as one would write it down at first: every position at every step, every logit held, autodiff.
 
 The measure for the trainer's speed and memory; it must give the same loss. Dimensions as in train/batch.py,
-S keys.
+N query and J key/value heads, d head_dim, S keys.
 """
 
 import jax
@@ -19,11 +19,11 @@ def _shift(x_BT: jax.Array, by: int) -> jax.Array:
     return jnp.pad(x_BT[:, by:], ((0, 0), (0, by), *((r, r) for r in rest)))
 
 
-def _attend(q_BTND, keys, values, mask_BTS, scale: float) -> jax.Array:
+def _attend(q_BTNd, keys, values, mask_BTS, scale: float) -> jax.Array:
     """Softmax over the keys of step 0 that the mask shows and the own ones of later steps."""
-    s = jnp.einsum("btnd,bsnd->bnts", q_BTND, keys[0]) * scale
+    s = jnp.einsum("btnd,bsnd->bnts", q_BTNd, keys[0]) * scale
     s = jnp.where(mask_BTS[:, None], s, -1e30)
-    own = [jnp.einsum("btnd,btnd->bnt", q_BTND, k)[..., None] * scale for k in keys[1:]]
+    own = [jnp.einsum("btnd,btnd->bnt", q_BTNd, k)[..., None] * scale for k in keys[1:]]
     p = jax.nn.softmax(jnp.concatenate([s, *own], -1), -1)
     T = s.shape[-1]
     out = jnp.einsum("bnts,bsnd->btnd", p[..., :T], values[0])
@@ -38,8 +38,8 @@ def loss(c: Eagle3, params: Params, frozen: Frozen, batch: Batch, mask_BT: jax.A
     `batch` is read for tokens, segment_ids, positions, aux_hidden, last_hidden and argmax.
     """
     B, T = batch.tokens.shape
-    J, N, D = c.num_kv_heads, c.num_heads, c.head_dim
-    inverse, factor = inverse_frequencies(D, c.rope_theta, c.rope)
+    J, N, d = c.num_kv_heads, c.num_heads, c.head_dim
+    inverse, factor = inverse_frequencies(d, c.rope_theta, c.rope)
     attention = "midlayer.self_attn."
     segments = batch.segment_ids
     see = (segments[:, :, None] == segments[:, None]) & jnp.tri(T, dtype=bool)[None]
@@ -57,11 +57,11 @@ def loss(c: Eagle3, params: Params, frozen: Frozen, batch: Batch, mask_BT: jax.A
             ],
             -1,
         )
-        q, k, v = ((x @ params[f"{attention}{n}_proj.weight"].T).reshape(B, T, -1, D) for n in "qkv")
+        q, k, v = ((x @ params[f"{attention}{n}_proj.weight"].T).reshape(B, T, -1, d) for n in "qkv")
         tables = rope_tables(batch.positions + step, inverse, factor)
         keys.append(jnp.repeat(apply_rope(k, tables), N // J, axis=2))
         values.append(jnp.repeat(v, N // J, axis=2))
-        mixed = _attend(apply_rope(q, tables), keys, values, see, D**-0.5).reshape(B, T, N * D)
+        mixed = _attend(apply_rope(q, tables), keys, values, see, d**-0.5).reshape(B, T, N * d)
         state += mixed @ params[f"{attention}o_proj.weight"].T
         wide = rms_norm(state, params["midlayer.post_attention_layernorm.weight"], c.rms_eps)
         state += swiglu(wide, *(params[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
