@@ -133,12 +133,20 @@ class Chat:
         return Rendered(text, tuple(s for s, c in zip(spans, counted, strict=True) if c), removed)
 
     def encode(self, rendered: list[Rendered]) -> list[Encoded]:
-        """Tokens and masks; the template has written every special token, so none is added."""
+        """Tokens and masks; the template has written every special token, so none is added.
+
+        EyasError for a token beyond 32 bits.
+        """
         encodings = self._backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        return [
-            Encoded(np.array(e.ids, np.int32), mask_of(r, e.offsets))
-            for r, e in zip(rendered, encodings, strict=True)
-        ]
+        try:
+            return [
+                Encoded(np.array(e.ids, np.int32), mask_of(r, e.offsets))
+                for r, e in zip(rendered, encodings, strict=True)
+            ]
+        except OverflowError as error:
+            raise EyasError(
+                f"the tokenizer gives a token that is no 32-bit number ({error}); fetch the model again"
+            ) from None
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens, special ones included."""

@@ -185,6 +185,16 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path, template,
     assert "\n" not in str(error.value)
 
 
+def test_a_token_beyond_32_bits_is_refused(tmp_path):
+    place = write_model(tmp_path) / "tokenizer.json"
+    made = json.loads(place.read_text())
+    made["model"]["vocab"]["w"] = 2**31
+    place.write_text(json.dumps(made))
+    chat = Chat.load(str(tmp_path))
+    with pytest.raises(EyasError, match="a token that is no 32-bit number"):
+        chat.encode([chat.render(TALK)])
+
+
 def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(EyasError, match="does not exist"):
         Chat.load(str(tmp_path / "somebody" / "model"))
