@@ -10,6 +10,10 @@ class EyasError(ValueError):
     exit_code = 2
 
 
+class DamagedError(EyasError):
+    """What is stored is missing, or is not what was written."""
+
+
 class MachineError(EyasError):
     """The machine failed, a full disk say: the command line exits with 1."""
 

@@ -15,6 +15,8 @@ from common import storage
 from common.library_errors import library_errors
 
 _QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
+INDICES = "cache_pool#indices"  # what of arrays is kept in memory: the indices of shards, never chunks
+_INDEX_BYTES = 64 << 20
 _GCS = re.compile(r"gs://([^/]+)(.*)")
 
 
@@ -26,7 +28,13 @@ def context() -> ts.Context:
     for name, value in _QUIET.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_LOW_SPEED_{name}", value)
     retries = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "30s"}
-    return ts.Context({"gcs_request_concurrency": {"limit": 256}, "gcs_request_retries": retries})
+    return ts.Context(
+        {
+            "gcs_request_concurrency": {"limit": 256},
+            "gcs_request_retries": retries,
+            INDICES: {"total_bytes_limit": _INDEX_BYTES},
+        }
+    )
 
 
 def folder(url: str) -> dict | str:

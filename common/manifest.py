@@ -139,8 +139,10 @@ def _check_sizes(place: str, manifest: dict[str, Any]) -> None:
         for name, array in stored.items():
             rest = sizes.get(name, array["shape"][2:])
             wanted[f"features.arrays.{name}"] = ([R, T, *rest], array["dtype"])
-            shard = [features["block_rows"], T, *rest]
-            _expect(place, f"features.arrays.{name}.shard", array["shard"], shard)
+            shard = array["shard"]
+            _expect(place, f"features.arrays.{name}.shard's dimensions", len(shard), 2 + len(rest))
+            parts = [math.gcd(shard[0], features["block_rows"]), math.gcd(shard[1], T), *rest]
+            _expect(place, f"features.arrays.{name}.shard", shard, parts)  # a block is whole shards
         found |= {f"features.arrays.{name}": array for name, array in stored.items()}
         _expect(place, "features.target.vocab_size", target["vocab_size"], V)
         codec = features["codec"]

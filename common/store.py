@@ -17,8 +17,9 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
 import numpy as np
@@ -29,9 +30,10 @@ import tensorstore as ts
 
 from common import safetensors, storage, zarr
 from common.config import digest
-from common.errors import EyasError
+from common.errors import DamagedError, EyasError, MachineError
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, read_manifest, read_marker
 
+Value = TypeVar("Value")
 _MARKER = re.compile(r"(\d{6,})\.json")
 _ANEW = "which writes it anew"
 _READERS = 32  # small files read at once
@@ -67,7 +69,8 @@ class Store:
         self.rows: int = manifest["rows"]["rows"]
         self.length: int = manifest["rows"]["length"]
         self._open: dict[str, ts.TensorStore] = {}
-        self._sums: dict[int, dict[str, list[int]]] = {}  # of the blocks that are known to be committed
+        self._known: set[int] = set()  # blocks whose markers were read
+        self._block_sums: dict[str, np.ndarray] = {}  # their sums, uint32 [R]
         self._row_sums: dict[str, np.ndarray] | None = None
 
     @classmethod
@@ -103,26 +106,68 @@ class Store:
         return {block for block in found if block < self.blocks and f"{block:06d}.json" in names}
 
     def missing(self) -> list[int]:
-        """The blocks that have no commit marker now, ascending."""
+        """The blocks that have no commit marker now, ascending, from the names of the markers.
+
+        EyasError if another manifest was in force when the first marker was written; the others are read with
+        the rows of their blocks.
+        """
         self.row_sums()  # there are as many rows as the manifest says
-        return sorted(set(range(self.blocks)) - self.committed())
+        committed = self.committed()
+        if committed:
+            self.commit(min(committed))
+        return sorted(set(range(self.blocks)) - committed)
 
     def commit(self, block: int) -> dict[str, Any]:
         """A block's commit marker; EyasError if another manifest was in force when it was written."""
         place, arrays = self.marker_place(block), list(self.features["arrays"])
-        marker = read_marker(place, self.hash, block, self.block_range(block), arrays)
-        self._sums[block] = marker["crc32c"]
-        return marker
+        rows = self.block_range(block)
+        return self._twice(lambda: read_marker(place, self.hash, block, rows, arrays))
 
     def commits(self, blocks: set[int] | None = None) -> list[dict[str, Any]]:
         """The commit markers of `blocks`, or of all that are committed, in the order of the blocks."""
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.commit, sorted(self.committed() if blocks is None else blocks)))
+            markers = list(pool.map(self.commit, sorted(self.committed() if blocks is None else blocks)))
+        self.row_sums()  # there are as many rows as the manifest says
+        for marker in markers:
+            for name, sums in marker["crc32c"].items():
+                self._sums_of(name)[slice(*marker["rows"])] = sums
+        self._known |= {marker["block"] for marker in markers}
+        return markers
+
+    def _sums_of(self, name: str) -> np.ndarray:
+        """The crc32c of the rows of an array, uint32 [R]; of features those in blocks that are known."""
+        if name in COLUMNS:
+            return self.row_sums()[name]
+        if name not in self._block_sums:
+            self._block_sums.setdefault(name, np.zeros(self.rows, np.uint32))  # several threads read
+        return self._block_sums[name]
+
+    def _twice(self, fetch: Callable[[], Value]) -> Value:
+        """What `fetch` gives. From a bucket it is fetched once more if it came damaged: what is stored may be
+        whole."""
+        try:
+            return fetch()
+        except MachineError:
+            raise
+        except EyasError:
+            if not storage.is_remote(self.url):
+                raise
+        return fetch()
+
+    def _file(self, place: str, wanted: str, damaged: str) -> bytes:
+        """A file with this sha256; DamagedError of that text if it has another."""
+
+        def fetch() -> bytes:
+            data = storage.read_bytes(place)
+            if sha256(data) != wanted:
+                raise DamagedError(damaged)
+            return data
+
+        return self._twice(fetch)
 
     def require_complete(self) -> None:
-        """EyasError unless every block is committed under this manifest."""
+        """EyasError unless every block has a commit marker."""
         missing = self.missing()
-        self.commits(set(range(self.blocks)) - set(missing))
         if missing:
             raise EyasError(
                 f"{self.url} is partial: {len(missing)} of {self.blocks} blocks are missing (the first is "
@@ -163,11 +208,8 @@ class Store:
     def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
         """A file of `rows.files`; it has these columns, of types that fit into these."""
         place = f"{self.url}/{name}"
-        data = storage.read_bytes(place)
-        if sha256(data) != self.manifest["rows"]["files"][name]:
-            raise EyasError(
-                f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
-            )
+        damaged = f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
+        data = self._file(place, self.manifest["rows"]["files"][name], damaged)
         try:
             table = pyarrow.parquet.read_table(io.BytesIO(data))
             table.select(list(columns)).cast(pa.schema(columns))
@@ -198,15 +240,18 @@ class Store:
 
     def _whole(self, folder: str, name: str, described: dict[str, Any], crc32: int) -> np.ndarray:
         """An array that is read whole and has one sum."""
-        place = f"{self.url}/{folder}/{name}"
+        return self._twice(lambda: self._read_whole(f"{self.url}/{folder}/{name}", described, crc32))
+
+    def _read_whole(self, place: str, described: dict[str, Any], crc32: int) -> np.ndarray:
+        folder, name = place.split("/")[-2:]
         opened = zarr.open_array(place, described)
         advice = "run the same dump command" if folder == "features" else "prepare a new store"
         try:
             found = zarr.read_rows({name: opened}, np.arange(described["shape"][0]))[name]
-        except EyasError as error:
-            raise EyasError(f"{self.url}: {error}; {advice}") from error
+        except DamagedError as error:
+            raise DamagedError(f"{self.url}: {error}; {advice}") from error
         if zarr.crc32(found) != crc32:
-            raise EyasError(f"{place}: {name} is damaged on disk (checksums differ); {advice}")
+            raise DamagedError(f"{place}: {name} is damaged on disk (checksums differ); {advice}")
         return found
 
     def read(self, names: list[str] | tuple[str, ...], rows: Any) -> dict[str, np.ndarray]:
@@ -219,13 +264,17 @@ class Store:
         rows = np.asarray(rows, np.int64)
         self._require_rows(rows)
         features = [name for name in names if name not in COLUMNS]
-        opened = {name: self._array(name) for name in names}
+        for name in names:
+            self._described(name)
         if len(rows) and features:
             self._require_committed(rows)
+        return self._twice(lambda: self._read(names, rows))
+
+    def _read(self, names: list[str] | tuple[str, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
         try:
-            found = zarr.read_rows(opened, rows)
-        except EyasError as error:
-            raise EyasError(f"{self.url}: {error}; {_REPAIR}") from error
+            found = zarr.read_rows({name: self._array(name) for name in names}, rows)
+        except DamagedError as error:
+            raise DamagedError(f"{self.url}: {error}; {_REPAIR}") from error
         for name in names:
             self._require_sums(name, rows, found[name])
         return found
@@ -236,27 +285,24 @@ class Store:
             raise EyasError(f"{self.url} has rows 0 to {self.rows - 1}; row {outside[0]} was asked for")
 
     def _require_committed(self, rows: np.ndarray) -> None:
-        unknown = set(np.unique(rows // self.features["block_rows"]).tolist()) - self._sums.keys()
+        unknown = set(np.unique(rows // self.features["block_rows"]).tolist()) - self._known
         if not unknown:
             return
-        missing = unknown - self.committed()
-        if missing:
-            raise EyasError(
-                f"{self.url} is partial: block {min(missing)} is not committed; run the same dump command "
-                "again, it continues where it stopped"
-            )
-        self.commits(unknown)
+        try:
+            self.commits(unknown)
+        except EyasError as error:
+            for block in sorted(unknown):
+                if not storage.exists(self.marker_place(block)):
+                    raise EyasError(
+                        f"{self.url} is partial: block {block} is not committed; run the same dump command "
+                        "again, it continues where it stopped"
+                    ) from error
+            raise
 
     def _require_sums(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        if name in COLUMNS:
-            wanted = self.row_sums()[name][rows].tolist()
-        else:
-            size = self.features["block_rows"]
-            wanted = [self._sums[row // size][name][row % size] for row in rows.tolist()]
-        found = zarr.row_sums(values)
-        bad = [row for row, f, w in zip(rows.tolist(), found, wanted, strict=True) if f != w]
+        bad = rows[self._sums_of(name)[rows] != np.array(zarr.row_sums(values), np.uint32)].tolist()
         if bad:
-            raise EyasError(
+            raise DamagedError(
                 f"{self.url}: {name} rows {zarr.some(bad)}: damaged on disk (checksums differ); {_REPAIR}"
             )
 
@@ -288,10 +334,8 @@ class Store:
             raise EyasError(
                 f"{place} is not of this store; it has {', '.join(self.features['target_files'])}"
             )
-        data = storage.read_bytes(place)
-        if sha256(data) != wanted:
-            raise EyasError(f"{place} is damaged (its checksum differs); run the same dump command, {_ANEW}")
-        return data
+        damaged = f"{place} is damaged (its checksum differs); run the same dump command, {_ANEW}"
+        return self._file(place, wanted, damaged)
 
     def target_tensor(self, name: str) -> np.ndarray:
         """The target's "embed_tokens" or "lm_head", [V, H] in its own dtype; one and the same where tied.

@@ -6,6 +6,7 @@ are none, and nothing is deleted: a second writer continues what it finds, or is
 
 import io
 import math
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -15,14 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import tensorstore as ts
 
-from common import kvstore, storage, zarr
+from common import kvstore, stopping, storage, zarr
 from common.config import differences
 from common.errors import EyasError
 from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
 from common.store import Store, sha256
 
-_LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped
+_LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
+_LOOK_SECONDS = 0.5  # between two looks whether a dump that waits is asked to stop
+_IN_FLIGHT = 8 << 30  # bytes, or an eighth of the machine's memory if that is less
+_WRITERS = 16  # blocks written at once: a small one in a bucket is a second of waiting
 
 
 def write_rows(
@@ -95,7 +99,7 @@ def _finish_rows(url: str, rows: dict[str, Any]) -> None:
 
 
 def describe_arrays(shapes: dict[str, tuple[tuple[int, ...], Any]], block_rows: int) -> dict[str, Any]:
-    """The manifest's features.arrays of {name: (shape [R, T, ...], dtype)}; a block is a shard."""
+    """The manifest's features.arrays of {name: (shape [R, T, ...], dtype)}; a block is whole shards."""
     return {
         name: zarr.describe(shape, np.dtype(dtype), block_rows) for name, (shape, dtype) in shapes.items()
     }
@@ -162,34 +166,47 @@ def _has_draft_ids(store: Store) -> bool:
 
 
 class FeatureWriter:
-    """Writes blocks of features in the background, `in_flight` at a time; a full queue makes `write` wait.
+    """Writes blocks of features in the background; `write` waits while more than `in_flight` bytes are held.
 
-    Use as a context manager: leaving it waits for what is in flight. A block is committed when its marker is
-    there, and the marker is written when every array of the block is on disk (fsync) or in the bucket.
-    Whatever keeps a block from being committed is raised, by a later `write` or when the context is left.
+    Use as a context manager: leaving it waits for what is in flight, after an error or a request to stop for
+    some seconds only. A block is committed when its marker is there, and the marker is written when every
+    array of the block is on disk (fsync) or in the bucket. Whatever keeps a block from being committed is
+    raised, by a later `write` or when the context is left.
     """
 
-    def __init__(self, url: str, in_flight: int = 2):
-        """Opens a store in which `create_features` has made the features."""
+    def __init__(self, url: str, in_flight: int | None = None):
+        """Opens a store in which `create_features` has made the features. One block is always in flight."""
         self.store = Store.open(url)
         self._arrays = {
             name: zarr.open_array(f"{self.store.url}/features/{name}", described)
             for name, described in self.store.features["arrays"].items()
         }
-        self._in_flight = in_flight
-        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="block-writer")
-        self._pending: deque[Future] = deque()
+        self._limit = min(_IN_FLIGHT, _memory() // 8) if in_flight is None else in_flight
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="block-writer")
+        self._pending: deque[tuple[int, Future]] = deque()  # (bytes, the block's outcome)
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
 
         The arrays must not change until the block is written. Raises what kept an earlier block from being
-        committed.
+        committed, and Stopped if asked to stop while it waits.
         """
         assert values.keys() == self._arrays.keys(), (sorted(values), sorted(self._arrays))
-        if len(self._pending) == self._in_flight:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._write, block, values, tokens, counted))
+        size = sum(value.nbytes for value in values.values())
+        self._pending.append((size, self._pool.submit(self._write, block, values, tokens, counted)))
+        while len(self._pending) > 1 and (self._pending[0][1].done() or self._bytes() > self._limit):
+            self._await_oldest()
+
+    def _bytes(self) -> int:
+        return sum(size for size, _ in self._pending)
+
+    def _await_oldest(self) -> None:
+        _, outcome = self._pending[0]
+        while not outcome.done():
+            stopping.check()  # a server may not answer for minutes
+            wait([outcome], _LOOK_SECONDS)
+        self._pending.popleft()
+        outcome.result()
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows, place = self.store.block_range(block), self.store.marker_place(block)
@@ -218,11 +235,16 @@ class FeatureWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            # A machine that is taken away leaves seconds: what is not on disk by then is written again.
+        try:
+            while kind is None and self._pending:
+                self._await_oldest()
+        finally:
+            # A machine that is taken away leaves seconds, and where a process has failed the others wait:
+            # what is not on disk by then is written again.
             self._pool.shutdown(wait=False, cancel_futures=True)
-            wait(self._pending, timeout=_LAST_SECONDS)
-            return
-        self._pool.shutdown(wait=True)
-        while kind is None and self._pending:
-            self._pending.popleft().result()
+            wait([outcome for _, outcome in self._pending if not outcome.cancelled()], _LAST_SECONDS)
+
+
+def _memory() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

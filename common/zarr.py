@@ -1,12 +1,15 @@
-"""Arrays on disk: zarr v3 through TensorStore, one shard a block of rows, one inner chunk a row.
+"""Arrays on disk: zarr v3 through TensorStore, a block of rows in whole shards, one inner chunk a row.
 
-The shard (`sharding_indexed`) is the unit of writing: it is written whole and once, because a partial write
-rewrites all of it. The inner chunk is the unit of reading; it holds one row, or an equal part of the row's
-positions where a row is larger than `CHUNK_BYTES`. Chunks are raw little-endian bytes, uncompressed: states
-hardly shrink. A flipped bit is an error and never a number: every row has a crc32c, which the store keeps
-beside the arrays (TensorStore computes zarr's own at 2 GB/s, `google_crc32c` this one in hardware at 9), and
-the index of a shard has zarr's. Chunks that equal the fill value are stored, so that a missing one is an
-error too. What an array is (shape, dtype, chunks) is said by the manifest, and its zarr.json must agree.
+The shard (`sharding_indexed`) is one file or object, and the unit of writing: it is written whole and once,
+because a partial write rewrites all of it. A block has as many as keep each below `SHARD_BYTES`, so that a
+wide block goes to a bucket in many requests at once. The inner chunk is the unit of reading; it holds one
+row, or an equal part of the row's positions where a row is larger than `CHUNK_BYTES`. Chunks that lie beside
+each other are read in one request, and a shard's index once. Chunks are raw little-endian bytes,
+uncompressed: states hardly shrink. A flipped bit is an error and never a number: every row has a crc32c,
+which the store keeps beside the arrays (TensorStore computes zarr's own at 2 GB/s, `google_crc32c` this one
+in hardware at 9), and the index of a shard has zarr's. Chunks that equal the fill value are stored, so that a
+missing one is an error too. What an array is (shape, dtype, chunks) is said by the manifest, and its
+zarr.json must agree.
 
 Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html
 """
@@ -22,11 +25,12 @@ import numpy as np
 import tensorstore as ts
 
 from common import kvstore, storage
-from common.errors import EyasError
+from common.errors import DamagedError, EyasError
 from common.library_errors import explained, is_refusal, reason, waiting
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
-SHARD_BYTES = 64 << 20  # of arrays that have no blocks
+SHARD_BYTES = 256_000_000  # above this, writing a block is split
+ROWS_SHARD_BYTES = 64 << 20  # of arrays that have no blocks
 _NAMED = 8  # rows that an error names
 _BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
@@ -35,26 +39,36 @@ def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """The inner chunk of an array [R, T, ...]: (1, T / n, ...), n the smallest that divides T and fits."""
     if len(shape) < 2:
         return shape
-    length, rest = shape[1], shape[2:]
-    limit = CHUNK_BYTES // (math.prod(rest) * np.dtype(dtype).itemsize)
-    part = next((length // n for n in range(1, length + 1) if length % n == 0 and length // n <= limit), 1)
-    return (1, part, *rest)
+    limit = CHUNK_BYTES // (math.prod(shape[2:]) * np.dtype(dtype).itemsize)
+    return (1, _largest_part(shape[1], limit), *shape[2:])
 
 
-def shard_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows of a shard of an array without blocks: at most `SHARD_BYTES`, at least one row."""
+def shard_shape(shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None) -> tuple[int, ...]:
+    """The shard of an array [R, T, ...]: the most whole rows that divide a block and fit into `SHARD_BYTES`,
+    or the largest equal part, of whole chunks, of a row that does not fit. Without blocks, as many rows as
+    fit into `ROWS_SHARD_BYTES`."""
     row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-    return max(1, min(shape[0], SHARD_BYTES // row))
+    if block_rows is None:
+        return (max(1, min(shape[0], ROWS_SHARD_BYTES // row)), *shape[1:])
+    if row <= SHARD_BYTES:
+        return (_largest_part(block_rows, SHARD_BYTES // row), *shape[1:])
+    chunk = chunk_shape(shape, dtype)[1]
+    chunks = _largest_part(shape[1] // chunk, SHARD_BYTES // (row // shape[1] * chunk))
+    return (1, chunks * chunk, *shape[2:])
 
 
-def describe(shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None) -> dict[str, Any]:
-    """What the manifest says of an array: shape, dtype, inner chunk and shard, of `rows` rows if given."""
-    rows = rows or shard_rows(shape, dtype)
+def _largest_part(whole: int, limit: int) -> int:
+    """The largest divisor of `whole` up to `limit`, at least 1."""
+    return next((whole // n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= limit), 1)
+
+
+def describe(shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None) -> dict[str, Any]:
+    """What the manifest says of an array: shape, dtype, inner chunk and shard; a block is whole shards."""
     return {
         "shape": list(shape),
         "dtype": np.dtype(dtype).name,
         "chunk": list(chunk_shape(shape, dtype)),
-        "shard": [rows, *shape[1:]],
+        "shard": list(shard_shape(shape, dtype, block_rows)),
     }
 
 
@@ -86,6 +100,7 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
         "recheck_cached_data": "open",  # shards never change
+        "metadata_cache_pool": kvstore.INDICES,
     }
     try:
         with waiting(url):
@@ -111,8 +126,8 @@ def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
 def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, np.ndarray]:
     """{name: array[rows]}; every request is in flight at once, consecutive rows share one.
 
-    `rows` int64 [n], in any order, repeats allowed. EyasError naming the array and the rows that are missing
-    or damaged.
+    `rows` int64 [n], in any order, repeats allowed. DamagedError naming the array and the rows that are
+    missing or damaged, another EyasError if a server refuses or does not answer.
     """
     found, pending = {}, []
     for name, array in arrays.items():
@@ -134,7 +149,7 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
 
 
 def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) -> None:
-    """Finds which rows of a failed request are unreadable, and raises EyasError."""
+    """Finds which rows of a failed request are unreadable, and raises DamagedError."""
     bad, requests = [], [(row, array[row].read()) for row in rows]
     for row, request in requests:
         try:
@@ -142,7 +157,7 @@ def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) ->
         except ValueError as found:
             bad, error = [*bad, row], found
     named = f"row {rows[0]}" if len(rows) == 1 else f"rows {some(bad or list(rows))}"
-    raise EyasError(f"{name} {named}: missing or damaged on disk ({reason(error)})") from error
+    raise DamagedError(f"{name} {named}: missing or damaged on disk ({reason(error)})") from error
 
 
 def some(rows: list[int]) -> str:

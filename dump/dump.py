@@ -110,7 +110,6 @@ def _resumable(config: DumpConfig) -> Iterator[Callable[[], None]]:
         with Stop(everywhere=True) as stop:
             yield stop.check
     except KeyboardInterrupt:
-        done = len(Store.open(config.store).committed())
-        raise EyasError(
-            f"dump stopped; {done} blocks of {config.store} are committed: continue with the same command"
+        raise EyasError(  # at once: the store may be what did not answer
+            f"dump stopped; what is committed in {config.store} stays: continue with the same command"
         ) from None

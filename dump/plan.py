@@ -123,7 +123,9 @@ def _begun(
         ),
     }
     begun = find_features(config.store, features)
-    blocks = range(-(-store.rows // config.block_rows)) if begun is None else _missing_blocks(config.store)
+    blocks = (
+        range(-(-store.rows // config.block_rows)) if begun is None else Store.open(config.store).missing()
+    )
     part, parts = config.part()
     return begun or features, [block for block in blocks if block % parts == part]
 
@@ -214,13 +216,6 @@ def weights_hash(checkpoint: Checkpoint) -> str:
         first = (slice(0, 1),) * len(checkpoint.tensors[name].shape[:1])
         found.update(checkpoint.read(name, first).tobytes())
     return found.hexdigest()
-
-
-def _missing_blocks(url: str) -> list[int]:
-    """The blocks to compute; EyasError if a marker of the others is damaged."""
-    store = Store.open(url)
-    store.commits()
-    return store.missing()
 
 
 def _bytes(features: dict[str, Any], rows: int, blocks: int) -> int:

@@ -122,10 +122,15 @@ class _Block:
     def __init__(self, plan: Plan, block: int):
         self.rows = plan.rows_of(block)
         self.inputs = plan.store.read((*_INPUTS, "loss_mask"), self.rows)
-        described = plan.features["arrays"].items()
-        self.values = {n: np.empty((len(self.rows), *a["shape"][1:]), a["dtype"]) for n, a in described}
+        self._described = plan.features["arrays"]
+        self.values: dict[str, np.ndarray] = {}
 
     def fill(self, batch: _Batch, found: Pending) -> None:
+        if not self.values:  # only now: of the blocks that are computed, one is filled at a time
+            rows = len(self.rows)
+            self.values = {
+                n: np.empty((rows, *a["shape"][1:]), a["dtype"]) for n, a in self._described.items()
+            }
         here = slice(batch.start, batch.start + batch.count)
         found.into({name: value[here] for name, value in self.values.items()})
         real = self.inputs["segment_ids"][here] > 0

@@ -3,15 +3,18 @@
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from common import safetensors, storage, zarr
+from common import safetensors, stopping, storage, store_writer, zarr
 from common.errors import EyasError
 from common.store import Store, sha256, tensor_file
 from common.store_verify import verify
@@ -126,13 +129,80 @@ def test_large_rows_are_split_and_small_ones_are_whole():
     assert zarr.chunk_shape((9, 7, 10**8), bf16) == (1, 1, 10**8)
 
 
-def test_split_rows_round_trip(url, monkeypatch):
+def test_a_block_is_objects_that_one_request_can_carry():
+    """Of Qwen3-32B at 32 rows a block the aux states are 2 GB."""
+    bf16 = np.dtype(ml_dtypes.bfloat16)
+    row = 2048 * 3 * 5120 * 2
+    assert zarr.shard_shape((900, 2048, 3, 5120), bf16, 32) == (4, 2048, 3, 5120)
+    assert 64e6 < 4 * row <= zarr.SHARD_BYTES
+    assert zarr.shard_shape((900, 2048, 5120), bf16, 32) == (8, 2048, 5120)
+    assert zarr.shard_shape((900, 2048), np.dtype(np.int32), 32) == (32, 2048)
+    assert zarr.shard_shape((900, 2048, 3, 5120), bf16, 7) == (1, 2048, 3, 5120)
+    # A row of a whole vocabulary is 622 MB: parts of whole chunks.
+    assert zarr.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
+    assert zarr.shard_shape((9, 2048, 151_936), bf16, 32) == (1, 512, 151_936)
+    assert zarr.shard_shape((100_000, 2048), np.dtype(np.int32)) == (8192, 2048)
+
+
+@pytest.mark.parametrize(("limit", "shard"), [(T * A * H * 4, [1, T, A, H]), (500, [1, 4, A, H])])
+def test_blocks_of_many_shards_and_rows_of_many_chunks_round_trip(url, monkeypatch, limit, shard):
     monkeypatch.setattr(zarr, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(zarr, "SHARD_BYTES", limit)
     values = features()
     write_blocks(url, values)
-    assert Store.open(url).features["arrays"]["aux_hidden"]["chunk"] == [1, 2, A, H]
+    array = Store.open(url).features["arrays"]["aux_hidden"]
+    assert (array["chunk"], array["shard"]) == ([1, 2, A, H], shard)
     found = Store.open(url).read(["aux_hidden"], [3, 1])["aux_hidden"]
     np.testing.assert_array_equal(found, values["aux_hidden"][[3, 1]])
+    assert verify(url)["damaged"] == []
+    assert len(os.listdir(f"{url}/features/aux_hidden/c")) == R
+
+
+def test_bytes_in_flight_are_bounded_and_a_block_always_goes(url, monkeypatch):
+    """The disk takes nothing until it is let: `write` goes on while the bytes fit, and then waits."""
+    create_features(url, described(features()))
+    go, held = threading.Event(), []
+    monkeypatch.setattr(FeatureWriter, "_write", lambda *_: go.wait(20))
+    blocks = [{n: v[own.start : own.stop] for n, v in features().items()} for own in (range(3), range(3, 6))]
+    size = sum(x.nbytes for x in blocks[0].values())
+    for limit, passed in ((2 * size, 2), (size, 1), (0, 1)):
+        go.clear()
+        held.clear()
+        writer = FeatureWriter(url, limit)
+
+        def write_all(writer=writer):
+            for number in range(4):
+                writer.write(number % 2, blocks[number % 2], 0, 0)
+                held.append(number)
+
+        thread = threading.Thread(target=write_all)
+        thread.start()
+        thread.join(0.3)
+        assert len(held) == passed
+        go.set()
+        thread.join(10)
+        assert len(held) == 4
+        with writer:
+            pass
+
+
+def test_a_stop_does_not_wait_for_a_disk_that_hangs(url, monkeypatch):
+    create_features(url, described(features()))
+    go = threading.Event()
+    monkeypatch.setattr(FeatureWriter, "_write", lambda *_: go.wait(20))
+    monkeypatch.setattr(store_writer, "_LAST_SECONDS", 0.2)
+    start = time.monotonic()
+
+    def write() -> None:
+        with stopping.Stop(everywhere=True), FeatureWriter(url, 0) as writer:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            for _ in range(40):
+                writer.write(0, {n: v[:3] for n, v in features().items()}, 0, 0)
+
+    with pytest.raises(stopping.Stopped):
+        write()
+    assert time.monotonic() - start < 5
+    go.set()
 
 
 def test_bytes_on_disk_are_close_to_raw(tmp_path):

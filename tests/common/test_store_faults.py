@@ -132,7 +132,7 @@ def test_a_marker_is_whole_and_its_blocks(full, name):
     MARKERS[name](marker)
     with open(place, "w") as file:
         json.dump(marker, file)
-    for use in (lambda s: s.read(["argmax"], [4]), Store.require_complete, Store.commits):
+    for use in (lambda s: s.read(["argmax"], [4]), Store.commits):
         with pytest.raises(EyasError, match=r"commits/000001\.json") as found:
             use(Store.open(full))
         assert "\n" not in str(found.value)
@@ -144,7 +144,7 @@ def test_a_marker_that_is_anything_else(full, text):
     with open(f"{full}/commits/000001.json", "w") as file:
         file.write(text)
     with pytest.raises(EyasError, match=r"commits/000001\.json"):
-        Store.open(full).require_complete()
+        Store.open(full).commits()
 
 
 def test_a_marker_that_is_a_folder_or_of_no_block(full):
@@ -152,7 +152,7 @@ def test_a_marker_that_is_a_folder_or_of_no_block(full):
     assert "commits/000003.json is no block's" in problem(full)
     os.mkdir(f"{full}/commits/000001.json")
     with pytest.raises(EyasError, match=r"000001\.json is a folder"):
-        Store.open(full).require_complete()
+        Store.open(full).commits()
     with pytest.raises(EyasError, match=r"000001\.json is a folder"):
         Store.open(full).read(["argmax"], [4])
 
