@@ -66,10 +66,13 @@ def initialise(
         raise EyasError(
             f"process={process} of processes={processes}: give a number from 0 to {processes - 1}"
         )
-    import jax  # only here: every verb imports this file, and few need jax
+    # Only here: every verb imports this file, and few need jax. What is asked of its insides has no public
+    # name; orbax asks the same.
+    import jax
+    from jax._src import distributed, xla_bridge
 
-    if jax.distributed.is_initialized():
-        return
+    if jax.distributed.is_initialized() or (coordinator is None and xla_bridge.backends_are_initialized()):
+        return  # a second command in one Python program
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
     try:
         jax.distributed.initialize(*given)
@@ -83,8 +86,6 @@ def initialise(
             "on every host, or give --processes 1 to run alone"
         ) from error
     if jax.process_count() > 1:
-        from jax._src import distributed  # the key-value store has no public name; orbax uses it likewise
-
         _Pod.client = distributed.global_state.client
         _Pod.size, _Pod.index = jax.process_count(), jax.process_index()
         if not is_first():
