@@ -1,9 +1,9 @@
-"""Arrays on disk: zarr v3 through TensorStore, a block of rows in whole shards, one inner chunk a row.
+"""Arrays on disk: zarr v3 through TensorStore, a block of rows in whole shards of inner chunks.
 
 The shard (`sharding_indexed`) is one file or object, and the unit of writing: it is written whole and once,
 because a partial write rewrites all of it. A block has as many as keep each below `SHARD_BYTES`, so that a
-wide block goes to a bucket in many requests at once. The inner chunk is the unit of reading; it holds one
-row, or an equal part of the row's positions where a row is larger than `CHUNK_BYTES`. Chunks that lie beside
+wide block goes to a bucket in many requests at once. The inner chunk is the unit of reading: a row, an equal
+part of the positions of a row that is larger than `CHUNK_BYTES`, or some small rows. Chunks that lie beside
 each other are read in one request, and a shard's index once. Chunks are raw little-endian bytes,
 uncompressed: states hardly shrink. A flipped bit is an error and never a number: every row has a crc32c,
 which the store keeps beside the arrays (TensorStore computes zarr's own at 2 GB/s, `google_crc32c` this one
@@ -29,47 +29,51 @@ from common.errors import DamagedError, EyasError
 from common.library_errors import explained, is_refusal, reason, waiting
 
 CHUNK_BYTES = 10_000_000  # above this, reading a row is split
+GATHERED_BYTES = 64 << 10  # up to this, rows are read together: a chunk costs 6 us, however small it is
 SHARD_BYTES = 256_000_000  # above this, writing a block is split
 ROWS_SHARD_BYTES = 64 << 20  # of arrays that have no blocks
 _NAMED = 8  # rows that an error names
 _BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
-def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """The inner chunk of an array [R, T, ...]: (1, T / n, ...), n the smallest that divides T and fits."""
+def describe(shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None) -> dict[str, Any]:
+    """What the manifest says of an array: shape, dtype, inner chunk and shard; a block is whole shards."""
+    shard, chunk = layout(shape, dtype, block_rows)
+    named = {"shape": list(shape), "dtype": np.dtype(dtype).name}
+    return named | {"chunk": list(chunk), "shard": list(shard)}
+
+
+def layout(
+    shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shard, inner chunk) of an array [R, T, ...].
+
+    The shard: the most whole rows that divide a block and fit into `SHARD_BYTES`, or the largest equal part,
+    of whole chunks, of a row that does not fit. Without blocks, as many rows as fit into `ROWS_SHARD_BYTES`.
+    The chunk: an equal part of a row, or of the shard's rows as many as fit into `GATHERED_BYTES`.
+    """
     if len(shape) < 2:
-        return shape
-    limit = CHUNK_BYTES // (math.prod(shape[2:]) * np.dtype(dtype).itemsize)
-    return (1, _largest_part(shape[1], limit), *shape[2:])
-
-
-def shard_shape(shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None) -> tuple[int, ...]:
-    """The shard of an array [R, T, ...]: the most whole rows that divide a block and fit into `SHARD_BYTES`,
-    or the largest equal part, of whole chunks, of a row that does not fit. Without blocks, as many rows as
-    fit into `ROWS_SHARD_BYTES`."""
-    row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+        return shape, shape
+    (R, T), rest = shape[:2], shape[2:]
+    token = math.prod(rest) * np.dtype(dtype).itemsize
+    row, gathered = T * token, max(1, GATHERED_BYTES // (T * token))
     if block_rows is None:
-        return (max(1, min(shape[0], ROWS_SHARD_BYTES // row)), *shape[1:])
+        rows = min(R, gathered)
+        return (rows * max(1, min(-(-R // rows), ROWS_SHARD_BYTES // (rows * row))), T, *rest), (
+            rows,
+            T,
+            *rest,
+        )
+    part = _largest_part(T, CHUNK_BYTES // token)
     if row <= SHARD_BYTES:
-        return (_largest_part(block_rows, SHARD_BYTES // row), *shape[1:])
-    chunk = chunk_shape(shape, dtype)[1]
-    chunks = _largest_part(shape[1] // chunk, SHARD_BYTES // (row // shape[1] * chunk))
-    return (1, chunks * chunk, *shape[2:])
+        rows = _largest_part(block_rows, SHARD_BYTES // row)
+        return (rows, T, *rest), (_largest_part(rows, gathered), part, *rest)
+    return (1, part * _largest_part(T // part, SHARD_BYTES // (part * token)), *rest), (1, part, *rest)
 
 
 def _largest_part(whole: int, limit: int) -> int:
     """The largest divisor of `whole` up to `limit`, at least 1."""
     return next((whole // n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= limit), 1)
-
-
-def describe(shape: tuple[int, ...], dtype: np.dtype, block_rows: int | None = None) -> dict[str, Any]:
-    """What the manifest says of an array: shape, dtype, inner chunk and shard; a block is whole shards."""
-    return {
-        "shape": list(shape),
-        "dtype": np.dtype(dtype).name,
-        "chunk": list(chunk_shape(shape, dtype)),
-        "shard": list(shard_shape(shape, dtype, block_rows)),
-    }
 
 
 def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.TensorStore:
@@ -167,7 +171,8 @@ def some(rows: list[int]) -> str:
 
 def row_sums(array: np.ndarray) -> list[int]:
     """The crc32c of every row's raw bytes."""
-    return [google_crc32c.value(np.ascontiguousarray(row).reshape(-1).view(np.uint8)) for row in array]
+    raw = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
+    return [google_crc32c.value(row) for row in raw]
 
 
 def crc32(array: np.ndarray, before: int = 0) -> int:

@@ -121,27 +121,22 @@ def test_round_trip_in_any_order(url, kind):
     assert store.read(["aux_hidden"], [])["aux_hidden"].shape == (0, T, A, H)
 
 
-def test_large_rows_are_split_and_small_ones_are_whole():
-    bf16 = np.dtype(ml_dtypes.bfloat16)
-    assert zarr.chunk_shape((9, 2048, 3, 5120), bf16) == (1, 256, 3, 5120)
-    assert zarr.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
-    assert zarr.chunk_shape((9, 512, 3, 576), np.dtype(np.float32)) == (1, 512, 3, 576)
-    assert zarr.chunk_shape((9, 7, 10**8), bf16) == (1, 1, 10**8)
-
-
-def test_a_block_is_objects_that_one_request_can_carry():
-    """Of Qwen3-32B at 32 rows a block the aux states are 2 GB."""
-    bf16 = np.dtype(ml_dtypes.bfloat16)
-    row = 2048 * 3 * 5120 * 2
-    assert zarr.shard_shape((900, 2048, 3, 5120), bf16, 32) == (4, 2048, 3, 5120)
-    assert 64e6 < 4 * row <= zarr.SHARD_BYTES
-    assert zarr.shard_shape((900, 2048, 5120), bf16, 32) == (8, 2048, 5120)
-    assert zarr.shard_shape((900, 2048), np.dtype(np.int32), 32) == (32, 2048)
-    assert zarr.shard_shape((900, 2048, 3, 5120), bf16, 7) == (1, 2048, 3, 5120)
+def test_chunks_are_of_a_size_to_read_and_shards_of_a_size_to_write():
+    """Of Qwen3-32B at 32 rows a block the aux states are 2 GB: too much for one request to a bucket."""
+    bf16, int32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)
+    aux, T = (3, 5120), 2048
+    assert zarr.layout((900, T, *aux), bf16, 32) == ((4, T, *aux), (1, 256, *aux))
+    assert 64e6 < 4 * T * 3 * 5120 * 2 <= zarr.SHARD_BYTES
+    assert zarr.layout((900, T, 5120), bf16, 32) == ((8, T, 5120), (1, 512, 5120))
+    assert zarr.layout((900, T, *aux), bf16, 7) == ((1, T, *aux), (1, 256, *aux))
     # A row of a whole vocabulary is 622 MB: parts of whole chunks.
-    assert zarr.chunk_shape((9, 2048, 151_936), bf16) == (1, 32, 151_936)
-    assert zarr.shard_shape((9, 2048, 151_936), bf16, 32) == (1, 512, 151_936)
-    assert zarr.shard_shape((100_000, 2048), np.dtype(np.int32)) == (8192, 2048)
+    assert zarr.layout((9, T, 151_936), bf16, 32) == ((1, 512, 151_936), (1, 32, 151_936))
+    # Small rows are read some at a time, whatever their number.
+    assert zarr.layout((900, T), int32, 32) == ((32, T), (8, T))
+    assert zarr.layout((100_000, T), int32) == ((8192, T), (8, T))
+    assert zarr.layout((5_003, T), int32) == ((5_008, T), (8, T))
+    assert zarr.layout((7, 12), int32) == ((7, 12), (7, 12))
+    assert zarr.layout((151_936,), int32) == ((151_936,), (151_936,))
 
 
 @pytest.mark.parametrize(("limit", "shard"), [(T * A * H * 4, [1, T, A, H]), (500, [1, 4, A, H])])
