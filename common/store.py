@@ -186,11 +186,11 @@ class Store:
 
     def index(self) -> pa.Table:
         """One line a conversation: id, split, row, start, length, counted."""
-        return self._table(INDEX, {"split": pa.string(), "row": pa.int64(), "length": pa.int64()})
+        return self._table(INDEX, {"split": pa.string(), "row": pa.int64(), "length": pa.int64()}, whole=True)
 
     def longest_document(self) -> int:
         """The most tokens that a conversation has."""
-        return pc.max(self.index()["length"]).as_py() or 0
+        return pc.max(self._table(INDEX, {"length": pa.int64()})["length"]).as_py() or 0
 
     def row_sums(self) -> dict[str, np.ndarray]:
         """The crc32c of every row of every array of rows, uint32 [R]."""
@@ -205,13 +205,13 @@ class Store:
             self._row_sums = sums
         return self._row_sums
 
-    def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
-        """A file of `rows.files`; it has these columns, of types that fit into these."""
+    def _table(self, name: str, columns: dict[str, pa.DataType], whole: bool = False) -> pa.Table:
+        """These columns of a file of `rows.files`, of types that fit into these; all, if `whole`."""
         place = f"{self.url}/{name}"
         damaged = f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
         data = self._file(place, self.manifest["rows"]["files"][name], damaged)
         try:
-            table = pyarrow.parquet.read_table(io.BytesIO(data))
+            table = pyarrow.parquet.read_table(io.BytesIO(data), columns=None if whole else list(columns))
             table.select(list(columns)).cast(pa.schema(columns))
         except (pa.ArrowException, OSError, KeyError) as error:
             reason = " ".join(str(error).split())
@@ -220,7 +220,7 @@ class Store:
 
     def split_rows(self, split: str) -> np.ndarray:
         """The rows of "train" or "test", int64 ascending; a row belongs to one split."""
-        table = self.index()
+        table = self._table(INDEX, {"split": pa.string(), "row": pa.int64()})
         rows = np.unique(table.filter(pc.equal(table["split"], split))["row"].to_numpy()).astype(np.int64)
         self._require_rows(rows)
         return rows

@@ -8,6 +8,7 @@ import io
 import math
 import os
 from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -21,6 +22,7 @@ from common.config import differences
 from common.errors import EyasError
 from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
+from common.progress import Progress
 from common.store import Store, sha256
 
 _LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
@@ -31,35 +33,75 @@ _WRITERS = 16  # blocks written at once: a small one in a bucket is a second of 
 
 def write_rows(
     url: str,
-    columns: dict[str, np.ndarray],
+    columns: Mapping[str, Any],
     token_counts: np.ndarray,
-    index: pa.Table,
+    index: Any,
     rows_manifest: dict[str, Any],
 ) -> None:
     """Makes a store of packed rows. The manifest says `unfinished` until all is written; an interrupted call
     is made again with the same rows.
 
-    `columns`: tokens, segment_ids, positions int32 and loss_mask uint8, each [R, T]; `token_counts` int64
-    [V]; `index`: a line a conversation; `rows_manifest` needs rows, length, vocab_size, and gets the arrays
-    and sums. EyasError if there is a store already, other rows were begun, or the disk is full.
+    `columns`: tokens, segment_ids, positions int32 and loss_mask uint8, each [R, T]: arrays, or anything that
+    gives some rows for a slice. Each is read twice, a shard at a time, for its sums and to be written.
+    `token_counts` int64 [V]; `index`: a line a conversation, an Arrow table or stream; `rows_manifest` needs
+    rows, length, vocab_size, and gets the arrays and sums. EyasError if there is a store already, other rows
+    were begun, or the disk is full.
     """
     url = url.rstrip("/")
-    arrays = {name: columns[name] for name in COLUMNS} | {"token_counts": token_counts}
-    sums = {name: pa.array(zarr.row_sums(columns[name]), pa.uint32()) for name in COLUMNS}
+    R, T = rows_manifest["rows"], rows_manifest["length"]
+    arrays = {name: zarr.describe((R, T), np.dtype(dtype)) for name, dtype in COLUMNS.items()}
+    arrays["token_counts"] = zarr.describe(token_counts.shape, token_counts.dtype)
+    sums = {name: np.zeros(R, np.uint32) for name in COLUMNS}
+    with Progress("sum rows", len(COLUMNS) * R, "row") as bar:
+        for name in COLUMNS:
+            for rows in _shards(arrays[name]):
+                sums[name][rows.start : rows.stop] = zarr.row_sums(columns[name][rows.start : rows.stop])
+                bar.update(len(rows))
     files = {INDEX: _parquet(index), ROW_SUMS: _parquet(pa.table(sums))}
-    rows = rows_manifest | {
-        "arrays": {name: zarr.describe(value.shape, value.dtype) for name, value in arrays.items()},
+    manifest = rows_manifest | {
+        "arrays": arrays,
         "files": {name: sha256(data) for name, data in files.items()},
         "token_counts_crc32": zarr.crc32(token_counts),
     }
-    _claim_rows(url, rows)
+    _claim_rows(url, manifest)
     storage.remove_partial(url)
-    for name, value in arrays.items():
-        made = zarr.open_array(f"{url}/rows/{name}", rows["arrays"][name], create=True)
-        _write_whole(f"{url}/rows/{name}", made, value)
+    with Progress("write rows", len(COLUMNS) * R, "row") as bar:
+        for name in COLUMNS:
+            _write_column(f"{url}/rows/{name}", arrays[name], columns[name], bar)
+    place = f"{url}/rows/token_counts"
+    _write_whole(place, zarr.open_array(place, arrays["token_counts"], create=True), token_counts)
     for name, data in files.items():
         storage.write_bytes(f"{url}/{name}", data)
-    _finish_rows(url, rows)
+    _finish_rows(url, manifest)
+
+
+def _shards(described: dict[str, Any]) -> Iterator[range]:
+    """The rows of each shard of an array [R, T]."""
+    rows, size = described["shape"][0], described["shard"][0]
+    for start in range(0, rows, size):
+        yield range(start, min(start + size, rows))
+
+
+def _write_column(place: str, described: dict[str, Any], column: Any, bar: Progress) -> None:
+    """Writes a column shard by shard, each whole and once; the next is made while one is written."""
+    array = zarr.open_array(place, described, create=True)
+    pending: deque[tuple[int, Any]] = deque()
+    with library_errors(place):
+        for rows in _shards(described):
+            value = column[rows.start : rows.stop]
+            write = array[rows.start : rows.stop].write(value, can_reference_source_data_indefinitely=True)
+            write.commit.force()
+            pending.append((len(rows), write))
+            if len(pending) > 1:
+                _finish_shard(pending, bar)
+        while pending:
+            _finish_shard(pending, bar)
+
+
+def _finish_shard(pending: deque[tuple[int, Any]], bar: Progress) -> None:
+    rows, write = pending.popleft()
+    write.commit.result()
+    bar.update(rows)
 
 
 def _write_whole(place: str, array: ts.TensorStore, value: np.ndarray) -> None:
@@ -67,9 +109,12 @@ def _write_whole(place: str, array: ts.TensorStore, value: np.ndarray) -> None:
         array.write(value).commit.result()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink)
+def _parquet(lines: Any) -> bytes:
+    """An Arrow table or stream as a Parquet file; each batch is a row group."""
+    sink, reader = io.BytesIO(), pa.RecordBatchReader.from_stream(lines)
+    with pyarrow.parquet.ParquetWriter(sink, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
     return sink.getvalue()
 
 
