@@ -64,6 +64,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     if url.startswith(("gs://", "gcs://")):
         import aiohttp
 
+        options["use_listings_cache"] = False  # others write meanwhile: what is asked is asked of the server
         options["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
     return fsspec.core.url_to_fs(url, **options)
 

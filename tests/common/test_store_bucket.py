@@ -50,6 +50,15 @@ def files_on_condition() -> None:
     assert storage.read_bytes(place) == b"new"
 
 
+def others_are_seen() -> None:
+    """What was listed once is not remembered: another process may have written or deleted since."""
+    storage.write_bytes(f"{URL}/commits/000000.json", b"{}")
+    assert storage.list_names(f"{URL}/commits") == ["000000.json"]
+    assert kvstore.create_file(f"{URL}/commits/000001.json", b"{}")  # not through the same library
+    assert storage.exists(f"{URL}/commits/000001.json")
+    assert storage.list_names(f"{URL}/commits") == ["000000.json", "000001.json"]
+
+
 def storage_error(written: bool) -> None:
     if not written:
         raise EyasError("there is one")
@@ -78,7 +87,7 @@ def dumps_at_once() -> None:
         np.testing.assert_array_equal(found[name], value[[6, 0, 5]])
 
 
-@pytest.mark.parametrize("what", [files_on_condition, prepares_at_once, dumps_at_once])
+@pytest.mark.parametrize("what", [files_on_condition, others_are_seen, prepares_at_once, dumps_at_once])
 def test_in_a_bucket(what):
     with serving(Bucket()) as port:
         done = subprocess.run(

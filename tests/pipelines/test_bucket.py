@@ -1,0 +1,166 @@
+"""The whole way in a bucket: the bytes of a local store, whatever the network does; one line when it ends.
+
+The server speaks the protocol of Google Cloud Storage but accepts writes of a stale generation; that of two
+writers at once one wins is tested in tests/common/test_store_bucket.py, on a server that refuses them.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import storage
+from common.mesh import make_mesh
+from common.store import Store
+from common.store_verify import verify
+from dump import dump, prepare
+from tests import gcs, tiny_llama
+from tests.dump import chats
+from tests.faulty_proxy import faulty, sometimes
+from train.stream import Stream, Workload
+
+ROOT = Path(__file__).parents[2]
+CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
+URL = "gs://bucket/store"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    chats.write_model(folder, max_position_embeddings=512)
+    tiny_llama.write_weights(str(folder))
+    return str(folder)
+
+
+def make(model: str, url: str) -> None:
+    prepare.run(prepare.PrepareConfig((CHATS,), model, url, length=256, holdout=0.2))
+    dump.run(dump.DumpConfig(model, url, block_rows=1))
+
+
+def contents(url: str) -> dict[str, bytes]:
+    fs, path = storage.filesystem(url)
+    return {name.removeprefix(path): storage.read_bytes(fs.unstrip_protocol(name)) for name in fs.find(path)}
+
+
+def batch(url: str) -> list[np.ndarray]:
+    """What a trainer gets of all rows."""
+    store = Store.open(url)
+    store.require_complete()
+    rows = np.arange(store.rows)
+    workload, mesh = Workload(store, rows, ttt_steps=3), make_mesh()
+    stream = Stream(store, workload, workload.capacity(rows[None], 1), mesh, "recompute", np.arange(8))
+    return [np.asarray(x) for x in stream.load(rows) if x is not None]
+
+
+def round_trip(model: str, folder: str) -> None:
+    local = f"{folder}/store"
+    for url in (local, URL):
+        make(model, url)
+        found = verify(url)
+        assert (found["damaged"], found["missing_blocks"]) == ([], 0)
+    assert contents(URL) == contents(local)
+    for ours, theirs in zip(batch(URL), batch(local), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def run(url: str, *arguments: str) -> subprocess.Popen:
+    """A process whose gs:// is the server at `url`."""
+    environment = os.environ | gcs.environment(url) | {"no_proxy": "127.0.0.1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, **pipes)
+
+
+def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[str]]:
+    """(exit code, the lines it said that are not TensorStore's own)."""
+    try:
+        _, said = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, [line for line in said.splitlines() if not line.startswith(("I", "W", "E1"))]
+
+
+def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
+    with gcs.served("bucket") as server:
+        code, said = ended(run(server, "tests.pipelines.test_bucket", model, str(tmp_path)))
+    assert code == 0, "\n".join(said[-20:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_bytes_when_every_tenth_request_fails(model, tmp_path, seed):
+    with gcs.served("bucket") as server, faulty(server, sometimes(0.1, seed)) as proxy:
+        code, said = ended(run(proxy, "tests.pipelines.test_bucket", model, str(tmp_path)))
+    assert code == 0, "\n".join(said[-20:])
+
+
+class After:
+    """No fault until so many feature objects were written, and then one for every request while it lasts."""
+
+    def __init__(self, objects: int, fault: str):
+        self.left, self.fault, self.happened = objects, fault, 0
+
+    def __call__(self, request: str) -> str | None:
+        if request.startswith("POST") and "features" in request:
+            self.left -= 1
+        if self.left >= 0:
+            return None
+        self.happened += 1
+        return self.fault
+
+
+ENDS = {
+    "401": (2, "the bucket bucket asks for valid credentials"),
+    "403": (2, "this account may not write in the bucket bucket"),
+    "404": (2, "the bucket bucket does not exist"),
+    "503": (42, "no answer from the bucket bucket"),
+    "refuse": (42, "no answer from the bucket bucket"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ENDS)
+def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
+    with gcs.served("bucket") as server, faulty(server, choose := After(9, fault)) as proxy:
+        command = ("pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
+        prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
+        assert ended(prepared)[0] == 0
+        start = time.monotonic()
+        code, said = ended(run(proxy, *command))
+        seconds = time.monotonic() - start
+        assert choose.happened
+        assert code == ENDS[fault][0], "\n".join(said)
+        assert said[-1].startswith("Error: ")
+        assert ENDS[fault][1] in said[-1]
+        assert not any("Traceback" in line for line in said)
+        assert seconds < 180
+        code, said = ended(run(server, *command))
+        assert code == 0, "\n".join(said)
+        code, said = ended(run(server, "pipelines", "verify", "--store", URL))
+        assert code == 0, "\n".join(said)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_away_while_the_bucket_hangs(model):
+    with gcs.served("bucket") as server, faulty(server, choose := After(9, "hang")) as proxy:
+        prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
+        assert ended(prepared)[0] == 0
+        dumping = run(proxy, "pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
+        end = time.monotonic() + 120
+        while not choose.happened and time.monotonic() < end:
+            time.sleep(0.1)
+        assert choose.happened
+        dumping.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        code, said = ended(dumping)
+        assert code == 42, "\n".join(said)
+        assert said[-1].startswith("Error: dump stopped")
+        assert time.monotonic() - start < 12
+
+
+if __name__ == "__main__":
+    round_trip(*sys.argv[1:])
