@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from common import storage
 from common.mesh import RULES
@@ -88,6 +89,8 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     storage.write_json(f"{tmp_path}/head.json", head.serving_config(cfg.text, "bfloat16"))
     again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
+    LlamaConfig.from_dict(storage.read_json(f"{tmp_path}/head.json"))  # as servers do: it refuses some sizes
+    assert not [limit for limit in head.limits() if "vLLM" in limit]
     assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
 
     count = sum(math.prod(p.shape) for p in head.parameters().values())

@@ -85,6 +85,11 @@ def limits(head: Sizes) -> list[str]:
         found.append(f"sglang-jax and EAGLE's own code cannot take aux layers {list(head.aux_layers)}")
     if len(head.aux_layers) != 3:
         found.append(f"SGLang cannot take {len(head.aux_layers)} aux layers, only three")
+    if head.hidden_size % head.num_heads:
+        found.append(
+            f"vLLM and SGLang cannot take {head.num_heads} heads at hidden_size {head.hidden_size}: "
+            "transformers 5 refuses a Llama whose heads do not divide it"
+        )
     if head.head_dim * head.num_heads != head.hidden_size:
         found.append(
             f"EAGLE's own code cannot take heads of {head.head_dim}: it divides hidden_size "

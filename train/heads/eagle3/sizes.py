@@ -63,7 +63,9 @@ def for_target(
     """The sizes that fit a target: a Llama block of the target's sizes. `target` is its text's config.json.
 
     A target with latent attention has no heads that a Llama block could have: the head's are 128 wide. Its
-    YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way.
+    YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way. Where
+    the number of heads does not divide the hidden size (GLM-4.7: 96 and 5,120) the head has fewer, because
+    transformers, by which servers read its config.json, refuses such a Llama.
     """
     for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         if field not in target:
@@ -72,8 +74,9 @@ def for_target(
     kv_heads, head_dim = target.get("num_key_value_heads") or heads, target.get("head_dim") or hidden // heads
     if target.get("kv_lora_rank"):
         head_dim = min(_LATENT_HEAD_DIM, hidden)
-        heads = hidden // head_dim
-        kv_heads = math.gcd(heads, _LATENT_KV_HEADS)
+        heads, kv_heads = hidden // head_dim, _LATENT_KV_HEADS
+    heads = math.gcd(hidden, heads)
+    kv_heads = math.gcd(heads, kv_heads)
     rope, theta = _rope(target)
     return dict(
         hidden_size=hidden,
