@@ -102,8 +102,7 @@ class Cleaner:
         self._seen.add(key)
         self.counts["turns_masked"] += sum(not m.get("counted", True) for m in messages)
         name = _repaired(found.id) if found.id else f"{name}#{number}"
-        chunk = _SHAREGPT_CHUNK.fullmatch(name)
-        return Conversation(name, chunk[1] if chunk else name, messages, tools)
+        return Conversation(name, base_of(name), messages, tools)
 
     def _messages(self, turns: list[Any]) -> Messages:
         messages = [self._message(read_turn(turn)) for turn in turns]
@@ -170,6 +169,12 @@ class Cleaner:
             else:
                 joined.append(message)
         return joined
+
+
+def base_of(name: str) -> str:
+    """The id without ShareGPT's chunk number."""
+    chunk = _SHAREGPT_CHUNK.fullmatch(name)
+    return chunk[1] if chunk else name
 
 
 def _shape(record: Any) -> str:

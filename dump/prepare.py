@@ -1,6 +1,7 @@
 """prepare: conversations become packed rows of tokens, the first part of a store. No device is touched.
 
 read and clean -> the target's own chat template -> tokens and mask -> cut at T -> split -> pack -> write.
+Conversations pass in batches and their tokens wait on disk (dump/spill.py): memory holds a few numbers each.
 The same input gives the same bytes, whatever the number of cores: the manifest names files and the model
 without their folders, and nothing in it depends on time or on an order of execution.
 
@@ -18,10 +19,9 @@ Counts beside those of dump/clean.py, in conversations:
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
-
-import numpy as np
 
 from common import schema, storage
 from common.config import differences, to_json
@@ -30,15 +30,17 @@ from common.manifest import INDEX, MANIFEST, ROW_SUMS, read_manifest
 from common.progress import Progress, note
 from common.schema import NotRequired, Size, TypedDict
 from common.store_writer import write_rows
-from dump.chat import Chat, Encoded, Rendered, TemplateNotFollowedError
-from dump.clean import Cleaner, Conversation
+from dump.chat import Chat
+from dump.clean import Cleaner, Conversation, base_of
 from dump.config import PrepareConfig
 from dump.conversations import DataFile
 from dump.data_files import find_files
-from dump.pack import pack, split
+from dump.encode import RUNAWAYS, encode, encode_all
+from dump.pack import draw, pack, split
 from dump.prepare_report import nonzero, report
 from dump.record_shapes import EXPECTED
-from dump.template import TemplateRanAwayError, TemplateRefusedError
+from dump.rows import ROW_TOKEN_BYTES, columns, index, token_counts
+from dump.spill import TOKEN_BYTES, Spill
 
 COUNTS = (
     "dropped_tools",
@@ -55,8 +57,9 @@ COUNTS = (
     "lines_not_json",
     "files_cut_off",
 )
-_RUNAWAYS = 3  # each may take seconds
-_BATCH = 256  # conversations given to the tokenizer at once; it spreads them over the cores
+_BATCH = 256  # conversations encoded at once
+_TOKEN_TEXT = 4  # bytes of a data file that make a token, about
+_ROOM = "make room there, or name a store on another disk"
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -81,27 +84,47 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     if _is_prepared(config.store, identity):
         note(f"{config.store} is already prepared from this data in this way; left as it is")
         return read_manifest(config.store)["rows"]
-    conversations, counts = _read(config, sources)
-    conversations, encoded, lengths = _encode(chat, conversations, config.length, counts)
-    _require_tokens(conversations, encoded, vocab_size, counts, config)
-    held_out = split([c.base for c in conversations], config.holdout, config.seed)
-    ids = [c.id for c in conversations]
-    packed = pack(ids, encoded, held_out, config.length, vocab_size, config.seed)
-    rows = len(packed.arrays["tokens"])
-    tokens = int((packed.arrays["segment_ids"] > 0).sum())
+    with Spill(config.store) as spill:
+        _require_spill_room(config, spill.folder, sum(source.bytes for source in sources))
+        counts = _read(config, chat, sources, spill)
+        _write(config, identity, spill, counts)
+    return read_manifest(config.store)["rows"]
+
+
+def _write(config: PrepareConfig, identity: dict[str, Any], spill: Spill, counts: Counter[str]) -> None:
+    """Splits and packs the conversations of `spill`, and writes their rows."""
+    T, V = config.length, identity["vocab_size"]
+    if spill.largest >= V:
+        raise EyasError(
+            f"{config.model}: the tokenizer gives token {spill.largest}, but config.json has vocab_size {V}; "
+            "tokenizer and model do not belong together"
+        )
+    held_out = split(spill.draws, lambda item: base_of(spill.id(item)), config.holdout, config.seed)
+    packed = pack(spill.lengths, held_out, T, config.seed)
+    tokens = int(spill.lengths.sum(dtype="int64"))
     manifest = identity | {
-        "rows": rows,
+        "rows": packed.rows,
         "train_rows": packed.train_rows,
-        "test_rows": rows - packed.train_rows,
+        "test_rows": packed.rows - packed.train_rows,
         "tokens": tokens,
-        "counted": int(packed.arrays["loss_mask"].sum()),
-        "fill": tokens / (rows * config.length),
+        "counted": int(spill.counted.sum(dtype="int64")),
+        "fill": tokens / (packed.rows * T),
         "counts": dict(counts),
         "config": _portable(config),
     }
-    report(manifest, int(held_out.sum()), lengths)
-    write_rows(config.store, packed.arrays, packed.token_counts, packed.index, manifest)
-    return read_manifest(config.store)["rows"]
+    report(manifest, int(held_out.sum()), spill.read)
+    storage.require_room(config.store, ROW_TOKEN_BYTES * packed.rows * T, "the rows", _ROOM)
+    counted = token_counts(spill, held_out, V)
+    write_rows(config.store, columns(spill, packed, T), counted, index(spill, packed), manifest)
+
+
+def _require_spill_room(config: PrepareConfig, folder: str, size: int) -> None:
+    """EyasError if the tokens of `size` bytes of data have no room where they wait."""
+    tokens = size // _TOKEN_TEXT
+    if config.max_conversations is not None:
+        tokens = min(tokens, config.max_conversations * config.length)
+    advice = "name a folder on another disk in TMPDIR" if storage.is_remote(config.store) else _ROOM
+    storage.require_room(folder, TOKEN_BYTES * tokens, "the tokens, until they are packed,", advice)
 
 
 def _portable(config: PrepareConfig) -> dict[str, Any]:
@@ -168,33 +191,72 @@ def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
     return False
 
 
-def _read(config: PrepareConfig, sources: list[DataFile]) -> tuple[list[Conversation], Counter[str]]:
-    """The cleaned conversations, at most `max_conversations`, and the counts so far."""
-    cleaner, conversations = Cleaner(), []
-    with Progress("read and clean", sum(source.bytes for source in sources), "B") as bar:
-        for source in sources:
-            with closing(source.records(bar.update)) as records:
-                for number, record in enumerate(records):
-                    conversation = cleaner.clean(record, number, source.name)
-                    if conversation is not None:
-                        conversations.append(conversation)
-                    if len(conversations) == config.max_conversations:
-                        break
-            source.require_json()
-            if len(conversations) == config.max_conversations:
-                break
+def _read(config: PrepareConfig, chat: Chat, sources: list[DataFile], spill: Spill) -> Counter[str]:
+    """Fills `spill` with what is kept, and counts what is not."""
+    cleaner = Cleaner()
     counts = cleaner.counts
     counts.update(dict.fromkeys(COUNTS, 0))
+    tokens, runaways = 0, []
+    with Progress("read and tokenise", sum(source.bytes for source in sources), "B") as bar:
+        batches = _batches(config, sources, cleaner, bar.update)
+        encoded = encode_all(batches, lambda batch: encode(chat, batch, config.length))
+        with closing(batches), closing(encoded):
+            for batch, found in encoded:
+                kept = [batch[i] for i in found.kept]
+                spill.add(found, [c.id for c in kept], [draw(c.base, config.seed) for c in kept])
+                if found.refusal and not counts["dropped_template_refused"]:
+                    note(f"the chat template refuses conversations, which are left out: {found.refusal}")
+                counts.update(found.counts)
+                runaways += found.runaways
+                _require_bounds(runaways)
+                tokens += len(found.tokens)
+                bar.update(0, f"{len(spill):,} kept, {tokens:,} tokens")
+    counts["kept"] = len(spill)
     counts["lines_not_json"] = sum(source.bad_lines for source in sources)
     counts["files_cut_off"] = sum(source.cut_off for source in sources)
-    _require_some(conversations, counts, config, cleaner.malformed)
+    _require_some(len(spill), counts, config, cleaner.malformed)
     if cleaner.malformed:
         first = f"the first is {cleaner.malformed}; expected {EXPECTED}"
         note(f"{counts['dropped_malformed']:,} records have a shape that is not read: {first}")
-    return conversations, counts
+    spill.finish()
+    return counts
 
 
-def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig, malformed: str = "") -> None:
+def _batches(
+    config: PrepareConfig, sources: list[DataFile], cleaner: Cleaner, advance: Callable[[int], None]
+) -> Iterator[list[Conversation]]:
+    """The cleaned conversations, at most `max_conversations`."""
+    batch: list[Conversation] = []
+    left = config.max_conversations
+    for source in sources:
+        with closing(source.records(advance)) as records:
+            for number, record in enumerate(records):
+                conversation = cleaner.clean(record, number, source.name)
+                if conversation is None:
+                    continue
+                batch.append(conversation)
+                left = None if left is None else left - 1
+                if len(batch) == _BATCH:
+                    yield batch
+                    batch = []
+                if left == 0:
+                    break
+        source.require_json()
+        if left == 0:
+            break
+    if batch:
+        yield batch
+
+
+def _require_bounds(runaways: list[str]) -> None:
+    if len(runaways) >= RUNAWAYS:
+        raise EyasError(
+            f"the chat template ran away in {RUNAWAYS} conversations ({runaways[RUNAWAYS - 1]}); use the one "
+            "that is published with the model"
+        )
+
+
+def _require_some(kept: int, counts: Counter[str], config: PrepareConfig, malformed: str) -> None:
     """EyasError if nothing is left to learn from; `malformed`: the shape of a record that is not read."""
     if kept:
         return
@@ -208,73 +270,3 @@ def _require_some(kept: list[Any], counts: Counter[str], config: PrepareConfig, 
         f"{where}: none of {counts['read']} conversations has an answer to learn from ({reasons}); "
         "give conversations with assistant turns"
     )
-
-
-def _encode(
-    chat: Chat, conversations: list[Conversation], T: int, counts: Counter[str]
-) -> tuple[list[Conversation], list[Encoded], np.ndarray]:
-    """The conversations that have counted tokens within T, those tokens, and how many there were before T."""
-    kept, encoded, lengths, tokens = [], [], [], 0
-    with Progress("tokenise", len(conversations), "chat") as bar:
-        for start in range(0, len(conversations), _BATCH):
-            batch = conversations[start : start + _BATCH]
-            rendered = [(c, r) for c in batch if (r := _render(chat, c, counts)) is not None]
-            whole = chat.encode([r for _, r in rendered])
-            for (conversation, _), found in zip(rendered, whole, strict=True):
-                tokens += len(found.tokens)
-                counts["truncated"] += len(found.tokens) > T
-                counts["truncated_tokens"] += max(len(found.tokens) - T, 0)
-                if not found.mask[:T].any():
-                    counts["dropped_nothing_counted"] += 1
-                    continue
-                kept.append(conversation)
-                lengths.append(len(found.tokens))
-                encoded.append(Encoded(found.tokens[:T].copy(), found.mask[:T].copy()))
-            bar.update(len(batch), f"{tokens:,} tokens")
-    counts["kept"] = len(kept)
-    return kept, encoded, np.array(lengths, np.int64)
-
-
-def _render(chat: Chat, conversation: Conversation, counts: Counter[str]) -> Rendered | None:
-    messages, tools = conversation.messages, conversation.tools
-    if not chat.has_tools and (tools or any(m["role"] == "tool" or m.get("calls") for m in messages)):
-        counts["dropped_tools"] += 1
-        return None
-    if chat.holds_special(messages, tools):
-        counts["dropped_special_token"] += 1
-        return None
-    try:
-        rendered = chat.render(messages, tools)
-        counts["turns_system_folded"] += messages[0]["role"] == "system" and not chat.has_system
-        counts["turns_reasoning_removed"] += rendered.removed
-        return rendered
-    except TemplateRanAwayError as error:
-        counts["dropped_template_ran_away"] += 1
-        if counts["dropped_template_ran_away"] == _RUNAWAYS:
-            raise EyasError(
-                f"the chat template ran away in {_RUNAWAYS} conversations ({error}); use the one that is "
-                "published with the model"
-            ) from None
-    except TemplateRefusedError as error:
-        if not counts["dropped_template_refused"]:
-            note(f"the chat template refuses conversations; they are left out. It says: {error}")
-        counts["dropped_template_refused"] += 1
-    except TemplateNotFollowedError:
-        counts["dropped_template_not_followed"] += 1
-    return None
-
-
-def _require_tokens(
-    conversations: list[Conversation],
-    encoded: list[Encoded],
-    V: int,
-    counts: Counter[str],
-    config: PrepareConfig,
-) -> None:
-    _require_some(conversations, counts, config)
-    largest = max(int(found.tokens.max()) for found in encoded)
-    if largest >= V:
-        raise EyasError(
-            f"{config.model}: the tokenizer gives token {largest}, but config.json has vocab_size {V}; "
-            "tokenizer and model do not belong together"
-        )

@@ -239,7 +239,7 @@ def test_a_file_where_the_store_should_go_is_refused_before_reading(config, capf
     Path(config.store).write_text("years of work")
     with pytest.raises(EyasError, match="is a file; name another place"):
         run(replace(config, store=config.store + place))
-    assert "read and clean" not in capfd.readouterr().err
+    assert "read and tokenise" not in capfd.readouterr().err
     assert Path(config.store).read_text() == "years of work"
 
 

@@ -1,0 +1,103 @@
+"""The rows of a store, made from packed conversations a few at a time, and the index of conversations.
+
+Legend: R rows, T tokens a row, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from common.manifest import COLUMNS
+from dump.pack import Packed
+from dump.spill import Spill
+
+TRAIN, TEST = "train", "test"
+ROW_TOKEN_BYTES = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
+_LINES = 1 << 18  # of the index made at once
+_PIECE = 1 << 20  # tokens handled at once
+_INDEX = pa.schema(
+    {"id": pa.string(), "split": pa.string()}
+    | {name: pa.int32() for name in ("row", "start", "length", "counted")}
+)
+
+
+class Column:
+    """A column of the rows, [R, T]: `column[start:stop]` makes some of them.
+
+    A row's segments count from 1 in its order and positions restart in each; 0 is padding.
+    """
+
+    def __init__(self, name: str, spill: Spill, packed: Packed, T: int):
+        self._name, self._spill, self._packed, self._T = name, spill, packed, T
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        found = np.zeros((rows.stop - rows.start, self._T), COLUMNS[self._name])
+        step = max(1, _PIECE // self._T)
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            self._fill(start, stop, found[start - rows.start : stop - rows.start])
+        return found
+
+    def _fill(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows start to stop - 1 into `out`, which is zeros."""
+        items, row, begin, length = _places(self._spill, self._packed, start, stop)
+        if self._name in ("tokens", "loss_mask"):
+            source = "mask" if self._name == "loss_mask" else "tokens"
+            for item, r, b, n in zip(*(x.tolist() for x in (items, row - start, begin, length)), strict=True):
+                self._spill.into(source, item, out[r, b : b + n])
+            return
+        if self._name == "segment_ids":
+            first = self._packed.first
+            value = np.repeat(np.arange(len(items)) + first[start] - first[row] + 1, length)
+        else:
+            value = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        filled = np.bincount(row - start, weights=length, minlength=stop - start)
+        out[np.arange(self._T) < filled[:, None]] = value  # a row's tokens lie at its beginning
+
+
+def columns(spill: Spill, packed: Packed, T: int) -> dict[str, Column]:
+    """All columns of the rows."""
+    return {name: Column(name, spill, packed, T) for name in COLUMNS}
+
+
+def _places(spill: Spill, packed: Packed, start: int, stop: int) -> tuple[np.ndarray, ...]:
+    """(items, row, first token in the row, length) of the conversations in rows start to stop - 1."""
+    edges = packed.first[start : stop + 1]
+    items = packed.items[edges[0] : edges[-1]]
+    sizes, length = np.diff(edges), spill.lengths[items].astype(np.int64)
+    row = np.repeat(np.arange(start, stop), sizes)
+    before = np.cumsum(length) - length  # tokens in front, since the first of these rows
+    return items, row, before - np.repeat(before[edges[:-1] - edges[0]], sizes), length
+
+
+def index(spill: Spill, packed: Packed) -> pa.RecordBatchReader:
+    """A line a conversation, in the order of the rows, made a row group at a time."""
+    return pa.RecordBatchReader.from_batches(_INDEX, _lines(spill, packed))
+
+
+def _lines(spill: Spill, packed: Packed) -> Iterator[pa.RecordBatch]:
+    start = 0
+    while start < packed.rows:
+        end = int(np.searchsorted(packed.first, packed.first[start] + _LINES, side="right")) - 1
+        stop = max(start + 1, min(end, packed.rows))
+        items, row, begin, length = _places(spill, packed, start, stop)
+        ids = pa.array([spill.id(item) for item in items.tolist()], pa.string())
+        split = pa.array(np.where(row < packed.train_rows, TRAIN, TEST), pa.string())
+        numbers = [pa.array(x.astype(np.int32)) for x in (row, begin, length, spill.counted[items])]
+        yield pa.record_batch([ids, split, *numbers], schema=_INDEX)
+        start = stop
+
+
+def token_counts(spill: Spill, held_out: np.ndarray, V: int) -> np.ndarray:
+    """How often each token is counted in the conversations that are not held out, int64 [V]."""
+    counts, start = np.zeros(V, np.int64), 0
+    ends = np.cumsum(spill.lengths, dtype=np.int64)
+    while start < len(spill):
+        before = ends[start] - spill.lengths[start]
+        stop = max(start + 1, int(np.searchsorted(ends, before + _PIECE, side="right")))
+        learnt = np.repeat(~held_out[start:stop], spill.lengths[start:stop])
+        kept = learnt & (spill.mask(start, stop) == 1)
+        counts += np.bincount(spill.tokens(start, stop)[kept], minlength=V)
+        start = stop
+    return counts
