@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 from common import progress
@@ -176,8 +176,9 @@ def leave(code: int) -> None:
     Of a pod the first process, which holds the key-value store, goes last. JAX would wait at exit for minutes
     for processes that have gone, and end those that stay with a trace.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk, which was told
+            stream.flush()
     if size() > 1:
         _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
     end = time.monotonic() + 2 * _GRACE_SECONDS

@@ -2,15 +2,20 @@
 
 Python runs a signal's handler wherever it happens to be, also inside callbacks whose exceptions are printed
 and forgotten (JAX has one in the garbage collector). So the first signal only leaves a mark, which is looked
-at between steps.
+at between steps, and the command line ends at the second one, as if it were killed, without an exception.
 """
 
 import os
 import signal
 import threading
-from typing import Any, Self
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ClassVar, Self
 
-_NOTE = b"\nstopping at the next step; once more stops at once\n"
+from common.errors import RestartError
+
+STOPPED = "stopped; the same command continues"
+_NOTE = "\nstopping at the next step; once more stops at once\n"
 _checked: list["Stop"] = []  # those that `check` looks at, the innermost last
 
 
@@ -22,12 +27,40 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def exit_code(number: int) -> int:
+    """Job runners start again what exits with 42, and SIGTERM is how they take a machine away."""
+    return RestartError.exit_code if number == signal.SIGTERM else 130
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody may read it
+        os.write(2, text.encode())  # print may be what the signal has interrupted
+
+
+def _end(number: int, _: object) -> None:
+    _say(f"{os.linesep * os.isatty(2)}Error: {STOPPED}\n")  # below a bar
+    os._exit(exit_code(number))
+
+
+def end_at_once() -> None:
+    """From now on a signal ends the program with one line: outside of a `Stop`, and a second one inside."""
+    Stop.again = staticmethod(_end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+
+
+def _raise(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
 class Stop:
     """While entered, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at once.
 
     With `everywhere`, `stopping.check` looks at it too, which every `Progress` calls at every step. Only the
     main thread gets signals; elsewhere `asked` stays False.
     """
+
+    again: ClassVar[Callable[[int, object], None]] = staticmethod(_raise)  # what a second signal does
 
     def __init__(self, everywhere: bool = False) -> None:
         self.asked = False
@@ -48,11 +81,11 @@ class Stop:
             _checked.append(self)
         return self
 
-    def _ask(self, number: int, _: object) -> None:
+    def _ask(self, number: int, frame: object) -> None:
         again, self.asked, self._number = self.asked, True, number
         if again:
-            raise Stopped(number)
-        os.write(2, _NOTE)  # print may be what the signal has interrupted
+            self.again(number, frame)
+        _say(_NOTE)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -1,17 +1,18 @@
-"""The entry point: `eyas`, or `python -m pipelines`. Ctrl-C is one line also while the rest is imported."""
+"""The entry point: `eyas`, or `python -m pipelines`. A signal is one line also while the rest is imported."""
 
-import sys
 import traceback
+
+from common import stopping
+from pipelines import streams
 
 
 def main() -> None:
     """Runs the command line."""
-    try:
-        from common import pod
-        from pipelines.cli import main as command
-    except KeyboardInterrupt:
-        sys.stderr.write("Error: stopped; the same command continues\n")
-        sys.exit(130)
+    stopping.end_at_once()
+    streams.secure()
+    from common import pod
+    from pipelines.cli import main as command
+
     code = 1
     try:
         command()

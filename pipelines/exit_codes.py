@@ -6,18 +6,16 @@ command again. 130: stopped by Ctrl-C. Only a bug of Eyas shows a stack trace.
 """
 
 import errno
-import signal
 import socket
 from typing import Any
 
 import click
 
 from common import pod
-from common.errors import EyasError, RestartError
+from common.errors import EyasError
 from common.library_errors import explained, is_librarys
-from common.stopping import Stop
+from common.stopping import STOPPED, Stop, exit_code
 
-STOPPED = "stopped; the same command continues"
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
@@ -52,8 +50,7 @@ class Group(click.Group):
 
 
 def _stopped_code(error: KeyboardInterrupt) -> int:
-    """Job runners start again what exits with 42, and SIGTERM is how they take a machine away."""
-    return RestartError.exit_code if getattr(error, "number", 0) == signal.SIGTERM else 130
+    return exit_code(getattr(error, "number", 0))
 
 
 def _failure(text: str, code: int) -> click.ClickException:

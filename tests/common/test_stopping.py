@@ -80,17 +80,42 @@ def test_other_threads_get_no_signals():
     assert found == [False, before]
 
 
-def test_ctrl_c_while_the_command_line_is_imported_is_one_line():
-    code = (
-        "import sys, os, signal\n"
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 42)]
+LINE = "Error: stopped; the same command continues\n"
+
+
+def program(code):
+    root = Path(__file__).parents[2]
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_while_the_command_line_is_imported_is_one_line(number, code):
+    done = program(
+        "import sys, os\n"
         "class Late:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'pipelines.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == 'pipelines.cli': os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Late())\n"
         "from pipelines.__main__ import main\n"
         "main()\n"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 130
-    assert done.stderr == "Error: stopped; the same command continues\n"
+    assert (done.returncode, done.stderr) == (code, LINE)
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_second_signal_inside_a_callback_that_swallows_exceptions_ends_the_command(number, code):
+    done = program(
+        "import gc, os, sys\n"
+        "from pipelines import cli\n"
+        "from pipelines.__main__ import main\n"
+        "@cli.main.command()\n"
+        "def spin():\n"
+        f"    gc.callbacks.append(lambda phase, _: os.kill(os.getpid(), {int(number)}))\n"
+        "    gc.collect()\n"
+        "    print('still at work')\n"
+        "sys.argv = ['eyas', 'spin']\n"
+        "main()\n"
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"\nstopping at the next step; once more stops at once\n{LINE}"
