@@ -10,6 +10,7 @@ HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
 RUNS ?= runs
 ARGS ?=
+TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
@@ -74,4 +75,6 @@ $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -m venv .venv || { echo "the venv module is missing; install python3-venv" >&2; exit 2; }
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@# on a TPU VM: the libtpu that the pinned jax asks for
+	@[ -z "$(TPU)" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[tpu]'
 	@touch $@
