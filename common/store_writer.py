@@ -4,6 +4,7 @@ The manifest is claimed before what it names is written (see common/manifest.py)
 are none, and nothing is deleted: a second writer continues what it finds, or is refused.
 """
 
+import ctypes
 import io
 import math
 import os
@@ -57,7 +58,7 @@ def write_rows(
             for rows in _shards(arrays[name]):
                 sums[name][rows.start : rows.stop] = zarr.row_sums(columns[name][rows.start : rows.stop])
                 bar.update(len(rows))
-    files = {INDEX: _parquet(index), ROW_SUMS: _parquet(pa.table(sums))}
+    files = {INDEX: parquet(index), ROW_SUMS: parquet(pa.table(sums))}
     manifest = rows_manifest | {
         "arrays": arrays,
         "files": {name: sha256(data) for name, data in files.items()},
@@ -109,7 +110,7 @@ def _write_whole(place: str, array: ts.TensorStore, value: np.ndarray) -> None:
         array.write(value).commit.result()
 
 
-def _parquet(lines: Any) -> bytes:
+def parquet(lines: Any) -> bytes:
     """An Arrow table or stream as a Parquet file; each batch is a row group."""
     sink, reader = io.BytesIO(), pa.RecordBatchReader.from_stream(lines)
     with pyarrow.parquet.ParquetWriter(sink, reader.schema) as writer:
@@ -229,6 +230,7 @@ class FeatureWriter:
         self._limit = min(_IN_FLIGHT, _memory() // 8) if in_flight is None else in_flight
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="block-writer")
         self._pending: deque[tuple[int, Future]] = deque()  # (bytes, the block's outcome)
+        self._since_trim = 0
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
@@ -246,12 +248,16 @@ class FeatureWriter:
         return sum(size for size, _ in self._pending)
 
     def _await_oldest(self) -> None:
-        _, outcome = self._pending[0]
+        size, outcome = self._pending[0]
         while not outcome.done():
             stopping.check()  # a server may not answer for minutes
             wait([outcome], _LOOK_SECONDS)
         self._pending.popleft()
         outcome.result()
+        self._since_trim += size
+        if self._since_trim > self._limit // 2:
+            self._since_trim = 0
+            _trim()
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows, place = self.store.block_range(block), self.store.marker_place(block)
@@ -288,6 +294,14 @@ class FeatureWriter:
             # what is not on disk by then is written again.
             self._pool.shutdown(wait=False, cancel_futures=True)
             wait([outcome for _, outcome in self._pending if not outcome.cancelled()], _LAST_SECONDS)
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system. TensorStore makes an object of pieces of some kilobytes, which
+    glibc's arenas keep when they are freed: a process grew by half as it wrote 64 blocks instead of 8."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _memory() -> int:

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
@@ -13,15 +14,18 @@ FAULTS = ("429", "503", "refuse", "lose", "delay", "cut")
 _HOP = ("connection", "transfer-encoding", "content-length", "host")
 
 
-def sometimes(share: float, seed: int = 0) -> Callable[[str], str | None]:
+class Sometimes:
     """A fault for that share of requests, each kind equally often, in an order that the seed gives."""
-    draw, lock = random.Random(seed), threading.Lock()
 
-    def choose(_: str) -> str | None:
-        with lock:
-            return draw.choice(FAULTS) if draw.random() < share else None
+    def __init__(self, share: float, seed: int):
+        self.share, self.seen = share, Counter()
+        self._draw, self._lock = random.Random(seed), threading.Lock()
 
-    return choose
+    def __call__(self, _: str) -> str | None:
+        with self._lock:
+            fault = self._draw.choice(FAULTS) if self._draw.random() < self.share else None
+            self.seen[fault] += 1
+            return fault
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from common.mesh import make_mesh
 from common.store import Store
 from common.store_verify import verify
 from dump import dump, prepare
-from tests import gcs, tiny_llama
+from pipelines.bench import bucket
+from tests import tiny_llama
 from tests.dump import chats
-from tests.faulty_proxy import faulty, sometimes
+from tests.faulty_proxy import FAULTS, Sometimes, faulty
 from train.stream import Stream, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def round_trip(model: str, folder: str) -> None:
 
 def run(url: str, *arguments: str) -> subprocess.Popen:
     """A process whose gs:// is the server at `url`."""
-    environment = os.environ | gcs.environment(url) | {"no_proxy": "127.0.0.1"}
+    environment = os.environ | bucket.environment(url) | {"no_proxy": "127.0.0.1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, **pipes)
 
@@ -85,7 +86,7 @@ def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[st
 
 
 def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
-    with gcs.served("bucket") as server:
+    with bucket.served("bucket") as server:
         code, said = ended(run(server, "tests.pipelines.test_bucket", model, str(tmp_path)))
     assert code == 0, "\n".join(said[-20:])
 
@@ -93,9 +94,11 @@ def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_same_bytes_when_every_tenth_request_fails(model, tmp_path, seed):
-    with gcs.served("bucket") as server, faulty(server, sometimes(0.1, seed)) as proxy:
+    with bucket.served("bucket") as server, faulty(server, choose := Sometimes(0.1, seed)) as proxy:
         code, said = ended(run(proxy, "tests.pipelines.test_bucket", model, str(tmp_path)))
     assert code == 0, "\n".join(said[-20:])
+    assert set(FAULTS) <= choose.seen.keys(), choose.seen
+    assert 0.05 < 1 - choose.seen[None] / choose.seen.total() < 0.15, choose.seen
 
 
 class After:
@@ -125,7 +128,7 @@ ENDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ENDS)
 def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
-    with gcs.served("bucket") as server, faulty(server, choose := After(9, fault)) as proxy:
+    with bucket.served("bucket") as server, faulty(server, choose := After(9, fault)) as proxy:
         command = ("pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
         prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
@@ -146,7 +149,7 @@ def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
 
 @pytest.mark.slow
 def test_a_machine_that_is_taken_away_while_the_bucket_hangs(model):
-    with gcs.served("bucket") as server, faulty(server, choose := After(9, "hang")) as proxy:
+    with bucket.served("bucket") as server, faulty(server, choose := After(9, "hang")) as proxy:
         prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
         dumping = run(proxy, "pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")

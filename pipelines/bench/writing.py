@@ -1,0 +1,122 @@
+"""Figures of a dump without its forward passes: rate and memory of writing, the start on a huge store."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from common.progress import note
+from common.store import Store
+from common.store_writer import FeatureWriter, raw_bytes
+from dump.rounds import deal, run_rounds
+from pipelines.bench import made
+
+_LENGTH, _HIDDEN, _BLOCK = 512, 2048, 2  # 17 MB a block
+_WRITTEN, _SHORT = 32, 16  # blocks
+_IN_FLIGHT = 64 << 20
+_TOKENS, _HOSTS = 10**9, 64
+
+
+def write_blocks(url: str, blocks: int) -> float:
+    """Makes a store and writes so many blocks as fast as the disk takes them; returns the bytes a second."""
+    store = made.empty_store(url, blocks * _BLOCK, _LENGTH, _HIDDEN, _BLOCK)
+    plan = made.MadePlan(store, tuple(range(blocks)))
+    prefill = made.MadePrefill(_BLOCK, _LENGTH, _HIDDEN)
+    start = time.perf_counter()
+    with FeatureWriter(url, _IN_FLIGHT) as writer:
+        run_rounds(plan, prefill, writer)
+    return raw_bytes(store.features["arrays"]) / (time.perf_counter() - start)
+
+
+def write_rate(place: str) -> dict[str, dict[str, Any]]:
+    """dump.write_rate_vs_raw: blocks through rounds and writer against the same bytes written plainly."""
+    note(f"bench: writing {_WRITTEN} blocks")
+    prefill = made.MadePrefill(_BLOCK, _LENGTH, _HIDDEN)
+    shapes = made.kinds(_BLOCK, _LENGTH, _HIDDEN).items()
+
+    def plain() -> float:
+        start = time.perf_counter()
+        size = 0
+        for block in range(_WRITTEN):
+            host = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes}
+            prefill.into(host)
+            for name, value in host.items():
+                os.makedirs(f"{place}/plain/{name}", exist_ok=True)
+                with open(f"{place}/plain/{name}/{block}", "wb") as file:
+                    size += file.write(value.reshape(-1).view(np.uint8).data)
+                    file.flush()
+                    os.fsync(file.fileno())
+        rate = size / (time.perf_counter() - start)
+        shutil.rmtree(f"{place}/plain")
+        return rate
+
+    def ours() -> float:
+        rate = write_blocks(f"{place}/written", _WRITTEN)
+        shutil.rmtree(f"{place}/written")
+        return rate
+
+    rates = [(plain(), ours()) for _ in range(3)]
+    raw, found = (max(rate) for rate in zip(*rates, strict=True))
+    return {
+        "dump.write_rate_vs_raw": {
+            "value": found / raw,
+            "unit": "share",
+            "at_least": 0.7,
+            "compared_with": f"a loop of file.write() and fsync of the same arrays, {raw / 1e6:.0f} MB/s",
+        }
+    }
+
+
+def memory_growth(place: str) -> dict[str, dict[str, Any]]:
+    """dump.rss_growth: peak memory of a process that writes eight times as many blocks."""
+    note("bench: memory of a short and a long dump")
+    peaks = [_peak(f"{place}/grown", blocks) for blocks in (_SHORT, 8 * _SHORT)]
+    return {
+        "dump.rss_growth": {
+            "value": peaks[1] / peaks[0],
+            "unit": "times",
+            "at_most": 1.1,
+            "compared_with": f"{_SHORT} blocks of 17 MB, {peaks[0] / 1e6:.0f} MB; forward passes left out",
+        }
+    }
+
+
+def _peak(url: str, blocks: int) -> float:
+    """The most resident bytes of a process that writes so many blocks."""
+    code = (
+        f"from pipelines.bench.writing import write_blocks; write_blocks({url!r}, {blocks})\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(url)
+    return 1024 * float(done.stdout)
+
+
+def first_round(place: str) -> dict[str, dict[str, Any]]:
+    """dump.first_round_s: 64 hosts take their parts of a store of a billion tokens, half written."""
+    note(f"bench: {_HOSTS} hosts deal themselves a store of {_TOKENS:,} tokens")
+    url, rows = f"{place}/huge", _TOKENS // 2048 + 1
+    blocks = -(-rows // 32)
+    made.huge_store(url, rows, 2048, 32, list(range(0, blocks, 2)))
+    start = time.perf_counter()
+    parts = deal_to_hosts(url, _HOSTS)
+    seconds = time.perf_counter() - start
+    return {
+        "dump.first_round_s": {
+            "value": seconds,
+            "unit": "s",
+            "at_most": 10,
+            "compared_with": f"nothing; {blocks:,} blocks of 32 rows of 2,048 tokens, every second one "
+            f"written; the largest part has {max(map(len, parts)):,}",
+        }
+    }
+
+
+def deal_to_hosts(url: str, hosts: int) -> list[tuple[int, ...]]:
+    """The blocks that each of so many hosts computes of a store; one of them looks, and tells the others."""
+    missing = tuple(Store.open(url).missing())
+    return [deal(missing, host, hosts) for host in range(hosts)]
