@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dump.answer_spans import Messages
+from dump.digests import WIDTH, Digests
 from dump.record_shapes import describe, read_record
 from dump.turn_fields import MalformedError, Turn, read_turn
 
@@ -82,7 +83,7 @@ class Cleaner:
 
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     malformed: str = ""
-    _seen: set[bytes] = field(default_factory=set)
+    _seen: Digests = field(default_factory=Digests)
 
     def clean(self, record: Any, number: int, name: str) -> Conversation | None:
         """The conversation of the `number`-th record (from 0) of file `name`; None if it was dropped."""
@@ -91,15 +92,14 @@ class Cleaner:
             found = read_record(record)
             messages = self._messages(found.turns)
             tools = _repaired_json(found.tools)
-            key = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest()
-            if key in self._seen:
+            key = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=WIDTH).digest()
+            if not self._seen.add(key):
                 raise MalformedError("dropped_duplicate")
         except MalformedError as reason:
             self.counts[str(reason)] += 1
             if str(reason) == "dropped_malformed" and not self.malformed:
                 self.malformed = _shape(record)
             return None
-        self._seen.add(key)
         self.counts["turns_masked"] += sum(not m.get("counted", True) for m in messages)
         name = _repaired(found.id) if found.id else f"{name}#{number}"
         return Conversation(name, base_of(name), messages, tools)

@@ -1,7 +1,6 @@
 """Batches of conversations become tokens and masks: the part of prepare that takes the time."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,11 +83,3 @@ def _render(chat: Chat, conversation: Conversation, made: Encodings) -> Rendered
     except TemplateNotFollowedError:
         counts["dropped_template_not_followed"] += 1
     return None
-
-
-def encode_all(
-    batches: Iterator[list[Conversation]], alone: Callable[[list[Conversation]], Encodings]
-) -> Iterator[tuple[list[Conversation], Encodings]]:
-    """Each batch and its encodings, in order."""
-    for batch in batches:
-        yield batch, alone(batch)

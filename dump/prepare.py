@@ -35,12 +35,13 @@ from dump.clean import Cleaner, Conversation, base_of
 from dump.config import PrepareConfig
 from dump.conversations import DataFile
 from dump.data_files import find_files
-from dump.encode import RUNAWAYS, encode, encode_all
+from dump.encode import RUNAWAYS
 from dump.pack import draw, pack, split
 from dump.prepare_report import nonzero, report
 from dump.record_shapes import EXPECTED
 from dump.rows import ROW_TOKEN_BYTES, columns, index, token_counts
 from dump.spill import TOKEN_BYTES, Spill
+from dump.workers import encode_all
 
 COUNTS = (
     "dropped_tools",
@@ -57,7 +58,7 @@ COUNTS = (
     "lines_not_json",
     "files_cut_off",
 )
-_BATCH = 256  # conversations encoded at once
+_BATCH = 64  # conversations encoded at once
 _TOKEN_TEXT = 4  # bytes of a data file that make a token, about
 _ROOM = "make room there, or name a store on another disk"
 
@@ -199,7 +200,7 @@ def _read(config: PrepareConfig, chat: Chat, sources: list[DataFile], spill: Spi
     tokens, runaways = 0, []
     with Progress("read and tokenise", sum(source.bytes for source in sources), "B") as bar:
         batches = _batches(config, sources, cleaner, bar.update)
-        encoded = encode_all(batches, lambda batch: encode(chat, batch, config.length))
+        encoded = encode_all(chat, config.model, batches, config.length)
         with closing(batches), closing(encoded):
             for batch, found in encoded:
                 kept = [batch[i] for i in found.kept]
