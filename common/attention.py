@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from common import splash
 from common.layers import einsum
 
 KEPT = "attended"  # names what a jax.checkpoint around attend should keep
@@ -26,6 +27,7 @@ class _Form(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    return_lse: bool
 
 
 def attend(
@@ -47,26 +49,43 @@ def attend(
     Differentiable in q, k, v and sinks. Formulas: FlashAttention (arXiv 2205.14135), with the cotangent of
     the logsumexp added.
     """
-    out, lse = _attend(_Form(scale, window, softcap), q_BTNd, k_BTJd, v_BTJe, sinks_N, segments_BT)
+    form = _Form(scale, window, softcap, return_lse)
+    out, lse = _attend(form, q_BTNd, k_BTJd, v_BTJe, sinks_N, segments_BT)
     return (out, lse) if return_lse else out
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(form: _Form, q, k, v, sinks, segments):
-    return _forward(form, q, k, v, sinks, segments)[0]
+    return _computed(form, q, k, v, sinks, segments)
+
+
+def _computed(form: _Form, q, k, v, sinks, segments) -> tuple[jax.Array, jax.Array | None]:
+    """(out, logsumexp if it is to be returned), by the platform's best way."""
+
+    def blockwise(*arrays):
+        out, lse = jax.lax.map(lambda row: _row(form, sinks, *row), arrays)
+        return out, lse if form.return_lse else None
+
+    def kernel(*arrays):
+        return splash.attend(*arrays, form.scale, form.window, sinks, form.softcap, form.return_lse)
+
+    if not splash.serves(q):
+        return blockwise(q, k, v, segments)
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=blockwise)
 
 
 def _forward(form, q, k, v, sinks, segments):
-    out, lse = jax.lax.map(lambda row: _row(form, sinks, *row), (q, k, v, segments))
-    out, lse = (checkpoint_name(x, KEPT) for x in (out, lse))
-    return (out, lse), (q, k, v, sinks, segments, out, lse)
+    found = _computed(form._replace(return_lse=True), q, k, v, sinks, segments)
+    out, lse = (checkpoint_name(x, KEPT) for x in found)
+    return (out, lse if form.return_lse else None), (q, k, v, sinks, segments, out, lse)
 
 
 def _backward(form, saved, cotangents):
     q, k, v, sinks, segments, out, lse = saved
     g_out, g_lse = cotangents
     # d logits = p * (d p - sum(out * d out) + d lse)
-    shift = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - g_lse
+    shift = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    shift = shift if g_lse is None else shift - g_lse
     rows = q, k, v, segments, lse, g_out, shift
     dq, dk, dv = jax.lax.map(lambda row: _row_back(form, *row), rows)
     d_sinks = None

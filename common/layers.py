@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def compute_dtype(asked: str | None) -> str:
@@ -68,19 +69,40 @@ def rope_tables(
 
 
 def apply_rope(
-    x_BTNd: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False
+    x: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False, heads: int = 2
 ) -> jax.Array:
-    """Rotates the first 2R dimensions of every head, the rest stays.
+    """Rotates the first 2R dimensions of every head, the rest stays; x is [B, T, N, D], with `heads` = 1
+    [B, N, T, D].
 
     Dimension i is paired with i + R, or with `interleaved` 2i with 2i + 1; the interleaved result lies in
     halves, which is the same permutation for queries and keys and leaves their products alone.
     """
-    cos, sin = (t[:, :, None] for t in tables)
+    ways = {"tpu": _rope_by_matmul, "default": _rope_by_halves}
+    ways = {platform: partial(way, interleaved) for platform, way in ways.items()}
+    return jax.lax.platform_dependent(x, *(jnp.expand_dims(t, heads) for t in tables), **ways)
+
+
+def _rope_by_halves(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     R = cos.shape[-1]
-    turned, rest = x_BTNd[..., : 2 * R].astype(jnp.float32), x_BTNd[..., 2 * R :]
+    turned, rest = x[..., : 2 * R].astype(jnp.float32), x[..., 2 * R :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNd.dtype)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _rope_by_matmul(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The same; a TPU moves values within a register far more slowly than through its matrix units."""
+    D, R = x.shape[-1], cos.shape[-1]
+    i, rest = np.arange(R), np.arange(2 * R, D)
+    a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + R)
+    own_DD, other_DD = np.zeros((2, D, D), np.float32)  # which input an output is made of
+    own_DD[np.concatenate([a, b, rest]), np.arange(D)] = 1
+    other_DD[b, i], other_DD[a, i + R] = -1, 1
+    still = jnp.zeros((*cos.shape[:-1], D - 2 * R), jnp.float32)
+    own = einsum("...d,de->...e", x, own_DD.astype(x.dtype)) if interleaved else x.astype(jnp.float32)
+    other = einsum("...d,de->...e", x, other_DD.astype(x.dtype))
+    turned = own * jnp.concatenate([cos, cos, still + 1], -1) + other * jnp.concatenate([sin, sin, still], -1)
+    return turned.astype(x.dtype)
 
 
 def swiglu(x: jax.Array, gate_FH: jax.Array, up_FH: jax.Array, down_HF: jax.Array) -> jax.Array:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, setting
 
-_CHIP_TOKENS = 2048  # of a batch by default: a few seconds on a laptop, enough to fill a matrix unit
-
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -52,8 +50,9 @@ class DumpConfig:
         otherwise="2,n/2,n-3, as servers have it",
     )
     block_rows: int = setting(32, "Rows written and resumed as one.", least=1)
-    batch_rows: int | None = setting(
-        None, "Rows of a forward pass.", least=1, otherwise="about 2,048 tokens a chip"
+    batch_rows: int | None = setting(None, "Rows of a forward pass.", least=1, otherwise="by --chip-tokens")
+    chip_tokens: int = setting(
+        2048, "Tokens of a forward pass, for each chip, where --batch-rows does not say.", least=1
     )
     dp: int = setting(1, "Chips along the batch.", least=1)
     tp: int = setting(1, "Chips that share each layer.", least=1)
@@ -70,7 +69,6 @@ class DumpConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        self.batch(1)
         self.part()
 
     def part(self) -> tuple[int, int]:
@@ -81,13 +79,19 @@ class DumpConfig:
             raise ValueError(f"share={self.share!r} must be I/N with I from 1 to N, 2/3 say")
         return part - 1, parts
 
-    def batch(self, length: int) -> int:
-        """Rows of a forward pass over rows of `length` tokens: a multiple of dp*tp."""
+    def batch(self, length: int, own_chips: int) -> int:
+        """Rows of a forward pass over rows of `length` tokens, of which a process has `own_chips` of the
+        dp*tp chips: the same number on every chip, and those of a process a part of a block."""
         chips = self.dp * self.tp
-        if self.batch_rows is not None:
-            if self.batch_rows % chips:
-                raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips}")
-            return self.batch_rows
-        wanted = max(1, _CHIP_TOKENS // length)
-        share = max(1, self.block_rows // chips)
-        return chips * max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
+        if self.batch_rows is not None and self.batch_rows % chips:
+            raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips}")
+        share = self.block_rows // own_chips
+        wanted = max(1, self.chip_tokens // length)
+        fitting = max((n for n in range(1, share + 1) if share % n == 0 and n <= wanted), default=1)
+        rows = self.batch_rows or fitting * chips
+        if self.block_rows % (rows // chips * own_chips):
+            raise ValueError(
+                f"block_rows={self.block_rows} must be a multiple of the {rows // chips * own_chips} rows that "
+                f"a process with {own_chips} of {chips} chips computes at a time; change it or batch_rows"
+            )
+        return rows

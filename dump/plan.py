@@ -131,15 +131,10 @@ def _begun(
 
 
 def _batch_rows(config: DumpConfig, length: int, mesh: Mesh) -> int:
-    """Rows of a forward pass. EyasError if a process's part of it is no part of a block."""
-    rows = config.batch(length)
-    own = rows // mesh.size * len(mesh.local_devices)
-    if config.block_rows % own:
-        raise EyasError(
-            f"batch_rows={rows} gives each of {pod.size()} processes {own} rows at a time, but block_rows="
-            f"{config.block_rows} is no multiple of that; change one of the two"
-        )
-    return rows
+    try:
+        return config.batch(length, len(mesh.local_devices))
+    except ValueError as error:
+        raise EyasError(str(error)) from None
 
 
 def _check_rows_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> None:

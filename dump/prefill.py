@@ -1,17 +1,60 @@
-"""The compiled program of a dump: rows through the frozen target, and what the codec keeps of them."""
+"""One batch of rows through the frozen target and the codec: a program of one static shape.
 
+It is compiled from shapes alone, so that it can be looked at for chips that are not there.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from common.codec import encode_states
-from common.mesh import sharding
+from common.codec import Codec, encode_states
+from common.mesh import compiler_options, sharding, ways
 from common.progress import note
 from dump import target
 from dump.plan import Plan
 from dump.reduce_logits import chunk_length, reduce_logits
+
+
+@dataclass(frozen=True)
+class Program:
+    """The forward pass of `rows` rows of `length` tokens, and what the codec keeps of it."""
+
+    target: target.TargetConfig
+    mesh: Mesh
+    aux_layers: tuple[int, ...]
+    codec: Codec
+    draft_ids: np.ndarray | None
+    rows: int
+    length: int
+
+    def compile(self, weights: dict[str, Any]) -> jax.stages.Compiled:
+        """For `weights` or their shapes: (weights, tokens, segment ids, positions) -> {name: [B, T, ...]}."""
+        batch = jax.ShapeDtypeStruct(
+            (self.rows, self.length), jnp.int32, sharding=sharding(self.mesh, ("row", None))
+        )
+        lowered = jax.jit(self._run).lower(weights, batch, batch, batch)
+        return lowered.compile(compiler_options=compiler_options(self.mesh))
+
+    def _run(self, weights: dict[str, jax.Array], *batch: jax.Array) -> dict[str, jax.Array]:
+        def by_row(x: jax.Array) -> jax.Array:
+            return jax.sharding.reshard(x, sharding(self.mesh, ("row",) + (None,) * (x.ndim - 1)))
+
+        aux_BTAH, last_BTH = target.forward(self.target, weights, *batch, self.aux_layers)
+        head = target.output_head(self.target, weights)
+
+        def logits(last_BcH: jax.Array) -> jax.Array:
+            # Parts of all rows' distributions become whole ones of some rows, which a chip reduces by itself.
+            return by_row(head(last_BcH))
+
+        ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
+        chunk = chunk_length(self.rows // ways(self.mesh, "row"), self.length)
+        found = encode_states(self.codec, by_row(aux_BTAH), by_row(last_BTH))
+        found |= reduce_logits(self.codec, logits, last_BTH, ids, chunk)
+        return {name: by_row(value) for name, value in found.items()}
 
 
 class Prefill:
@@ -28,13 +71,10 @@ class Prefill:
         # A chip has rows of its own, wherever the mesh put it: this process's rows go to its chips in order.
         places = self._sharding.addressable_devices_indices_map(whole)
         self._chips = sorted(places, key=lambda chip: places[chip][0].start or 0)
-        on_chip = plan.batch_rows // plan.mesh.size
-        self.rows = on_chip * len(self._chips)
-        chunk = chunk_length(on_chip, plan.store.length, plan.target.vocab_size)
+        self.rows = plan.batch_rows // plan.mesh.size * len(self._chips)
         note(f"dump: compiling for batches of {plan.batch_rows} x {plan.store.length} tokens")
-        batch = jax.ShapeDtypeStruct(whole, jnp.int32, sharding=self._sharding)
-        step = jax.jit(lambda weights, *batch: _encode(plan, chunk, weights, *batch))
-        self._step = step.lower(weights, batch, batch, batch).compile()
+        about = plan.target, plan.mesh, plan.config.aux_layers, plan.codec, plan.draft_ids
+        self._step = Program(*about, *whole).compile(weights)
 
     def __call__(self, *batch: np.ndarray) -> "Pending":
         return Pending(self._step(self._weights, *(self._spread(x) for x in batch)))
@@ -65,21 +105,3 @@ class Pending:
                 if stop > start:
                     own[start:stop] = np.asarray(part)[: stop - start]
                 start = stop
-
-
-def _encode(plan: Plan, chunk: int, weights: dict[str, jax.Array], *batch: jax.Array) -> dict[str, Any]:
-    """The forward pass and what the codec keeps of it, split by row."""
-
-    def by_row(x: jax.Array) -> jax.Array:
-        return jax.sharding.reshard(x, sharding(plan.mesh, ("row",) + (None,) * (x.ndim - 1)))
-
-    aux_BTAH, last_BTH = target.forward(plan.target, weights, *batch, plan.config.aux_layers)
-
-    def logits(last_BcH: jax.Array) -> jax.Array:
-        # Parts of all rows' distributions become whole ones of some rows, which a chip reduces by itself.
-        return by_row(target.logits(plan.target, weights, last_BcH))
-
-    ids = None if plan.draft_ids is None else jnp.asarray(plan.draft_ids)
-    found = encode_states(plan.codec, by_row(aux_BTAH), by_row(last_BTH))
-    found |= reduce_logits(plan.codec, logits, last_BTH, ids, chunk)
-    return {name: by_row(value) for name, value in found.items()}

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from common.codec import Codec, encode_logits
 
-CHUNK_BYTES = 64 << 20  # of f32 logits a device holds at a time
+CHUNK_TOKENS = 1024  # of a device at a time: with fewer it would wait for the output head to be read again
 
 Logits = Callable[[jax.Array], jax.Array]  # [..., H] -> f32 [..., V]
 
 
-def chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """Positions whose logits are held at once: equal parts of `length` that fit CHUNK_BYTES."""
-    fits = max(1, CHUNK_BYTES // (rows * vocab_size * 4))
+def chunk_length(rows: int, length: int) -> int:
+    """Positions of each of a device's `rows` whose logits are held at once: equal parts of `length`."""
+    fits = max(1, CHUNK_TOKENS // rows)
     return -(-length // -(-length // fits))
 
 

@@ -4,12 +4,10 @@ FLOPs and bytes are the compiler's, for one chip; a loop's body is counted once.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from pipelines.bench import tpu
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,19 +16,14 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'eyas[tpu]'"
     ),
 ]
-ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-16", "TPU_WORKER_HOSTNAMES": "localhost"}
-HBM = 31.25  # GiB of a v6e chip that programs can have
+HBM = tpu.CHIPS["v6e"].hbm_gib
 
 
 def compiled(*args: object) -> dict[str, float]:
     """What tests/tpu.py prints, from a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.tpu", *map(str, args)]
-    env |= ALONE | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(args, done.stdout.strip())
-    return json.loads(done.stdout)
+    found = tpu.alone(["tests.tpu", *map(str, args)])
+    print(args, found)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -46,9 +39,10 @@ def test_a_layer_of_experts_costs_its_active_ones(recipe, split, dp, tp):
     assert found["flops"] <= 1.3 * found["active"]
 
 
-def test_qwen3_32b_fits_a_v6e_16():
-    found = compiled("prefill", "qwen3-32b")
-    assert found["arguments_gib"] + found["temporaries_gib"] < HBM
+@pytest.mark.parametrize("length", [2048, 32_768])
+def test_qwen3_32b_fits_a_v6e_16(length):
+    found = compiled("prefill", "qwen3-32b", length)
+    assert found["arguments_gib"] + found["temporaries_gib"] + found["outputs_gib"] < 0.9 * HBM
 
 
 @pytest.mark.parametrize("recipe", ["qwen3-32b", "deepseek-v3"])

@@ -1,57 +1,36 @@
 """Compiles programs for TPU chips that are not there; prints FLOPs and bytes of one chip, as JSON.
 
 moe RECIPE SPLIT DP TP      a target's first layer of experts, 2,048 tokens a v6e chip
-prefill RECIPE              a target's whole forward pass, as its recipe lays it out
+prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
 train RECIPE                a training step, every position counted, as the recipe lays it out
 """
 
 import json
 import math
 import sys
-import tempfile
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from common import storage
 from common.mesh import sharding, spec
 from common.params import shapes
 from dump import target
-from dump.dump import DumpConfig
 from dump.target import moe as module
 from dump.target.moe import Moe
 from dump.target.spec import Context
 from pipelines import recipes
-from tests.dump.target.published import PUBLISHED
+from pipelines.bench.tpu import compile_dump, config_of, mesh_of
 from train import optimizer
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
 from train.step import State, gradient, train_step
 
-TOPOLOGIES = {
-    "v6e": {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4", 32: "v6e:4x8", 64: "v6e:8x8"},
-    "v5p": {4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"},
-}
 LENGTH = 2048
-
-
-def mesh_of(dp: int, tp: int, kind: str = "v6e") -> Mesh:
-    """A mesh of chips that are not there."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind][dp * tp]).devices
-    return Mesh(np.array(chips).reshape(dp, tp), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
-
-
-def config_of(recipe: str, experts: str | None) -> target.TargetConfig:
-    """The target's description, without its weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        storage.write_json(f"{folder}/config.json", PUBLISHED[recipe])
-        return target.read_config(folder, experts)
 
 
 def moe(recipe: str, split: str, dp: int, tp: int) -> dict[str, float]:
@@ -93,18 +72,10 @@ def loops_counted(part: Moe, tokens: int, tp: int, counted: float) -> dict[str, 
     return {"flops": counted + (runs - 1) * 2 * body * 3 * H * width, "active": active, "counted": counted}
 
 
-def prefill(recipe: str) -> dict[str, float]:
-    """Memory of a chip for the forward pass of one batch (without the codec)."""
-    known = recipes.load(recipe)
-    config = DumpConfig("model", "store", **known.dump)
-    kind = known.dump_slice.split("-")[0]
-    cfg, mesh = config_of(recipe, config.experts), mesh_of(config.dp, config.tp, kind)
-    held = shapes(target.parameters(cfg, config.tp), jnp.bfloat16, mesh)
-    batch = (config.batch(LENGTH), LENGTH)
-    rows = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding(mesh, ("row", None)))
-    aux = target.default_aux_layers(cfg.num_layers)
-    step = jax.jit(lambda w, *x: target.forward(cfg, w, *x, aux))
-    return memory(step.lower(held, rows, rows, rows).compile()) | {"rows": batch[0]}
+def prefill(recipe: str, length: int) -> dict[str, float]:
+    """Memory of a chip for one batch of the dump, codec included."""
+    compiled, _, rows = compile_dump(recipe, length)
+    return memory(compiled) | {"rows": rows}
 
 
 def train(recipe: str) -> dict[str, float]:
@@ -159,5 +130,4 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
 if __name__ == "__main__":
     verb, recipe, *rest = sys.argv[1:]
     run = {"moe": moe, "prefill": prefill, "train": train}[verb]
-    split, sizes = rest[:1], [int(number) for number in rest[1:]]
-    print(json.dumps(run(recipe, *split, *sizes)))
+    print(json.dumps(run(recipe, *(int(value) if value.isdigit() else value for value in rest))))

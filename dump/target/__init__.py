@@ -2,7 +2,13 @@
 
 from common.aux_layers import default_aux_layers
 from dump.target.config import read_config
-from dump.target.decoder import check_aux_layers, check_length, forward, logits
+from dump.target.decoder import (
+    check_aux_layers,
+    check_length,
+    forward,
+    logits,
+    output_head,
+)
 from dump.target.moe import split_experts
 from dump.target.spec import TargetConfig
 from dump.target.weights import check, load, parameters
@@ -16,6 +22,7 @@ __all__ = [
     "forward",
     "load",
     "logits",
+    "output_head",
     "parameters",
     "read_config",
     "split_experts",

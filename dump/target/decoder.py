@@ -7,7 +7,9 @@ columns and experts (Megatron, arXiv 1909.08053), and sums after each part.
 Dimensions: B rows, T positions, A aux states, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,14 @@ from jax.sharding import Mesh
 
 from common.errors import EyasError
 from common.layers import einsum, rms_norm
-from common.mesh import RULES, sharding, spec
+from common.mesh import sharding, spec, ways
+from dump.target.fsdp import gathered
 from dump.target.groups import Group, group
 from dump.target.quant import dequantised
 from dump.target.spec import Context, Layer, TargetConfig
 from dump.target.weights import parameters
+
+_NOWHERE = -1  # the slot of a state that nobody wants
 
 
 def check_aux_layers(cfg: TargetConfig, aux_layers: tuple[int, ...]) -> None:
@@ -54,7 +59,8 @@ def forward(
     check_length(cfg, tokens_BT.shape[1])
     mesh = jax.typeof(weights["norm"]).sharding.mesh
     if mesh.empty:
-        return _local(cfg, aux_layers, None, weights, tokens_BT, segment_ids_BT, positions_BT)
+        whole = dict.fromkeys(weights, ())
+        return _local(cfg, aux_layers, None, whole, weights, tokens_BT, segment_ids_BT, positions_BT)
     rows = sharding(mesh, ("batch", None))
     arrays = (jax.sharding.reshard(jnp.asarray(x), rows) for x in (tokens_BT, segment_ids_BT, positions_BT))
     return _on_mesh(cfg, aux_layers, mesh)(weights, *arrays)
@@ -63,28 +69,31 @@ def forward(
 def _on_mesh(cfg: TargetConfig, aux_layers: tuple[int, ...], mesh: Mesh):
     """`_local` on every chip of a mesh."""
     rows = spec(("batch", None))
-    tp = mesh.shape[RULES["heads"]]
-    held = {name: spec(p.axes) for name, p in parameters(cfg, tp).items()}
+    tp = ways(mesh, "heads")
+    axes = {name: p.axes for name, p in parameters(cfg, tp, ways(mesh, "fsdp")).items()}
+    held = {name: spec(found) for name, found in axes.items()}
     return jax.shard_map(
-        partial(_local, cfg, aux_layers, tp if tp > 1 else None),
+        partial(_local, cfg, aux_layers, tp if tp > 1 else None, axes),
         mesh=mesh,
         in_specs=(held, rows, rows, rows),
         out_specs=(spec(("batch", None, None, None)), spec(("batch", None, None))),
+        check_vma=False,  # attention's kernel does not say over which axes its results vary
     )
 
 
-def _local(cfg, aux_layers, tp, weights, tokens_BT, segment_ids_BT, positions_BT):
+def _local(cfg, aux_layers, tp, axes, weights, tokens_BT, segment_ids_BT, positions_BT):
     """The forward pass of one chip's rows and of its share of the weights."""
     context = Context(segment_ids_BT, positions_BT, tp)
-    h_BTH = _embed(cfg, weights["embed_tokens"], tokens_BT, context)
-    # A slot for each wanted state, and a last one that all other layers overwrite.
-    slots = [aux_layers.index(k) if k in aux_layers else len(aux_layers) for k in range(cfg.num_layers + 1)]
-    kept = jnp.stack([h_BTH] * (len(aux_layers) + 1))
+    embed = gathered({"embed_tokens": weights["embed_tokens"]}, axes)["embed_tokens"]
+    h_BTH = _embed(cfg, embed, tokens_BT, context)
+    slots = [aux_layers.index(k) if k in aux_layers else _NOWHERE for k in range(cfg.num_layers + 1)]
+    kept = jnp.zeros((len(aux_layers), *h_BTH.shape), h_BTH.dtype)
     for number, found in enumerate(group(cfg.layers)):
-        h_BTH, kept = _run_group(number, found, weights, h_BTH, kept, slots, context)
-    kept = _keep(kept, h_BTH, jnp.int32(slots[-1]))
+        h_BTH, kept = _run_group(number, found, axes, weights, h_BTH, kept, slots, context)
+    if slots[-1] != _NOWHERE:
+        kept = kept.at[slots[-1]].set(h_BTH)
     last_BTH = rms_norm(h_BTH, weights["norm"], cfg.norm.eps, cfg.norm.offset)
-    return jnp.moveaxis(kept[: len(aux_layers)], 0, 2), last_BTH
+    return jnp.moveaxis(kept, 0, 2), last_BTH
 
 
 def _embed(cfg: TargetConfig, embed_VH: jax.Array, tokens_BT: jax.Array, context: Context) -> jax.Array:
@@ -100,21 +109,24 @@ def _embed(cfg: TargetConfig, embed_VH: jax.Array, tokens_BT: jax.Array, context
 
 
 def _keep(kept: jax.Array, h_BTH: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(kept, h_BTH, slot, 0)
+    """The states with h in its slot, if it has one.
+
+    What is not wanted is not written: a loop of no steps, where a `cond` would copy all states every time.
+    """
+    rows = jnp.where(slot == _NOWHERE, 0, h_BTH.shape[0])
+    return jax.lax.fori_loop(0, rows, lambda row, kept: kept.at[slot, row].set(h_BTH[row]), kept)
 
 
-def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int], context: Context):
+def _under(prefix: str, named: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+
+
+def _run_group(number: int, found: Group, axes, weights, h_BTH, kept, slots: list[int], context: Context):
     """All layers of a group, scanned over its repeats."""
     size = len(found.period)
     places = range(size)
-    stacked = [
-        {
-            name.removeprefix(f"{number}.{p}."): w
-            for name, w in weights.items()
-            if name.startswith(f"{number}.{p}.")
-        }
-        for p in places
-    ]
+    stacked = [_under(f"{number}.{p}.", weights) for p in places]
+    axes_P = [{name: a[1:] for name, a in _under(f"{number}.{p}.", axes).items()} for p in places]
     own = slots[found.first : found.first + size * found.repeats]
     for layer in found.period:  # tables are made outside of the scan
         if rope := getattr(layer.attention, "rope", None):
@@ -125,7 +137,7 @@ def _run_group(number: int, found: Group, weights, h_BTH, kept, slots: list[int]
         w, slots_P = xs
         for p in places:
             kept = _keep(kept, h, slots_P[p])
-            h = _run_layer(found.period[p], w[p], h, context)
+            h = _run_layer(found.period[p], gathered(w[p], axes_P[p]), h, context)
         return (h, kept), None
 
     slots_RP = jnp.asarray(own, jnp.int32).reshape(found.repeats, size)
@@ -151,7 +163,21 @@ def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context:
     return h_BTH + layer.feed_forward(w, norm("post_attention_layernorm", h_BTH), context)
 
 
-def logits(cfg: TargetConfig, weights: dict[str, jax.Array], last: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of last hidden states [..., H]; with tp > 1 split by "vocab"."""
+def output_head(cfg: TargetConfig, weights: dict[str, jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The function from last hidden states [..., H] to float32 logits [..., V], its matrix gathered once.
+
+    With tp > 1 its results are split by "vocab".
+    """
     head_VH = weights["embed_tokens" if cfg.tied else "lm_head"]
-    return einsum("...h,vh->...v", last, head_VH)
+    mesh = jax.typeof(head_VH).sharding.mesh
+    if not mesh.empty:
+        # Not "vocab" where the mesh does not split it: one chip's part is then not typed as a part.
+        tp = ways(mesh, "vocab")
+        split = "vocab" if tp > 1 and cfg.vocab_size % tp == 0 else None
+        head_VH = jax.sharding.reshard(head_VH, sharding(mesh, (split, None)))
+    return lambda last: einsum("...h,vh->...v", last, head_VH)
+
+
+def logits(cfg: TargetConfig, weights: dict[str, jax.Array], last: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of last hidden states [..., H]."""
+    return output_head(cfg, weights)(last)

@@ -50,6 +50,10 @@ class DeltaNet:
             }
         )
 
+    def flops(self, length: int) -> float:
+        """Of the recurrence, a token: the state is read for its key and its query, and changed once."""
+        return 6.0 * self.value_heads * self.key_dim * self.value_dim
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         B, T = x_BTH.shape[:2]
         D, E, G = self.key_dim, self.value_dim, self.value_heads // self.key_heads

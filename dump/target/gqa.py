@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import attend
-from common.layers import apply_rope, linear, rms_norm
-from dump.target.dense import add_bias, matrix, must_divide, project, vector
+from common.layers import apply_rope, rms_norm
+from dump.target.dense import add_bias, heads_of, matrix, merged, must_divide, project, vector
 from dump.target.spec import Context, Norm, Rope, Weight
 
 
@@ -57,35 +57,39 @@ class Gqa:
             declared["sinks"] = Weight("layers.{layer}.self_attn.sinks", (self.heads,), ("heads",))
         return declared
 
+    def flops(self, length: int) -> float:
+        """Of scores and values, a token of documents of `length`."""
+        seen = min(self.window or length, length)
+        pairs = seen * (seen + 1) / 2 + (length - seen) * seen
+        return 4.0 * self.heads * self.head_dim * pairs / length
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         q, k, v = (project(w, name, x_BTH) for name in ("q_proj", "k_proj", "v_proj"))
         if self.row_norm:
             q = _norm_split(q, w["q_norm"], self.heads * self.head_dim, self.row_norm.eps, context)
             k = _norm_split(k, w["k_norm"], self.kv_heads * self.head_dim, self.row_norm.eps, context)
-        q, k, v = self._split(q), self._split(k), self._split(v)
+        q, k, v = (heads_of(x, self.head_dim) for x in (q, k, v))
         if self.gated:
-            q, gate = q[:, :, ::2], q[:, :, 1::2]
+            q, gate = q[:, ::2], q[:, 1::2]
         if self.head_norm:
             q = rms_norm(q, w["q_norm"], self.head_norm.eps, self.head_norm.offset)
             k = rms_norm(k, w["k_norm"], self.head_norm.eps, self.head_norm.offset)
         if self.rope:
             tables = context.tables(self.rope)
-            q, k = apply_rope(q, tables), apply_rope(k, tables)
+            q, k = apply_rope(q, tables, heads=1), apply_rope(k, tables, heads=1)
         if context.splits(self.heads) and not context.splits(self.kv_heads):
-            k, v = (self._own(x, q.shape[2], context) for x in (k, v))
+            k, v = (self._own(x, q.shape[1], context) for x in (k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         out = attend(q, k, v, context.segments_BT, self.scale, self.window, w.get("sinks"))
         if self.gated:
-            out = out * jax.nn.sigmoid(gate)
-        y = context.total(linear(out.reshape(*out.shape[:2], -1), w["o_proj"]))
+            out = out * jax.nn.sigmoid(gate.swapaxes(1, 2))
+        y = context.total(merged(out, w["o_proj"]))
         return add_bias(w, "o_proj", y)
 
-    def _split(self, x_BTM: jax.Array) -> jax.Array:
-        return x_BTM.reshape(*x_BTM.shape[:2], -1, self.head_dim)
-
-    def _own(self, kv_BTKD: jax.Array, ours: int, context: Context) -> jax.Array:
+    def _own(self, kv_BKTD: jax.Array, ours: int, context: Context) -> jax.Array:
         """The key or value heads of our `ours` query heads, where every chip computed all of them."""
         heads = context.chip() * ours + jnp.arange(ours)
-        return jnp.take(kv_BTKD, heads // (self.heads // self.kv_heads), axis=2)
+        return jnp.take(kv_BKTD, heads // (self.heads // self.kv_heads), axis=1)
 
 
 def _norm_split(x_BTM: jax.Array, weight_M: jax.Array, width: int, eps: float, context: Context) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from common.attention import attend
 from common.layers import apply_rope, linear, rms_norm
-from dump.target.dense import add_bias, matrix, must_divide, project, vector
+from dump.target.dense import add_bias, heads_of, matrix, merged, must_divide, project, vector
 from dump.target.spec import Context, Rope, Weight
 
 _LATENT_EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps is
@@ -58,20 +58,25 @@ class Mla:
             | matrix("self_attn.q_b_proj", N * head, self.query_rank, heads)
         )
 
+    def flops(self, length: int) -> float:
+        """Of scores and values, a token of documents of `length`."""
+        width = self.plain_dim + self.rope.dim + self.value_dim
+        return 2.0 * self.heads * width * (length + 1) / 2
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
-        rows = x_BTH.shape[:2]
         tables = context.tables(self.rope)
-        q = self._queries(w, x_BTH).reshape(*rows, -1, self.plain_dim + self.rope.dim)
+        q = heads_of(self._queries(w, x_BTH), self.plain_dim + self.rope.dim)
         latent = project(w, "kv_a_proj_with_mqa", x_BTH)
         c_BTC = rms_norm(latent[..., : self.latent], w["kv_a_layernorm"], _LATENT_EPS)
-        shared_BT1R = apply_rope(latent[:, :, None, self.latent :], tables, self.interleaved)
-        kv = linear(c_BTC, w["kv_b_proj"]).reshape(*rows, -1, self.plain_dim + self.value_dim)
-        k_rotated = jnp.broadcast_to(shared_BT1R, (*kv.shape[:3], self.rope.dim))
+        shared_B1TR = apply_rope(latent[:, None, :, self.latent :], tables, self.interleaved, heads=1)
+        kv = heads_of(linear(c_BTC, w["kv_b_proj"]), self.plain_dim + self.value_dim)
+        k_rotated = jnp.broadcast_to(shared_B1TR, (*kv.shape[:3], self.rope.dim))
         k = jnp.concatenate([kv[..., : self.plain_dim], k_rotated], -1)
-        q_rotated = apply_rope(q[..., self.plain_dim :], tables, self.interleaved)
+        q_rotated = apply_rope(q[..., self.plain_dim :], tables, self.interleaved, heads=1)
         q = jnp.concatenate([q[..., : self.plain_dim], q_rotated], -1)
-        out = attend(q, k, kv[..., self.plain_dim :], context.segments_BT, self.scale)
-        return add_bias(w, "o_proj", context.total(linear(out.reshape(*rows, -1), w["o_proj"])))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, kv[..., self.plain_dim :]))
+        out = attend(q, k, v, context.segments_BT, self.scale)
+        return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
 
     def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
         if self.query_rank is None:

@@ -41,10 +41,9 @@ class Experts(Protocol):
 
 
 def grouped(x_SI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows times the matrix of their expert: the first sizes[0] rows times w[0], and so on; in x's dtype."""
+    """Rows times the matrix of their expert: the first sizes[0] rows times w[0], and so on; in float32."""
     exact, f32 = precision(x_SI, w_EIO), jnp.float32
-    y = jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=exact, preferred_element_type=f32)
-    return y.astype(x_SI.dtype)
+    return jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=exact, preferred_element_type=f32)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class GatedExperts:
     def __call__(self, w, x_SH, ids_S, sizes_E):
         gate = grouped(x_SH, w["experts.gate_proj"], sizes_E)
         up = grouped(x_SH, w["experts.up_proj"], sizes_E)
-        return grouped(ACTIVATIONS[self.activation](gate) * up, w["experts.down_proj"], sizes_E)
+        mixed = (ACTIVATIONS[self.activation](gate) * up).astype(x_SH.dtype)
+        return grouped(mixed, w["experts.down_proj"], sizes_E)
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,11 @@ class ClampedExperts:
         gate_up = self._biased(w, "experts.gate_up_proj", x_SH, ids_S, sizes_E)
         gate = jnp.minimum(gate_up[:, ::2], self.limit)
         up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
-        return self._biased(
-            w, "experts.down_proj", (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate), ids_S, sizes_E
-        )
+        mixed = ((up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)).astype(x_SH.dtype)
+        return self._biased(w, "experts.down_proj", mixed, ids_S, sizes_E)
 
     def _biased(self, w, name: str, x: jax.Array, ids_S: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        bias_EO = w[f"{name}.bias"].astype(x.dtype)
+        bias_EO = w[f"{name}.bias"].astype(jnp.float32)
         return grouped(x, w[name], sizes_E) + bias_EO.at[ids_S].get(mode="clip")
 
 
@@ -191,14 +190,10 @@ class Moe:
         y_SH = self._sorted(w, x_MH, order_S, local_S[order_S], sizes_E, spread)
         back_Mk = jnp.argsort(order_S).reshape(ids_Mk.shape)
 
-        def add(total_MH, step):
-            back_M, weights_M, ours_M = step
-            chosen = y_SH[back_M].astype(jnp.float32) * weights_M[:, None]
-            return total_MH + jnp.where(ours_M[:, None], chosen, 0.0), None
-
-        start = jnp.zeros_like(y_SH, jnp.float32, shape=x_MH.shape)
-        total_MH, _ = jax.lax.scan(add, start, (back_Mk.T, weights_Mk.T, ours_Mk.T))
-        return total_MH.astype(x_MH.dtype)
+        chosen_kMH = y_SH[back_Mk.T] * weights_Mk.T[..., None]
+        if spread > 1:
+            chosen_kMH = jnp.where(ours_Mk.T[..., None], chosen_kMH, 0.0)
+        return chosen_kMH.sum(0).astype(x_MH.dtype)
 
     def _sorted(self, w, x_MH, order_S, sorted_S, sizes_E, spread: int) -> jax.Array:
         """The experts' results [S or more, H] of sorted rows; rows behind those of our experts are undefined.
@@ -222,7 +217,7 @@ class Moe:
             y = self.experts(w, x_MH[rows // k], ids, inside_E)
             return jax.lax.dynamic_update_slice_in_dim(y_SH, y, low, 0)
 
-        empty = jnp.zeros_like(sorted_S, x_MH.dtype, shape=(sorted_S.shape[0], x_MH.shape[1]))
+        empty = jnp.zeros_like(sorted_S, jnp.float32, shape=(sorted_S.shape[0], x_MH.shape[1]))
         return jax.lax.fori_loop(0, -(-stops_E[-1] // size), block, empty)
 
 

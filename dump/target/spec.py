@@ -79,7 +79,9 @@ class Context:
 
 
 class Part(Protocol):
-    """An attention or a feed-forward kind."""
+    """An attention or a feed-forward kind. An attention also says what it computes besides its matrices:
+    flops(length) -> FLOPs a token of documents of that length.
+    """
 
     def weights(self, tp: int) -> dict[str, Weight]: ...
 

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.errors import EyasError
-from common.mesh import RULES, sharding, spec
+from common.mesh import sharding, spec, ways
 from common.params import Declaration, Param
 from common.progress import Progress
 from common.safetensors import Checkpoint, Tensor
+from dump.target.fsdp import divided, gathered, own_part
 from dump.target.groups import group
 from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight
@@ -56,21 +57,22 @@ class Stack:
         return ((name or self.weight.source).format(layer=i, expert=e) for i, e in places)
 
 
-def parameters(cfg: TargetConfig, tp: int = 1) -> Declaration:
-    """{name: Param} of every weight as it lies in memory, split over `tp` chips.
+def parameters(cfg: TargetConfig, tp: int = 1, dp: int = 1) -> Declaration:
+    """{name: Param} of every weight as it lies in the memory of a (dp, tp) mesh.
 
     EyasError if `tp` does not divide a dimension that must be split.
     """
-    return {name: stack.param for name, stack in stacks(cfg, tp).items()}
+    return {name: stack.param for name, stack in stacks(cfg, tp, dp).items()}
 
 
-def stacks(cfg: TargetConfig, tp: int = 1) -> dict[str, Stack]:
-    """Every weight of the target. With tp = 1 no dimension is split, so that none is typed as split."""
-    found = _declared(cfg, tp)
-    if tp > 1:
-        return found
-    whole = {name: replace(s.param, axes=(None,) * len(s.param.axes)) for name, s in found.items()}
-    return {name: replace(stack, param=whole[name]) for name, stack in found.items()}
+def stacks(cfg: TargetConfig, tp: int = 1, dp: int = 1) -> dict[str, Stack]:
+    """Every weight of the target. With tp = 1 or dp = 1 no dimension is typed as split over it."""
+
+    def laid_out(stack: Stack) -> Stack:
+        param = stack.param if tp > 1 else replace(stack.param, axes=(None,) * len(stack.param.axes))
+        return replace(stack, param=divided(param, len(stack.lead[:1]), dp))
+
+    return {name: laid_out(stack) for name, stack in _declared(cfg, tp).items()}
 
 
 def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
@@ -113,12 +115,16 @@ def _stacked(weight: Weight, layers: tuple[int, ...]) -> Stack:
 
 def check(folder: str, cfg: TargetConfig, tp: int = 1) -> None:
     """EyasError unless `load` on a mesh of `tp` would find every tensor as `cfg` says; reads headers only."""
-    _checked(folder, cfg, tp)
+    _checked(folder, cfg, tp, 1)
 
 
-def _checked(folder: str, cfg: TargetConfig, tp: int) -> tuple[Checkpoint, dict[str, Stack]]:
+def _sizes(mesh: Mesh) -> tuple[int, int]:
+    return ways(mesh, "heads"), ways(mesh, "fsdp")
+
+
+def _checked(folder: str, cfg: TargetConfig, tp: int, dp: int) -> tuple[Checkpoint, dict[str, Stack]]:
     """The checkpoint, its tensors under the declared names and in the declared shapes; the declarations."""
-    declared = stacks(replace(cfg, dequantise=False), tp)
+    declared = stacks(replace(cfg, dequantise=False), tp, dp)
     checkpoint = Checkpoint.open(folder)
     found: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -148,7 +154,7 @@ def load(folder: str, cfg: TargetConfig, mesh: Mesh, dtype: Any) -> dict[str, ja
 
     All names, shapes and dtypes are checked before anything is allocated. EyasError names what is wrong.
     """
-    checkpoint, declared = _checked(folder, cfg, mesh.shape[RULES["heads"]])
+    checkpoint, declared = _checked(folder, cfg, *_sizes(mesh))
     placings = {name: _placing(checkpoint, stack, mesh, dtype) for name, stack in declared.items()}
     late = _quantised(cfg, mesh) if cfg.dequantise else {}
     total = sum(placing.nbytes for placing in placings.values())
@@ -174,18 +180,18 @@ def _placing(checkpoint: Checkpoint, stack: Stack, mesh: Mesh, dtype: Any) -> Pl
 
 def _quantised(cfg: TargetConfig, mesh: Mesh) -> dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]]:
     """{name: (stored, scale, dtype) -> plain} of the quantised weights, computed where they lie."""
-    tp = mesh.shape[RULES["heads"]]
-    held, plain = stacks(replace(cfg, dequantise=False), tp), stacks(replace(cfg, dequantise=True), tp)
+    tp, dp = _sizes(mesh)
+    held, plain = (stacks(replace(cfg, dequantise=late), tp, dp) for late in (False, True))
     found = {}
     for number, part in enumerate(group(cfg.layers)):
         for place, layer in enumerate(part.period):
             weights = layer.plain_weights(tp)
             for local, scheme in layer.quantised:
                 name = f"{number}.{place}.{local}"
-                specs = [spec(held[n].param.axes) for n in (name, f"{name}.scale")]
-                at = partial(_plain, scheme, weights[local], tp if tp > 1 else None)
-                out = spec(plain[name].param.axes)
-                found[name] = partial(_on_chips, at, mesh, tuple(specs), out)
+                stored = {n: held[n].param.axes for n in (name, f"{name}.scale")}
+                out = plain[name].param.axes
+                at = partial(_plain, scheme, weights[local], tp if tp > 1 else None, stored, out)
+                found[name] = partial(_on_chips, at, mesh, tuple(map(spec, stored.values())), spec(out))
     return found
 
 
@@ -194,10 +200,15 @@ def _on_chips(at: Callable, mesh: Mesh, specs: tuple, out: Any, value, scale, dt
     return jax.jit(local)(value, scale)
 
 
-def _plain(scheme: Any, weight: Weight, tp: int | None, dtype: Any, value, scale) -> jax.Array:
-    """A stack [repeats, ...] dequantised to `dtype`, layer by layer, as each would be when it runs."""
-    context = Context(None, None, tp)
-    return jax.lax.map(lambda pair: scheme.apply(*pair, weight, dtype, context), (value, scale))
+def _plain(scheme, weight: Weight, tp: int | None, stored: dict, out: tuple, dtype: Any, *arrays):
+    """All layers of a stack [repeats, ...] in `dtype`: each as it would be when it runs, of that our part."""
+    context, axes = Context(None, None, tp), {name: found[1:] for name, found in stored.items()}
+
+    def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        whole = gathered(dict(zip(stored, pair, strict=True)), axes)
+        return own_part(scheme.apply(*whole.values(), weight, dtype, context), out[1:])
+
+    return jax.lax.map(layer, arrays)
 
 
 def _refuse_surplus(checkpoint: Checkpoint, cfg: TargetConfig, used: set[str]) -> None:

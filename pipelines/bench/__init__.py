@@ -13,9 +13,10 @@ from pipelines import embedded
 def run(out: str, cache: str) -> dict[str, Any]:
     """Measures everything; returns the figures, and writes those there are to the file `out` after each part.
 
-    {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}.
+    {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}; what
+    cannot be measured here has the value None and says "why".
     """
-    from pipelines.bench import data, training
+    from pipelines.bench import data, tpu, training
 
     storage.require_folder(os.path.dirname(out) or ".")
     if os.path.isdir(out):
@@ -28,6 +29,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
             lambda: data.streamed(place),
             training.figures,
             lambda: data.stalled(place, f"{place}/dumped"),
+            tpu.figures,
         )
         found: dict[str, Any] = {}
         for part in parts:
@@ -38,6 +40,9 @@ def run(out: str, cache: str) -> dict[str, Any]:
 
 def _judged(name: str, figure: dict[str, Any]) -> dict[str, Any]:
     """The figure, rounded, with whether it meets its bar."""
+    if figure["value"] is None:
+        note(f"bench: no {name}: {figure['why']}")
+        return figure
     value = float(f"{figure['value']:.4g}")
     judged = figure | {"value": value}
     if "at_least" in figure or "at_most" in figure:

@@ -70,7 +70,11 @@ def expected(config: DumpConfig, rows: np.ndarray):
     weights = target.load(config.model, cfg, make_mesh(), jnp.float32)
     inputs = Store.open(config.store).read(("tokens", "segment_ids", "positions"), rows)
     aux, last = target.forward(cfg, weights, *map(jnp.asarray, inputs.values()), (2, 4, 5))
-    return np.asarray(aux), np.asarray(last), np.asarray(target.logits(cfg, weights, last))
+    return (
+        np.asarray(aux),
+        np.asarray(last),
+        np.asarray(target.logits(cfg, weights, last)),
+    )
 
 
 def test_store_holds_what_the_target_computes(config):
@@ -434,9 +438,10 @@ def test_bad_options_are_named(config, change):
 
 def test_default_batches_divide_blocks():
     config = DumpConfig("m", "s")
-    assert [config.batch(length) for length in (512, 2048, 700, 10)] == [4, 1, 2, 32]
-    assert replace(config, dp=2, tp=8).batch(512) == 32
-    assert replace(config, dp=2, tp=4).batch(2048) == 8
+    assert [config.batch(length, 1) for length in (512, 2048, 700, 10)] == [4, 1, 2, 32]
+    assert replace(config, dp=2, tp=8).batch(512, 16) == 32
+    assert replace(config, dp=2, tp=8).batch(512, 4) == 64
+    assert replace(config, dp=2, tp=4).batch(2048, 8) == 8
     assert [deal((0, 1, 2, 5, 7), p, 2) for p in (0, 1)] == [(0, 2, 7), (1, 5)]
 
 

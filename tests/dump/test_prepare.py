@@ -17,8 +17,8 @@ from common.errors import EyasError
 from common.store import Store
 from dump.chat import Chat
 from dump.prepare import PrepareConfig, read_vocab_size, run
+from pipelines.bench.published import PUBLISHED
 from tests.dump.chats import CHATML, write_model
-from tests.dump.target.published import PUBLISHED
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 

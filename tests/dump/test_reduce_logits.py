@@ -156,10 +156,10 @@ def test_float8_has_a_scale_a_token():
 
 
 def test_chunks_are_equal_parts_of_the_row_that_fit():
-    assert reduce_logits.chunk_length(4, 512, 49_152) == 74  # 85 would fit; 7 parts either way
-    assert reduce_logits.chunk_length(4, 509, 49_152) == 85
-    assert reduce_logits.chunk_length(1, 6, 10) == 6
-    assert reduce_logits.chunk_length(4096, 6, 49_152) == 1
+    assert reduce_logits.chunk_length(4, 512) == 256
+    assert reduce_logits.chunk_length(3, 512) == 256  # 341 would fit; 2 parts either way
+    assert reduce_logits.chunk_length(1, 6) == 6
+    assert reduce_logits.chunk_length(4096, 6) == 1
 
 
 def test_most_frequent_prefers_lower_ids():

@@ -30,7 +30,8 @@ def test_every_recipe_makes_the_configurations_of_its_stages(name):
     assert recipe.architecture in FAMILIES
     assert recipe.layers >= 7, "the default aux layers need 7"
     PrepareConfig(("data",), "model", "store", **recipe.prepare)
-    DumpConfig("model", "store", **recipe.dump).batch(recipe.prepare["length"])
+    config = DumpConfig("model", "store", **recipe.dump)
+    config.batch(recipe.prepare["length"], min(4, config.dp * config.tp))
     assert (
         recipe.train["batch_rows" if "dp" in recipe.train else "draft_vocab"] % recipe.train.get("dp", 1) == 0
     )

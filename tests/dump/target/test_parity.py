@@ -75,21 +75,24 @@ def test_parity_with_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "experts"),
+    ("name", "experts", "dp", "tp"),
     [
-        ("llama", None),
-        ("mistral_window", None),
-        ("qwen3_moe", "ffn"),
-        ("qwen3_moe", "expert"),
-        ("gpt_oss", None),
-        ("deepseek_v3", "ffn"),
-        ("minimax_m2", "expert"),
-        ("qwen3_next", "ffn"),
+        ("llama", None, 2, 2),
+        ("mistral_window", None, 4, 1),
+        ("qwen3_moe", "ffn", 2, 2),
+        ("qwen3_moe", "expert", 2, 2),
+        ("qwen3_moe", None, 4, 1),
+        ("gpt_oss", None, 2, 2),
+        ("gpt_oss", None, 4, 1),
+        ("deepseek_v3", "ffn", 2, 2),
+        ("deepseek_v3", None, 4, 1),
+        ("minimax_m2", "expert", 2, 2),
+        ("qwen3_next", "ffn", 2, 2),
+        ("qwen3_next", None, 4, 1),
     ],
 )
-def test_a_mesh_gives_the_same(name, experts, tmp_path):
+def test_a_mesh_gives_the_same(name, experts, dp, tp, tmp_path):
     made = golden.read(name)
-    dp, tp = (4, 1) if name == "mistral_window" else (2, 2)
     check(run(made, golden.write_folder(made, tmp_path), dp, tp, experts), made)
 
 

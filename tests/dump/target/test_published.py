@@ -13,7 +13,7 @@ from dump import target
 from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
-from tests.dump.target.published import PUBLISHED
+from pipelines.bench.published import PUBLISHED
 from train.heads import read_serving_config
 from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
@@ -33,23 +33,28 @@ def read(name: str, tmp_path) -> tuple[target.TargetConfig, recipes.Recipe]:
     return target.read_config(str(tmp_path), recipe.dump.get("experts")), recipe
 
 
-def local_bytes(shape, axes, dtype, tp: int) -> float:
+def local_bytes(shape, axes, dtype, dp: int, tp: int) -> float:
     """Bytes of one chip's part."""
-    whole = math.prod(shape) * np.dtype(dtype).itemsize
-    return whole / (tp if any(axis and RULES[axis] == RULES["heads"] for axis in axes) else 1)
+    parts = math.prod({"dp": dp, "tp": tp}[RULES[axis]] for axis in axes if axis)
+    return math.prod(shape) * np.dtype(dtype).itemsize / parts
 
 
-def dequantised_bytes(cfg: target.TargetConfig, tp: int) -> float:
-    """Of the largest layer's quantised weights, in bf16, while it runs."""
+def layer_bytes(cfg: target.TargetConfig, dp: int, tp: int) -> float:
+    """Of the largest layer while it runs: its weights gathered, and those of the next one on their way; the
+    quantised ones in bf16 beside them."""
 
-    def layer_bytes(layer) -> float:
-        plain = layer.plain_weights(tp)
-        weights = [plain[name] for name, _ in layer.quantised]
+    def size(weights) -> float:
         return sum(
-            local_bytes((w.experts or 1, *w.shape), (w.expert_axis, *w.axes), np.float16, tp) for w in weights
+            local_bytes((w.experts or 1, *w.shape), (w.expert_axis, *w.axes), w.dtype or np.float16, 1, tp)
+            for w in weights
         )
 
-    return max(layer_bytes(layer) for layer in set(cfg.layers))
+    def of(layer) -> float:
+        plain = layer.plain_weights(tp)
+        gathered = size(layer.weights(tp).values()) if dp > 1 else 0.0
+        return 2 * gathered + size(plain[name] for name, _ in layer.quantised)
+
+    return max(of(layer) for layer in set(cfg.layers))
 
 
 def test_every_recipe_but_the_embedded_one_has_its_published_config():
@@ -69,12 +74,14 @@ def test_the_recipe_is_of_its_target(name, tmp_path):
 def test_the_target_fits_its_slice(name, tmp_path):
     cfg, recipe = read(name, tmp_path)
     config, length = DumpConfig("model", "store", **recipe.dump), recipe.prepare["length"]
-    held = target.parameters(cfg, config.tp).values()
-    weights = sum(local_bytes(p.shape, p.axes, p.dtype or np.float16, config.tp) for p in held)
-    tokens = config.batch(length) // config.dp * length
+    mesh = config.dp, config.tp
+    held = target.parameters(cfg, config.tp, config.dp).values()
+    weights = sum(local_bytes(p.shape, p.axes, p.dtype or np.float16, *mesh) for p in held)
+    tokens = config.batch(length, min(4, config.dp * config.tp)) // config.dp * length
     sparse = any(isinstance(layer.feed_forward, Moe) for layer in cfg.layers)
     states = STATES * tokens * cfg.hidden_size * 2
-    need = weights + states + dequantised_bytes(cfg, config.tp) + SORTED * sparse + SPARE
+    head = 2 * cfg.vocab_size * cfg.hidden_size * (config.dp > 1)
+    need = weights + states + layer_bytes(cfg, *mesh) + head + SORTED * sparse + SPARE
     limit = HBM[recipe.dump_slice.split("-")[0]] * USABLE
     assert need < limit, f"{name} needs {need / 1e9:.1f} GB a chip ({weights / 1e9:.1f} of weights)"
 

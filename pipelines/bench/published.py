@@ -6,7 +6,7 @@ the lists of modules that a float8 checkpoint leaves alone are shortened to patt
 
 from typing import Any
 
-from tests.dump.target.published_dense import DENSE, compressed, fields, qwen3
+from pipelines.bench.published_dense import DENSE, compressed, fields, qwen3
 
 BLOCKS = {
     "quant_method": "fp8",

@@ -1,0 +1,55 @@
+"""What is read of a compiled TPU program: loops, collectives that wait or not, kernels, dearer branches."""
+
+from pipelines.bench.hlo import work
+
+PROGRAM = """
+HloModule step
+
+%gathering (param_0: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
+  %param_0 = bf16[8,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,4]{1,0} all-gather(%param_0), channel_id=7, dimensions={0}
+  ROOT %pair = (bf16[8,4], bf16[32,4]) tuple(%param_0, %all-gather.1)
+}
+
+%cheap (p: f32[4]) -> f32[4] {
+  ROOT %fusion.1 = f32[4]{0} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"1"}
+}
+
+%dear (p: f32[4]) -> f32[4] {
+  ROOT %fusion.2 = f32[4]{0} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"9"}
+}
+
+%body (carry: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %start = (bf16[8,4], bf16[32,4]) fusion(%c), calls=%gathering, backend_config={"estimated_cycles":"10"}
+  %done = (bf16[8,4], bf16[32,4]) fusion(%start), calls=%gathering, backend_config={"estimated_cycles":"20"}
+  %sum = f32[16]{0} all-reduce(%d), channel_id=8, to_apply=%add
+  %kernel = f32[8,4]{1,0} custom-call(%d), custom_call_target="tpu_custom_call"
+  %branch = f32[4]{0} conditional(%e, %f, %g), branch_computations={%cheap, %dear}
+  ROOT %carry = (s32[], bf16[8,4]) tuple(%i, %done)
+}
+
+%condition (carry: (s32[], bf16[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %loop = (s32[], bf16[8,4]) while(%init), condition=%condition, body=%body
+  ROOT %last = bf16[8,4]{1,0} fusion(%loop), calls=%x, backend_config={"estimated_cycles":"100"}
+}
+"""
+
+
+def test_a_program_is_added_up():
+    found = work(PROGRAM)
+    assert found.cycles == 100 + 3 * (10 + 20 + 9)
+    assert found.kernels == 3
+    assert found.waited == 3 * 2 * 16 * 4, "an all-reduce sends everything twice"
+    assert found.beside == (("7", 3 * 32 * 4 * 2),), "one collective, seen where it starts and where it ends"
+    assert found.unknown == ()
+
+
+def test_a_loop_of_unknown_length_is_named_and_counts_once():
+    found = work(PROGRAM.replace("constant(3)", "parameter(0)"))
+    assert found.cycles == 100 + 39
+    assert found.unknown == ("body",)
