@@ -89,9 +89,10 @@ class DumpConfig:
         wanted = max(1, self.chip_tokens // length)
         fitting = max((n for n in range(1, share + 1) if share % n == 0 and n <= wanted), default=1)
         rows = self.batch_rows or fitting * chips
-        if self.block_rows % (rows // chips * own_chips):
+        own = rows // chips * own_chips
+        if self.block_rows % own:
             raise ValueError(
-                f"block_rows={self.block_rows} must be a multiple of the {rows // chips * own_chips} rows that "
-                f"a process with {own_chips} of {chips} chips computes at a time; change it or batch_rows"
+                f"block_rows={self.block_rows} must be a multiple of the {own} rows that a process with "
+                f"{own_chips} of {chips} chips computes at a time; change it or batch_rows"
             )
         return rows
