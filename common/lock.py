@@ -70,7 +70,8 @@ def in_use(folder: str) -> bool:
     It shares the lock for an instant, for which `locked` waits.
     """
     try:
-        handle = os.open(os.path.join(storage.local_path(folder), FILE), os.O_RDONLY | os.O_NOFOLLOW)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # of a pipe it would wait for a writer
+        handle = os.open(os.path.join(storage.local_path(folder), FILE), flags)
     except OSError:
         return False
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,8 +58,12 @@ def exists(url: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it) of a path or URL; requests that hang end after a while."""
+    """(fsspec's file system, the path in it) of a path or URL; requests that hang end after a while.
+
+    EyasError for a pipe or a device, of which a read may never end, and where fsspec lacks a package.
+    """
     if not is_remote(url):
+        _require_no_device(url)
         return fsspec.core.url_to_fs(local_path(url))
     options = {}
     if url.startswith(("gs://", "gcs://")):
@@ -66,7 +71,17 @@ def filesystem(url: str) -> tuple[Any, str]:
 
         options["use_listings_cache"] = False  # others write meanwhile: what is asked is asked of the server
         options["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
-    return fsspec.core.url_to_fs(url, **options)
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise EyasError(f"{url} needs a package that is not here ({error}); or name a local copy") from None
+
+
+def _require_no_device(url: str) -> None:
+    with suppress(OSError):  # missing, say: that is for who reads it
+        mode = os.stat(local_path(url)).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise EyasError(f"{url} is a pipe or a device, which is not read; name a file")
 
 
 def size(url: str) -> int:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.registry import known_implementations
 
-from common import storage, zarr
+from common import lock, storage, zarr
 from common.errors import EyasError, MachineError
 from common.storage import write_folder
+from dump.conversations import DataFile
 
 
 @pytest.mark.parametrize(
@@ -313,3 +315,27 @@ def test_every_way_to_write_a_path_leads_there(tmp_path, monkeypatch, written):
     array.write(np.ones((2, 3), np.int32)).commit.result()
     assert zarr.read_rows({"a": array}, np.arange(2))["a"].all()
     assert (home / "ä" / "array" / "zarr.json").exists()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "read", [storage.read_bytes, storage.size, storage.read_json, lambda url: DataFile.open(url, print)]
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    place = str(tmp_path / "a.jsonl")
+    os.mkfifo(place)
+    with pytest.raises(EyasError, match=r"a\.jsonl is a pipe or a device"):
+        read(place)
+
+
+def test_a_lock_that_is_a_pipe_is_looked_at_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / lock.FILE)
+    assert not lock.in_use(str(tmp_path))
+
+
+@pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.list_names, storage.size])
+def test_a_kind_of_place_whose_package_is_missing_is_one_line(monkeypatch, call):
+    missing = {"class": "no_such_package.FileSystem", "err": "Install no_such_package"}
+    monkeypatch.setitem(known_implementations, "odd", missing)
+    with pytest.raises(EyasError, match=r"odd://a/b needs a package .*Install no_such_package"):
+        call("odd://a/b")
