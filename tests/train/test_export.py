@@ -68,6 +68,21 @@ def test_transformers_reads_the_rope_of_the_target(tmp_path, scaling):
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, [2, 3], None)
 
 
+@pytest.mark.parametrize("hidden", [24, 33, 160, 320])
+def test_transformers_takes_the_head_of_a_target_of_any_sizes(hidden):
+    """Heads that do not divide the hidden size (GLM-4.7), of odd sizes, of latent attention."""
+    from transformers import LlamaConfig
+
+    for heads, kv_heads, head_dim in [(6, 2, 8), (6, 3, None), (5, 1, 7), (96, 8, 2), (12, 12, 64)]:
+        for latent in (None, 16):
+            sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+            target = TARGET | sizes | {"head_dim": head_dim, "kv_lora_rank": latent}
+            head = Eagle3.for_target(target, 5, (2, 4, 6))
+            read = LlamaConfig.from_dict(head.serving_config(target, "bfloat16"))
+            assert (read.num_attention_heads, read.head_dim) == (head.num_heads, head.head_dim)
+            assert not any("vLLM" in limit for limit in head.limits())
+
+
 def test_target_hidden_size_stays_out(folder):
     # EAGLE's own code does not load the target's embeddings where it finds this key.
     assert "target_hidden_size" not in config_of(folder)

@@ -77,6 +77,7 @@ def for_target(
         heads, kv_heads = hidden // head_dim, _LATENT_KV_HEADS
     heads = math.gcd(hidden, heads)
     kv_heads = math.gcd(heads, kv_heads)
+    head_dim += head_dim % 2  # odd where the target rotates a part of it
     rope, theta = _rope(target)
     return dict(
         hidden_size=hidden,
