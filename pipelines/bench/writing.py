@@ -15,17 +15,18 @@ from common.store_writer import FeatureWriter, raw_bytes
 from dump.rounds import deal, run_rounds
 from pipelines.bench import made
 
-_LENGTH, _HIDDEN, _BLOCK = 512, 2048, 2  # 17 MB a block
-_WRITTEN, _SHORT = 32, 16  # blocks
+_HIDDEN, _BLOCK = 2048, 2  # 34 kB a token
+_WRITTEN, _LENGTH = 32, 512  # blocks of 17 MB
+_SHORT, _SHORT_LENGTH = 32, 512  # blocks of 17 MB: as many as fill what the libraries keep for themselves
 _IN_FLIGHT = 64 << 20
 _TOKENS, _HOSTS = 10**9, 64
 
 
-def write_blocks(url: str, blocks: int) -> float:
+def write_blocks(url: str, blocks: int, length: int) -> float:
     """Makes a store and writes so many blocks as fast as the disk takes them; returns the bytes a second."""
-    store = made.empty_store(url, blocks * _BLOCK, _LENGTH, _HIDDEN, _BLOCK)
+    store = made.empty_store(url, blocks * _BLOCK, length, _HIDDEN, _BLOCK)
     plan = made.MadePlan(store, tuple(range(blocks)))
-    prefill = made.MadePrefill(_BLOCK, _LENGTH, _HIDDEN)
+    prefill = made.MadePrefill(_BLOCK, length, _HIDDEN)
     start = time.perf_counter()
     with FeatureWriter(url, _IN_FLIGHT) as writer:
         run_rounds(plan, prefill, writer)
@@ -55,7 +56,7 @@ def write_rate(place: str) -> dict[str, dict[str, Any]]:
         return rate
 
     def ours() -> float:
-        rate = write_blocks(f"{place}/written", _WRITTEN)
+        rate = write_blocks(f"{place}/written", _WRITTEN, _LENGTH)
         shutil.rmtree(f"{place}/written")
         return rate
 
@@ -88,7 +89,7 @@ def memory_growth(place: str) -> dict[str, dict[str, Any]]:
 def _peak(url: str, blocks: int) -> float:
     """The most resident bytes of a process that writes so many blocks."""
     code = (
-        f"from pipelines.bench.writing import write_blocks; write_blocks({url!r}, {blocks})\n"
+        f"from pipelines.bench import writing; writing.write_blocks({url!r}, {blocks}, {_SHORT_LENGTH})\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)

@@ -9,10 +9,10 @@ from pipelines.bench import made, writing
 
 
 def test_made_blocks_are_a_whole_store(tmp_path, monkeypatch):
-    for name, value in {"_LENGTH": 8, "_HIDDEN": 4, "_BLOCK": 2}.items():
+    for name, value in {"_HIDDEN": 4, "_BLOCK": 2}.items():
         monkeypatch.setattr(writing, name, value)
     url = f"{tmp_path}/store"
-    writing.write_blocks(url, 3)
+    writing.write_blocks(url, 3, 8)
     found = verify(url)
     assert (found["damaged"], found["missing_blocks"]) == ([], 0)
     values = Store.open(url).read(["aux_hidden", "argmax"], [0, 2])
