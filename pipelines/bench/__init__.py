@@ -16,7 +16,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
     {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}; what
     cannot be measured here has the value None and says "why".
     """
-    from pipelines.bench import data, tpu, training
+    from pipelines.bench import data, tpu, training, writing
 
     storage.require_folder(os.path.dirname(out) or ".")
     if os.path.isdir(out):
@@ -26,7 +26,11 @@ def run(out: str, cache: str) -> dict[str, Any]:
         parts = (
             lambda: data.prepared(model, conversations, place),
             lambda: data.dumped(model, conversations, place),
+            lambda: data.shared(model, conversations, place),
             lambda: data.streamed(place),
+            lambda: writing.write_rate(place),
+            lambda: writing.memory_growth(place),
+            lambda: writing.first_round(place),
             training.figures,
             lambda: data.stalled(place, f"{place}/dumped"),
             tpu.figures,
