@@ -1,16 +1,19 @@
 """Every file of a store against its checksums."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from common import storage
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.manifest import COLUMNS
 from common.progress import Progress
 from common.store import Store
 
-_BYTES = 256 << 20  # read at once
+_BYTES = 256 << 20  # read at once by each of
+_READERS = 3  # checks of numbers at a time: one is read while another's sums are computed
+_SMALL_READERS = 32  # markers at a time
 
 
 def verify(url: str) -> dict[str, Any]:
@@ -18,10 +21,11 @@ def verify(url: str) -> dict[str, Any]:
 
     Returns {"store": hash, "rows", "blocks" (committed), "missing_blocks", "bytes" (read), "damaged": [a
     line each]}. The store is sound and complete when nothing is damaged and no block is missing. EyasError
-    if `url` is no store, or its manifest is damaged.
+    if `url` is no store, or its manifest is damaged; RestartError if a server does not answer.
     """
     store = Store.open(url)
     store.row_sums()  # there are as many rows as the manifest says: what follows has an end
+    small: list[Callable[[], int]] = []
     checks: list[Callable[[], int]] = [lambda: store.index().nbytes, lambda: store.token_counts().nbytes]
     checks += [partial(_rows, store, name, range(store.rows)) for name in COLUMNS]
     committed: list[int] = []
@@ -29,7 +33,7 @@ def verify(url: str) -> dict[str, Any]:
     if "features" in store.manifest:
         committed = sorted(store.committed())
         missing = store.blocks - len(committed)
-        checks += [partial(_marker, store, block) for block in committed]
+        small += [partial(_marker, store, block) for block in committed]
         if committed:
             checks += [partial(_target_file, store, name) for name in store.features["target_files"]]
             checks.append(partial(_draft_ids, store))
@@ -37,22 +41,36 @@ def verify(url: str) -> dict[str, Any]:
             partial(_block, store, name, block) for block in committed for name in store.features["arrays"]
         ]
     checks.append(partial(_strangers, store, committed))
-    damaged, size = [], 0
-    with Progress("verifying", len(checks), "part") as progress:
-        for check in checks:
+    damaged: dict[str, None] = {}  # in the order in which they were found
+    size = 0
+    with Progress("verifying", len(small) + len(checks), "part") as progress:
+        for some, readers in ((small, _SMALL_READERS), (checks, _READERS)):
+            pool = ThreadPoolExecutor(readers, thread_name_prefix="verify")
             try:
-                size += check()
-            except EyasError as error:
-                damaged += [str(error)] if str(error) not in damaged else []
-            progress.update(1, f"{size / 1e9:.2f} GB, {len(damaged)} damaged")
+                for read, problem in pool.map(_outcome, some):
+                    size += read
+                    damaged |= dict.fromkeys(problem)
+                    progress.update(1, f"{size / 1e9:.2f} GB, {len(damaged)} damaged")
+            finally:
+                pool.shutdown(cancel_futures=True)
     return {
         "store": store.hash,
         "rows": store.rows,
         "blocks": len(committed),
         "missing_blocks": missing,
         "bytes": size,
-        "damaged": damaged,
+        "damaged": list(damaged),
     }
+
+
+def _outcome(check: Callable[[], int]) -> tuple[int, list[str]]:
+    """(the bytes that were read, what is wrong with them if anything is)."""
+    try:
+        return check(), []
+    except RestartError:
+        raise  # every other check would wait as long
+    except EyasError as error:
+        return 0, [str(error)]
 
 
 def _rows(store: Store, name: str, rows: range) -> int:

@@ -17,6 +17,7 @@ class Bucket:
     """{name: (generation, bytes)}; every change has a generation of its own."""
 
     def __init__(self):
+        self.requests: list[str] = []  # "GET name"
         self.objects: dict[str, tuple[int, bytes]] = {}
         self._lock, self._last = threading.Lock(), 1000
 
@@ -50,6 +51,7 @@ def serving(bucket: Bucket) -> Iterator[int]:
             query = {name: values[0] for name, values in parse_qs(place.query).items()}
             _, found, name = place.path.partition("/b/bucket/o")
             name = unquote(name.removeprefix("/"))
+            bucket.requests.append(f"GET {name}")
             if not found:
                 return self._json({"kind": "storage#bucket", "name": "bucket"})
             if not name:
@@ -82,6 +84,7 @@ def serving(bucket: Bucket) -> Iterator[int]:
                 name = json.loads(about.partition(b"\n\n")[2] or about.partition(b"\r\n\r\n")[2])["name"]
                 body = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1]
                 body = body.removesuffix(b"\n").removesuffix(b"\r")
+            bucket.requests.append(f"POST {name}")
             if not bucket.put(name, body, query.get("ifGenerationMatch")):
                 return self._json({"error": {"code": 412, "message": "Precondition Failed"}}, 412)
             self._json(bucket.describe(name))

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from common import kvstore, storage
+from common import kvstore, storage, zarr
 from common.errors import EyasError
 from common.store import Store, has_rows
 from common.store_verify import verify
@@ -59,6 +59,68 @@ def others_are_seen() -> None:
     assert storage.list_names(f"{URL}/commits") == ["000000.json", "000001.json"]
 
 
+def few_requests() -> None:
+    """An object is written in one request; rows side by side are read in one, and the index only once."""
+    with serving(bucket := Bucket()) as port:
+        os.environ.update(environment(port))
+        zarr.CHUNK_BYTES, zarr.SHARD_BYTES, zarr.GATHERED_BYTES = 6400, 204_800, 0
+        value = np.random.default_rng(0).standard_normal((32, 64, 100), np.float32)
+        described = zarr.describe(value.shape, value.dtype, 16)
+        assert (described["chunk"], described["shard"]) == ([1, 16, 100], [8, 64, 100])
+        array = zarr.open_array("gs://bucket/a", described, create=True)
+
+        def requests(task) -> list[str]:
+            bucket.requests.clear()
+            task()
+            return sorted(request.rpartition("/c/")[0][:4] for request in bucket.requests)
+
+        assert requests(lambda: array[:16].write(value[:16]).commit.result()) == ["POST"] * 2
+        array[16:].write(value[16:]).commit.result()
+        array = zarr.open_array("gs://bucket/a", described)
+        read = lambda rows: zarr.read_rows({"a": array}, np.array(rows))["a"]  # noqa: E731
+        assert requests(lambda: read([3])) == ["GET "] * 2  # its index, and four chunks
+        assert requests(lambda: read([4, 5, 6])) == ["GET "]
+        assert requests(lambda: read([0, 3, 6])) == ["GET "] * 3
+        assert requests(lambda: read(range(32))) == ["GET "] * 4
+        np.testing.assert_array_equal(read([31, 3]), value[[31, 3]])
+
+
+def damaged_on_the_way() -> None:
+    """Bytes that come damaged are fetched once more; what is stored damaged stays an error."""
+    make_rows(URL)
+    write_blocks(URL, features())
+    store = Store.open(URL)
+    numbers, files = zarr.read_rows, storage.read_bytes
+    damaged: set[str] = set()
+
+    def damaged_once(arrays, rows):
+        found = numbers(arrays, rows)
+        for name in found.keys() - damaged:
+            damaged.add(name)
+            found[name].reshape(-1).view(np.uint8)[3] ^= 1
+        return found
+
+    def cut_once(url, *arguments):
+        data = files(url, *arguments)
+        if url in damaged:
+            return data
+        damaged.add(url)
+        return data[: len(data) // 2]
+
+    zarr.read_rows, storage.read_bytes = damaged_once, cut_once
+    np.testing.assert_array_equal(store.read(["argmax"], [5, 1])["argmax"], features()["argmax"][[5, 1]])
+    np.testing.assert_array_equal(store.token_counts(), np.arange(50))
+    assert store.split_rows("test").tolist() == [6]
+    assert store.target_config() == {"hidden_size": 8}
+    assert damaged >= {"argmax", "token_counts", f"{URL}/index.parquet", f"{URL}/commits/000001.json"}
+    zarr.read_rows, storage.read_bytes = numbers, files
+    place = f"{URL}/features/argmax/c/0/0"
+    data = bytearray(storage.read_bytes(place))
+    data[5] ^= 1
+    storage.write_bytes(place, bytes(data))
+    assert [f"argmax rows {[0]}" in line for line in verify(URL)["damaged"]] == [True]
+
+
 def storage_error(written: bool) -> None:
     if not written:
         raise EyasError("there is one")
@@ -87,7 +149,10 @@ def dumps_at_once() -> None:
         np.testing.assert_array_equal(found[name], value[[6, 0, 5]])
 
 
-@pytest.mark.parametrize("what", [files_on_condition, others_are_seen, prepares_at_once, dumps_at_once])
+@pytest.mark.parametrize(
+    "what",
+    [files_on_condition, others_are_seen, few_requests, damaged_on_the_way, prepares_at_once, dumps_at_once],
+)
 def test_in_a_bucket(what):
     with serving(Bucket()) as port:
         done = subprocess.run(
