@@ -15,7 +15,9 @@ from common.store import Store
 from common.store_verify import verify
 from dump.dump import DumpConfig, run
 from tests import pod as miniature
+from tests import tiny_llama
 from tests.dump import tiny
+from tests.goldens import golden
 
 ROWS = 21
 DUMP = """
@@ -112,6 +114,71 @@ def test_chips_that_would_idle_are_named(config):
     assert [p.code for p in found] == [2, 2]
     assert "dp*tp=2, but the 2 processes have 4 chips" in found[0].err
     assert not os.path.exists(f"{config.store}/commits")
+
+
+_SIZES = {"vocab_size": tiny.V, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}
+_EXPERTS = {"moe_intermediate_size": 16}
+TARGETS = {
+    "dense": lambda: tiny_llama.CONFIG | _SIZES | _HEADS | {"num_attention_heads": 16, "head_dim": 4},
+    "moe": lambda: golden.config("qwen3_moe") | _SIZES | _HEADS | _EXPERTS | {"num_experts": 16},
+    "mla": lambda: (
+        golden.config("deepseek_v2")
+        | (_SIZES | _HEADS | _EXPERTS | {"n_routed_experts": 16, "kv_lora_rank": 16})
+    ),
+    "hybrid": lambda: (
+        golden.config("qwen3_next")
+        | (_SIZES | _HEADS | _EXPERTS | {"num_experts": 16, "shared_expert_intermediate_size": 16})
+        | {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    ),
+}
+
+
+def write_target(folder: str, name: str) -> str:
+    storage.write_json(f"{folder}/config.json", TARGETS[name]())
+    storage.write_json(f"{folder}/tokenizer.json", {"name": "tiny"})
+    tiny_llama.write_weights(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "dp", "tp"),
+    [("dense", 2, 8), *((name, *mesh) for name in TARGETS for mesh in ((4, 4), (16, 1)))],
+)
+def test_sixteen_chips_on_four_hosts_write_what_one_chip_writes(name, dp, tp, tmp_path):
+    model = write_target(f"{tmp_path}/model", name)
+    config = DumpConfig(model, tiny.write_store(f"{tmp_path}/store", model, 38), block_rows=4)
+    wanted = alone(config, tmp_path)
+    found = miniature.wait(
+        miniature.start(DUMP.format(config=asdict(replace(config, dp=dp, tp=tp))), 4, 4), seconds=600
+    )
+    assert [p.code for p in found] == [0] * 4, found
+    checked = verify(config.store)
+    assert (checked["damaged"], checked["missing_blocks"]) == ([], 0)
+    require_same(Store.open(config.store), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_dump_goes_on_with_other_numbers_of_processes(config, tmp_path):
+    """Four processes are stopped by SIGTERM, two by SIGINT, and one ends it."""
+    rows = 96
+    config = replace(config, store=tiny.write_store(f"{tmp_path}/long", config.model, rows))
+    wanted, config = alone(config, tmp_path), replace(config, dp=4)
+    for processes, kind in ((4, signal.SIGTERM), (2, signal.SIGINT)):
+        begun = committed(config.store)
+        started = miniature.start(SLOWLY + DUMP.format(config=asdict(config)), processes, 4 // processes)
+        moment = time.monotonic() + 120
+        while committed(config.store) == begun and time.monotonic() < moment:
+            time.sleep(0.02)
+        started[-1].send_signal(kind)  # one of them is asked; all stop
+        ended = miniature.wait(started)
+        assert all("dump stopped" in p.err for p in ended), ended
+        assert begun < committed(config.store) < rows // 4
+    assert dump(config, 1, 4)[0].code == 0
+    require_same(Store.open(config.store), wanted)
 
 
 def contents(folder: str) -> dict[str, bytes]:
