@@ -44,16 +44,20 @@ class Column:
         items, row, begin, length = _places(self._spill, self._packed, start, stop)
         if self._name in ("tokens", "loss_mask"):
             source = "mask" if self._name == "loss_mask" else "tokens"
-            for item, r, b, n in zip(*(x.tolist() for x in (items, row - start, begin, length)), strict=True):
-                self._spill.into(source, item, out[r, b : b + n])
+            self._spill.copy(source, items, out.reshape(-1), (row - start) * self._T + begin)
             return
+        # What follows treats a row's padding as one more conversation behind the others.
+        first = self._packed.first[start : stop + 1] - self._packed.first[start]
+        padding = self._T - np.add.reduceat(length, first[:-1])
+        sizes = np.insert(length, first[1:], padding)
+        number = np.arange(1, len(items) + 1) - np.repeat(first[:-1], np.diff(first))
+        segment = np.repeat(np.insert(number, first[1:], 0).astype(np.int32), sizes)
         if self._name == "segment_ids":
-            first = self._packed.first
-            value = np.repeat(np.arange(len(items)) + first[start] - first[row] + 1, length)
-        else:
-            value = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        filled = np.bincount(row - start, weights=length, minlength=stop - start)
-        out[np.arange(self._T) < filled[:, None]] = value  # a row's tokens lie at its beginning
+            out[:] = segment.reshape(out.shape)
+            return
+        begins = (np.cumsum(sizes) - sizes).astype(np.int32)
+        position = np.arange(out.size, dtype=np.int32) - np.repeat(begins, sizes)
+        out[:] = (position * (segment > 0)).reshape(out.shape)
 
 
 def columns(spill: Spill, packed: Packed, T: int) -> dict[str, Column]:

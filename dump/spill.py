@@ -83,12 +83,14 @@ class Spill:
         """Their masks, uint8."""
         return self._read_numbers("mask", np.uint8, start, stop)
 
-    def into(self, name: str, item: int, out: np.ndarray) -> None:
-        """Fills `out` [length] with the "tokens" or "mask" of a conversation."""
-        place = int(self._starts[item]) * out.itemsize
+    def copy(self, name: str, items: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """Puts the "tokens" or "mask" of each of some conversations into the flat `out`, at its place."""
+        file, data, width = self._files[name].fileno(), memoryview(out).cast("B"), out.itemsize
+        numbers = (width * x for x in (self._starts[items], places, places + self.lengths[items]))
         with library_errors(self.folder, "read"):
-            read = os.preadv(self._files[name].fileno(), [out], place)
-        assert read == out.nbytes, (read, out.nbytes)
+            for start, begin, end in zip(*(x.tolist() for x in numbers), strict=True):
+                read = os.preadv(file, [data[begin:end]], start)
+                assert read == end - begin, (read, end - begin)
 
     def _read_numbers(self, name: str, kind: type, start: int, stop: int) -> np.ndarray:
         first, last = (int(place) * np.dtype(kind).itemsize for place in self._starts[[start, stop]])

@@ -23,7 +23,7 @@ from dump.clean import Conversation
 from dump.encode import Encodings, encode
 
 _ALONE = 32  # batches that this process encodes itself: workers take seconds to start
-_MOST = 16  # more than one process can read and clean for
+_MOST = 12  # each takes 0.2 GB, and one process cannot read and clean for many more
 _LOOK = 0.2  # seconds between two looks at whether to stop
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
