@@ -8,6 +8,7 @@ read by `pread`: what is mapped into memory would count as the process's own.
 import os
 import tempfile
 from array import array
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -102,7 +103,8 @@ class Spill:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of what the disk had no room for
+                file.close()
 
 
 def _nearest(store: str) -> str:

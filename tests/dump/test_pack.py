@@ -1,12 +1,13 @@
 """Splits keep chats together and packing loses nothing."""
 
+import resource
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from common.manifest import COLUMNS
 from dump import rows
 from dump.encode import Encodings
@@ -197,6 +198,20 @@ def test_a_spill_leaves_no_file_and_goes_where_there_is_a_folder(tmp_path):
         assert spill.folder == str(tmp_path)
         spill.add(Encodings([0], *(np.ones(3, kind) for kind in (np.int32, np.uint8))), ["a"], [1])
         assert not list(tmp_path.iterdir())
+
+
+def test_a_spill_that_finds_the_disk_full_is_one_line(tmp_path):
+    found = Encodings([0], *(np.ones(1 << 20, kind) for kind in (np.int32, np.uint8)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with (
+            pytest.raises(MachineError, match=f"^{tmp_path}: the disk is full; make room"),
+            Spill(str(tmp_path / "store")) as spill,
+        ):
+            spill.add(found, ["a"], [1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_lengths_like_those_of_chats_fill_the_rows():

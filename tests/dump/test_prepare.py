@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,17 @@ def test_a_file_where_the_store_should_go_is_refused_before_reading(config, capf
         run(replace(config, store=config.store + place))
     assert "read and tokenise" not in capfd.readouterr().err
     assert Path(config.store).read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("free", "what"), [(1000, "the tokens, until they are packed,"), (50_000, "the rows")]
+)
+def test_a_disk_without_room_is_refused_before_a_store_is_made(config, monkeypatch, free, what):
+    usage = namedtuple("usage", "free")(free)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(EyasError, match=rf"^{what} need \d.*B, the disk of .* has .*B left; make room there"):
+        run(config)
+    assert not os.path.exists(config.store)
 
 
 def test_a_multimodal_targets_vocabulary_is_its_text_parts_even_where_the_file_leaves_it_out(tmp_path):
