@@ -67,6 +67,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(local_path(url))
     options = {}
     if url.startswith(("gs://", "gcs://")):
+        if url.split("/")[2] == "":
+            raise EyasError(f"{url} names no bucket; expected gs://BUCKET/FOLDER")
         import aiohttp
 
         options["use_listings_cache"] = False  # others write meanwhile: what is asked is asked of the server

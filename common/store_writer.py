@@ -64,7 +64,8 @@ def write_rows(
         "files": {name: sha256(data) for name, data in files.items()},
         "token_counts_crc32": zarr.crc32(token_counts),
     }
-    _claim_rows(url, manifest)
+    if not _claim_rows(url, manifest):
+        return
     storage.remove_partial(url)
     with Progress("write rows", len(COLUMNS) * R, "row") as bar:
         for name in COLUMNS:
@@ -119,12 +120,15 @@ def parquet(lines: Any) -> bytes:
     return sink.getvalue()
 
 
-def _claim_rows(url: str, rows: dict[str, Any]) -> None:
+def _claim_rows(url: str, rows: dict[str, Any]) -> bool:
+    """Whether the rows are to be written; False if somebody with the same rows has done it meanwhile."""
     begun = storage.json_bytes({"schema": SCHEMA, "rows": rows, "unfinished": True})
     if kvstore.create_file(f"{url}/{MANIFEST}", begun):
-        return
+        return True
     found = read_manifest(url, unfinished=True)
     if not found.get("unfinished"):
+        if found["rows"] == rows:
+            return False
         raise EyasError(f"{url} is a store already; name a new one, or delete it first")
     different = differences(found["rows"], rows)
     if different:
@@ -132,6 +136,7 @@ def _claim_rows(url: str, rows: dict[str, Any]) -> None:
             f"{url} holds the beginning of other rows: {'; '.join(different[:3])}; run the command that "
             "began them, name a new store, or delete it first"
         )
+    return True
 
 
 def _finish_rows(url: str, rows: dict[str, Any]) -> None:

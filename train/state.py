@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from common import schema, storage, strict_json
 from common.config import differences, to_json
 from common.errors import EyasError, MachineError
-from common.library_errors import library_errors
+from common.library_errors import explained, library_errors
 from common.lock import FILE as LOCK
 from common.lock import locked
 from common.schema import Count, Crc32, TypedDict
@@ -115,8 +115,15 @@ class Saved:
         self._place = storage.join(out, "state")
         path = os.path.abspath(storage.local_path(self._place))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
-        with self._writing():  # it makes the folder, and looks at what is there
+        try:  # it makes the folder, and looks at what is there
             self._manager = ocp.CheckpointManager(path, options=options)
+        except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, IsADirectoryError | NotADirectoryError):
+                raise explained(error, self._place) from error
+            raise EyasError(
+                f"{self._place} holds a step that cannot be read ({_reason(error)}); delete that step's "
+                "folder to continue from the state before it"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

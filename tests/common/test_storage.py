@@ -339,3 +339,9 @@ def test_a_kind_of_place_whose_package_is_missing_is_one_line(monkeypatch, call)
     monkeypatch.setitem(known_implementations, "odd", missing)
     with pytest.raises(EyasError, match=r"odd://a/b needs a package .*Install no_such_package"):
         call("odd://a/b")
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:///x", "gcs:///x/y"])
+def test_a_url_without_a_bucket_is_told_before_the_network_is_asked(url):
+    with pytest.raises(EyasError, match="names no bucket"):
+        storage.read_bytes(url)

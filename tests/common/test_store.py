@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -210,7 +211,14 @@ def test_bytes_on_disk_are_close_to_raw(tmp_path):
 
 def test_rows_are_never_overwritten(url):
     with pytest.raises(EyasError, match="is a store already"):
-        make_rows(url)
+        make_rows(url, 7)
+
+
+def test_the_same_rows_which_somebody_has_just_written_are_left_as_they_are(url):
+    files = [path for path in Path(url).rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
+    make_rows(url)
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
 def test_missing_shard_names_array_and_rows(full):

@@ -173,6 +173,9 @@ JSON = (
 )
 
 
+CHECKPOINT = "_CHECKPOINT_METADATA"
+
+
 def damages(path):
     """Ways to damage a file, by name."""
     data = path.read_bytes()
@@ -181,7 +184,7 @@ def damages(path):
     yield "other bytes", lambda: path.write_bytes(bytes(255 - byte for byte in data))
     yield "gone", path.unlink
     yield "a folder", lambda: (path.unlink(), path.mkdir())
-    for text in JSON if path.suffix in (".json", ".jsonl") or path.name == "metadata" else ():
+    for text in JSON if path.suffix in (".json", ".jsonl") or path.name in ("metadata", CHECKPOINT) else ():
         yield text[:20], lambda text=text: path.write_text(text + "\n")
 
 
@@ -189,6 +192,8 @@ def said(config, out):
     """What is said of the folder, "" if a run goes on from its last state."""
     try:
         step = continued(config, out)
+    except MachineError as error:
+        return f"{error}: damage is nothing that the machine did\n"
     except EyasError as error:
         return str(error)
     assert step == 7
@@ -216,6 +221,10 @@ def check_damaged(config, whole, out, names):
 @pytest.mark.parametrize("name", ["experiment.json", "metrics.jsonl", "state/7/noted/metadata"])
 def test_a_damaged_json_file_of_a_run_is_one_line(config, whole, tmp_path, name):
     assert check_damaged(config, whole, tmp_path / "out", [name]) >= 9
+
+
+def test_a_damaged_description_of_a_state_is_one_line_or_does_not_matter(config, whole, tmp_path):
+    assert check_damaged(config, whole, tmp_path / "out", [f"state/7/{CHECKPOINT}"])
 
 
 @pytest.mark.slow
