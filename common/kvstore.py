@@ -8,15 +8,17 @@ import functools
 import os
 import posixpath
 import re
+from typing import Any
 
 import tensorstore as ts
 
-from common import storage
+from common import stopping, storage
 from common.library_errors import library_errors
 
 _QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
 INDICES = "cache_pool#indices"  # what of arrays is kept in memory: the indices of shards, never chunks
 _INDEX_BYTES = 64 << 20
+_LOOK_SECONDS = 0.5  # between two looks whether who waits is asked to stop
 _GCS = re.compile(r"gs://([^/]+)(.*)")
 
 
@@ -35,6 +37,18 @@ def context() -> ts.Context:
             INDICES: {"total_bytes_limit": _INDEX_BYTES},
         }
     )
+
+
+def result(future: ts.Future) -> Any:
+    """What a request gives. Raises Stopped if the main thread is asked to stop meanwhile: a server may not
+    answer for minutes."""
+    while True:
+        try:
+            return future.result(timeout=_LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():
+                raise
+            stopping.check()
 
 
 def folder(url: str) -> dict | str:
@@ -74,8 +88,8 @@ def replace_file(url: str, old: bytes, new: bytes) -> bool:
 def _replace(url: str, old: bytes | None, new: bytes) -> bool:
     place, name = posixpath.split(url)
     with library_errors(url):
-        files = ts.KvStore.open(folder(place), context=context()).result()
-        found = files.read(name).result()
+        files = result(ts.KvStore.open(folder(place), context=context()))
+        found = result(files.read(name))
         if (found.value if found.state == "value" else None) != old:
             return False
-        return bool(files.write(name, new, if_equal=found.stamp.generation).result().generation)
+        return bool(result(files.write(name, new, if_equal=found.stamp.generation)).generation)

@@ -108,7 +108,7 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
     }
     try:
         with waiting(url):
-            return ts.open(spec, context=kvstore.context(), open=True, create=create).result()
+            return kvstore.result(ts.open(spec, context=kvstore.context(), open=True, create=create))
     except ValueError as error:
         if is_refusal(error) or (create and not storage.exists(f"{url}/zarr.json")):
             raise explained(error, url, "write" if create else "read") from error
@@ -144,7 +144,7 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
         place = kvstore.place(arrays[name].kvstore)
         try:
             with waiting(place):
-                request.result()
+                kvstore.result(request.commit)
         except ValueError as error:
             if is_refusal(error):
                 raise explained(error, place) from error

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
+import tensorstore as ts
 
-from common import safetensors, stopping, storage, store_writer, zarr
+from common import kvstore, safetensors, stopping, storage, store_writer, zarr
 from common.errors import EyasError
 from common.store import Store, sha256, tensor_file
 from common.store_verify import verify
@@ -199,6 +200,20 @@ def test_a_stop_does_not_wait_for_a_disk_that_hangs(url, monkeypatch):
         write()
     assert time.monotonic() - start < 5
     go.set()
+
+
+def test_a_stop_does_not_wait_for_a_server_that_says_nothing():
+    _, answer = ts.Promise.new()
+
+    def read() -> None:
+        with stopping.Stop(everywhere=True):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            kvstore.result(answer)
+
+    start = time.monotonic()
+    with pytest.raises(stopping.Stopped):
+        read()
+    assert time.monotonic() - start < 5
 
 
 def test_bytes_on_disk_are_close_to_raw(tmp_path):
