@@ -9,7 +9,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context, resource_tracker
@@ -25,6 +25,7 @@ from dump.encode import Encodings, encode
 _ALONE = 32  # batches that this process encodes itself: workers take seconds to start
 _MOST = 12  # each takes 0.2 GB, and one process cannot read and clean for many more
 _LOOK = 0.2  # seconds between two looks at whether to stop
+_DYING = 5.0  # seconds for a process that has closed its pipe
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Batch = list[Conversation]
@@ -89,9 +90,9 @@ class _Worker:
     def _alive(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             stopping.check()
-            self.process.join(_LOOK)
+            self.process.join(_DYING)
             raise MachineError(
                 f"a process that renders conversations has died (exit code {self.process.exitcode}); if "
                 "memory is short, end other programs, and run the same command again"
@@ -122,15 +123,23 @@ def _started(model: str, T: int, count: int) -> Iterator[list[_Worker]]:
 
 
 def _work(pipe: Connection, model: str, T: int) -> None:
-    """A worker's life: a batch in, its encodings out, until this process is killed or the other one ends."""
+    """A worker's life: a batch in, its encodings out, until it is killed or nobody gives more."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     progress.silence()
-    try:
+    with suppress(ConnectionError):
         try:
             chat = Chat.load(model)
-            while True:
-                pipe.send(encode(chat, pipe.recv(), T))
+            for batch in _received(pipe):
+                pipe.send(encode(chat, batch, T))
         except EyasError as error:
             pipe.send(error)
-    except (EOFError, ConnectionError):
-        return
+
+
+def _received(pipe: Connection) -> Iterator[Batch]:
+    """What is sent, until the other end is closed."""
+    while True:
+        try:
+            batch = pipe.recv()
+        except (EOFError, OSError):  # the latter in the middle of one
+            return
+        yield batch
