@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 from common import storage
 from dump import target
 from dump.target.families import FAMILIES
-from tests.dump.target.published import PUBLISHED
+from pipelines.bench.published import PUBLISHED
 from tests.goldens import golden
 
 CONFIGS = [golden.config(name) for name in golden.names()]
