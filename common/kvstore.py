@@ -8,6 +8,7 @@ import functools
 import os
 import posixpath
 import re
+from contextlib import suppress
 from typing import Any
 
 import tensorstore as ts
@@ -42,13 +43,11 @@ def context() -> ts.Context:
 def result(future: ts.Future) -> Any:
     """What a request gives. Raises Stopped if the main thread is asked to stop meanwhile: a server may not
     answer for minutes."""
-    while True:
-        try:
-            return future.result(timeout=_LOOK_SECONDS)
-        except TimeoutError:
-            if future.done():
-                raise
-            stopping.check()
+    while not future.done():
+        with suppress(TimeoutError):
+            future.result(timeout=_LOOK_SECONDS)
+        stopping.check()
+    return future.result()
 
 
 def folder(url: str) -> dict | str:
