@@ -102,13 +102,13 @@ def _write_column(place: str, described: dict[str, Any], column: Any, bar: Progr
 
 def _finish_shard(pending: deque[tuple[int, Any]], bar: Progress) -> None:
     rows, write = pending.popleft()
-    write.commit.result()
+    kvstore.result(write.commit)
     bar.update(rows)
 
 
 def _write_whole(place: str, array: ts.TensorStore, value: np.ndarray) -> None:
     with library_errors(place):
-        array.write(value).commit.result()
+        kvstore.result(array.write(value).commit)
 
 
 def parquet(lines: Any) -> bytes:

@@ -157,7 +157,7 @@ def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) ->
     bad, requests = [], [(row, array[row].read()) for row in rows]
     for row, request in requests:
         try:
-            request.result()
+            kvstore.result(request)
         except ValueError as found:
             bad, error = [*bad, row], found
     named = f"row {rows[0]}" if len(rows) == 1 else f"rows {some(bad or list(rows))}"
