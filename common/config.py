@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16")  # of computing
 FLOAT8 = "float8_e4m3fn"
 PRECISIONS = (*DTYPES, FLOAT8)  # of storing
 CODECS = ("none", "topk", "draft", "full")  # which logits are stored, see common/codec.py
+_LARGEST = 2**31 - 1
 DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"
 
 
@@ -24,12 +25,14 @@ DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"
 class Setting:
     """What a field says about itself besides its type and default.
 
-    A value is at least `least`, more than `above`, less than `below`, and one of `choices` where there are
-    any; of a tuple, each of its numbers. `otherwise` says in words what None stands for.
+    A value is at least `least`, at most `most`, more than `above`, less than `below`, and one of `choices`
+    where there are any; of a tuple, each of its numbers. A whole number fits in 31 bits in any case.
+    `otherwise` says in words what None stands for.
     """
 
     help: str
     least: float | None = None
+    most: float | None = None
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
@@ -46,20 +49,27 @@ class Setting:
         if self.choices:
             return "" if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
         if kind in (int, float):
-            good = _is(value, kind) and self._holds(value)
-            return "" if good else f"must be {_NAMES[kind]}{self._bounds()}"
+            good = _is(value, kind) and self._holds(value, self.largest(kind))
+            return "" if good else f"must be {_NAMES[kind]}{self._bounds(value, self.largest(kind))}"
         return "" if _is(value, kind) else f"must be {_NAMES[kind]}"
 
-    def _holds(self, value: float) -> bool:
+    def largest(self, kind: Any) -> float | None:
+        """The largest value of that kind, None where there is none."""
+        return _LARGEST if self.most is None and kind is int else self.most
+
+    def _holds(self, value: float, largest: float | None) -> bool:
         return (
             (self.least is None or value >= self.least)
+            and (largest is None or value <= largest)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
 
-    def _bounds(self) -> str:
-        words = (("of at least", self.least), ("above", self.above), ("below", self.below))
-        return " and".join(f" {word} {bound:g}" for word, bound in words if bound is not None)
+    def _bounds(self, value: Any, largest: float | None) -> str:
+        beyond = largest if type(value) is int and value > (largest or value) else None
+        least, most = ("of at least", self.least), ("of at most", beyond)
+        words = (least, most, ("above", self.above), ("below", self.below))
+        return " and".join(f" {word} {bound:.10g}" for word, bound in words if bound is not None)
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, and not empty"}

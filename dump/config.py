@@ -13,7 +13,7 @@ class PrepareConfig:
     data: tuple[str, ...]
     model: str
     store: str
-    length: int = setting(2048, "Tokens a row.", least=8)
+    length: int = setting(2048, "Tokens a row.", least=8, most=2**24)
     holdout: float = setting(
         0.05, "Share of the conversations held out for evaluation; 0 holds none out.", least=0, below=1
     )
@@ -93,6 +93,6 @@ class DumpConfig:
         if self.block_rows % own:
             raise ValueError(
                 f"block_rows={self.block_rows} must be a multiple of the {own} rows that a process with "
-                f"{own_chips} of {chips} chips computes at a time; change it or batch_rows"
+                f"{own_chips} of {chips} chips computes at a time (batch_rows={rows}); change one of the two"
             )
         return rows

@@ -211,7 +211,8 @@ def _asked(fields: dict[str, Any]) -> list[Any] | None:
 
 
 def _begins_with_system(turns: list[Any]) -> bool:
-    return bool(turns) and isinstance(turns[0], dict) and first(turns[0], *ROLE_KEYS) == "system"
+    role = first(turns[0], *ROLE_KEYS) if turns and isinstance(turns[0], dict) else None
+    return isinstance(role, str) and role.strip().lower() in ("system", "developer")
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ class TrainConfig:
         None, "Optimiser steps; overrides --epochs.", least=1, otherwise="from --epochs"
     )
     batch_rows: int = setting(4, "Rows a step.", least=1)
-    ttt_steps: int = setting(7, "Steps K of the rollout.", least=1)
+    ttt_steps: int = setting(7, "Steps K of the rollout.", least=1, most=64)
     decay: float = setting(0.8, "Step k's loss weighs decay^k.", above=0)
     draft_vocab: int | None = setting(
         None, "Size of the draft vocabulary.", least=1, otherwise="32000, or a smaller target's all"

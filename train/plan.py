@@ -34,6 +34,7 @@ from train.targets import Capacity
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
+_MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
 _FREE = ("out", "log_every", "eval_every", "save_every", "dp")
 # or decide on something else that the identity holds.
@@ -124,6 +125,11 @@ def make_plan(config: TrainConfig) -> Plan:
             "an answer's token; prepare conversations with assistant turns"
         )
     steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
+    if steps * config.batch_rows > _MOST_ROWS:
+        raise EyasError(
+            f"{steps} steps of {config.batch_rows} rows are more than {_MOST_ROWS} rows; give fewer "
+            "--steps or --epochs"
+        )
     wanted = order(rows, config.seed, steps, config.batch_rows)
     dtype = compute_dtype(config.dtype)
     # An evaluation costs about a third of as many training rows; all of them stay below a tenth.

@@ -29,6 +29,8 @@ class Config:
         ("folder", "", "a folder or URL, and not empty"),
         ("folder", None, "a folder or URL, and not empty"),
         ("count", 0, "a whole number of at least 1"),
+        ("count", 2**31, "a whole number of at least 1 and of at most 2147483647"),
+        ("count", 2**64, "a whole number of at least 1 and of at most 2147483647"),
         ("count", "4", "a whole number of at least 1"),
         ("count", 4.0, "a whole number of at least 1"),
         ("count", True, "a whole number of at least 1"),

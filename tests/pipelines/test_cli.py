@@ -108,7 +108,7 @@ def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_the_default():
     recipe = cli.recipes.load("qwen3-32b")
     given = {"model": "m", "store": "s", "tp": 4, "topk": None}
     config = cli.configure(DumpConfig, recipe, "dump", given)
-    assert (config.tp, config.dp, config.topk) == (4, 2, 64)
+    assert (config.tp, config.dp, config.topk) == (4, 16, 64)
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +298,14 @@ def test_targets_are_listed_for_people_and_programs():
     assert "LlamaForCausalLM" in found["families"]
     assert {r["name"]: r["layers"] for r in found["recipes"]}["qwen3-32b"] == 64
     assert "qwen3-32b" in invoke("targets").stdout
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**30])
+@pytest.mark.parametrize("verb", ["prepare", "dump", "train", "eval"])
+def test_whole_numbers_beyond_every_use_are_one_line(verb, number):
+    command = cli.main.commands[verb]
+    for option in (o for o in command.params if isinstance(o.type, click.IntRange)):
+        result = invoke(verb, option.opts[0], number)
+        assert result.exit_code == 2, (option.opts, result.output)
+        assert "Traceback" not in result.output
+        assert option.opts[0] in result.stderr

@@ -307,3 +307,8 @@ def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
     opened.features["aux_layers"] = [1, 4, 6]
     with pytest.raises(EyasError, match="takes aux layers"):
         evaluate.load_head(f"{config.out}/best", opened)
+
+
+@pytest.mark.parametrize("change", [{"steps": 2**31 - 1}, {"steps": None, "epochs": 1e300}])
+def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path, change):
+    refused(config, tmp_path, "rows are more than", **change)
