@@ -9,6 +9,7 @@ Dimensions: R rows, B rows of a batch, T positions, A aux states, H hidden size,
 vocabulary, k of topk.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from common.config import FLOAT8
 
+_BLOCK = 128  # logits, or what divides it and the vocabulary
 FLOAT8_MAX = 448.0  # the largest of float8_e4m3fn, arXiv 2209.05433
 
 
@@ -101,6 +103,24 @@ def decode_states(arrays: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _largest(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the largest [B, c], the first index [B, c] int32 that has it)."""
+    return logits_BcV.max(-1), jnp.argmax(logits_BcV, -1).astype(jnp.int32)
+
+
+def _largest_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same; the index is looked for in one block of logits alone.
+
+    XLA for CPU finds the largest in a twentieth of the time that it takes for its index (jaxlib 0.10.2).
+    """
+    V = logits_BcV.shape[-1]
+    S = math.gcd(V, _BLOCK)
+    blocks_BcbS = logits_BcV.reshape(*logits_BcV.shape[:-1], V // S, S)
+    largest, block = _largest(blocks_BcbS.max(-1))
+    own_BcS = jnp.take_along_axis(blocks_BcbS, block[..., None, None], -2)[..., 0, :]
+    return largest, block * S + _largest(own_BcS)[1]
+
+
 def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | None) -> dict[str, jax.Array]:
     """Argmax (the first of equals), logsumexp, and what the codec adds, of whole distributions in f32."""
     if codec.name == "topk":
@@ -109,7 +129,7 @@ def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | 
         top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BcV, codec.size))
         largest, argmax = top[..., 0], ids[..., 0]
     else:
-        largest, argmax = logits_BcV.max(-1), jnp.argmax(logits_BcV, -1).astype(jnp.int32)
+        largest, argmax = jax.lax.platform_dependent(logits_BcV, cpu=_largest_by_block, default=_largest)
     found = {
         "argmax": argmax,
         "logsumexp": largest + jnp.log(jnp.exp(logits_BcV - largest[..., None]).sum(-1)),

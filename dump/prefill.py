@@ -51,7 +51,8 @@ class Program:
             return by_row(head(last_BcH))
 
         ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
-        chunk = chunk_length(self.rows // ways(self.mesh, "row"), self.length)
+        platform = self.mesh.devices.flat[0].platform
+        chunk = chunk_length(self.rows // ways(self.mesh, "row"), self.length, platform)
         found = encode_states(self.codec, by_row(aux_BTAH), by_row(last_BTH))
         found |= reduce_logits(self.codec, logits, last_BTH, ids, chunk)
         return {name: by_row(value) for name, value in found.items()}

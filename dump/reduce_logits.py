@@ -11,14 +11,16 @@ import jax.numpy as jnp
 
 from common.codec import Codec, encode_logits
 
-CHUNK_TOKENS = 1024  # of a device at a time: with fewer it would wait for the output head to be read again
+# Of a device at a time: with fewer it would wait for the output head to be read again. With more a CPU's
+# caches would not hold their logits.
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 1024, 256
 
 Logits = Callable[[jax.Array], jax.Array]  # [..., H] -> f32 [..., V]
 
 
-def chunk_length(rows: int, length: int) -> int:
+def chunk_length(rows: int, length: int, platform: str) -> int:
     """Positions of each of a device's `rows` whose logits are held at once: equal parts of `length`."""
-    fits = max(1, CHUNK_TOKENS // rows)
+    fits = max(1, (CPU_CHUNK_TOKENS if platform == "cpu" else CHUNK_TOKENS) // rows)
     return -(-length // -(-length // fits))
 
 

@@ -4,8 +4,7 @@ The size at which the public PyTorch trainers were measured: H=512, draft vocabu
 K=7, float32, every position counted. Dimensions as in train/batch.py.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from common.mesh import make_mesh, sharding
 from common.params import initialise
 from common.progress import note
 from pipelines.bench import plain
+from pipelines.bench.timing import matmul_rate, times
 from train import optimizer
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
@@ -128,21 +128,6 @@ def least_flops(c: Eagle3, n: int, live: int, targets: int, predictions: int, pa
     return 2.0 * (once + 2 * twice + 3 * thrice)
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs a second of the machine's float32 matmul, the best of `repeats`."""
-    a = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
-    return 2 * size**3 / min(_times(lambda: multiply(a, a), repeats))
-
-
-def _times(run: Callable[[], Any], repeats: int) -> Iterator[float]:
-    jax.block_until_ready(run())
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        yield time.perf_counter() - start
-
-
 def _temporaries(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -178,8 +163,8 @@ def figures(size: Size | None = None) -> dict[str, dict[str, Any]]:
     problem = make_problem(size or Size())
     (ours, arguments), (theirs, plain_arguments) = compile_steps(problem)
     rate = matmul_rate()
-    ours_s = min(_times(lambda: ours(*arguments), REPEATS))
-    theirs_s = min(_times(lambda: theirs(*plain_arguments), 2))
+    ours_s = min(times(lambda: ours(*arguments), REPEATS))
+    theirs_s = min(times(lambda: theirs(*plain_arguments), 2))
     rate = max(rate, matmul_rate())
     losses = float(ours(*arguments)[1].loss), float(theirs(*plain_arguments)[1].loss)
     return {

@@ -95,7 +95,20 @@ def test_the_vocabulary_is_never_sorted():
 def test_the_default_selects_nothing_but_the_largest():
     assert CODECS[0] == DumpConfig("model", "store").logits == "none"
     text = jax.jit(lambda x: encode_logits(Codec("none", 0, "float32"), x, None)).lower(jnp.ones((2, 3, V)))
-    assert not re.search("top_?k|sort", text.as_text(), re.IGNORECASE)
+    assert not re.search(r"top_?k|\bsort\b", text.as_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("size", [1, 37, 40, 384, 1000])
+def test_the_first_of_the_largest_is_kept_for_any_vocabulary(size):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(-2, 3, (2, 30, size)).astype(np.float32)
+    logits[0, :5] = -np.inf
+    logits[0, 5:20, rng.integers(size, size=15)] = np.inf
+    logits[1, :9, rng.integers(size, size=9)] = np.nan
+    found = jax.jit(lambda x: encode_logits(Codec("none", 0, "float32"), x, None))(logits)
+    known = ~np.isnan(logits).any(-1)
+    np.testing.assert_array_equal(np.asarray(found["argmax"])[known], logits.argmax(-1)[known])
+    assert np.isnan(np.asarray(found["logsumexp"])[~known]).all()  # which ends the dump
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -156,10 +169,11 @@ def test_float8_has_a_scale_a_token():
 
 
 def test_chunks_are_equal_parts_of_the_row_that_fit():
-    assert reduce_logits.chunk_length(4, 512) == 256
-    assert reduce_logits.chunk_length(3, 512) == 256  # 341 would fit; 2 parts either way
-    assert reduce_logits.chunk_length(1, 6) == 6
-    assert reduce_logits.chunk_length(4096, 6) == 1
+    assert reduce_logits.chunk_length(4, 512, "tpu") == 256
+    assert reduce_logits.chunk_length(3, 512, "tpu") == 256  # 341 would fit; 2 parts either way
+    assert reduce_logits.chunk_length(1, 6, "tpu") == 6
+    assert reduce_logits.chunk_length(4096, 6, "tpu") == 1
+    assert reduce_logits.chunk_length(4, 512, "cpu") == 64
 
 
 def test_most_frequent_prefers_lower_ids():
