@@ -13,7 +13,7 @@ from common.codec import Codec, encode_logits
 
 # Of a device at a time: with fewer it would wait for the output head to be read again. With more a CPU's
 # caches would not hold their logits.
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 1024, 256
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 1024, 128
 
 Logits = Callable[[jax.Array], jax.Array]  # [..., H] -> f32 [..., V]
 

@@ -173,7 +173,7 @@ def test_chunks_are_equal_parts_of_the_row_that_fit():
     assert reduce_logits.chunk_length(3, 512, "tpu") == 256  # 341 would fit; 2 parts either way
     assert reduce_logits.chunk_length(1, 6, "tpu") == 6
     assert reduce_logits.chunk_length(4096, 6, "tpu") == 1
-    assert reduce_logits.chunk_length(4, 512, "cpu") == 64
+    assert reduce_logits.chunk_length(4, 512, "cpu") == 32
 
 
 def test_most_frequent_prefers_lower_ids():
