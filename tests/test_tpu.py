@@ -29,6 +29,9 @@ def compiled(*args: object) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("recipe", "split", "dp", "tp"),
     [
+        ("qwen3-30b-a3b", "ffn", 8, 1),
+        ("glm-4.7-flash", "ffn", 8, 1),
+        ("qwen3-next-80b-a3b", "ffn", 16, 1),
         ("qwen3-30b-a3b", "ffn", 2, 4),
         ("qwen3-30b-a3b", "expert", 2, 4),
         ("qwen3-next-80b-a3b", "expert", 1, 16),

@@ -1,6 +1,6 @@
 """Compiles programs for TPU chips that are not there; prints FLOPs and bytes of one chip, as JSON.
 
-moe RECIPE SPLIT DP TP      a target's first layer of experts, 2,048 tokens a v6e chip
+moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a v6e chip as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
 train RECIPE                a training step, every position counted, as the recipe lays it out
 """
@@ -34,7 +34,8 @@ LENGTH = 2048
 
 
 def moe(recipe: str, split: str, dp: int, tp: int) -> dict[str, float]:
-    """FLOPs of the experts, with the loops over parts of the tokens and over blocks of rows counted out."""
+    """FLOPs of the experts: loops over parts of the tokens and over blocks of rows counted out, and tiles of
+    the kernel that lie across the rows of two experts counted twice, as they are computed."""
     layer = next(la for la in config_of(recipe, None).layers if isinstance(la.feed_forward, Moe))
     part = replace(layer.feed_forward, split=split)
     mesh, H = mesh_of(dp, tp), part.router.hidden
@@ -51,10 +52,15 @@ def moe(recipe: str, split: str, dp: int, tp: int) -> dict[str, float]:
         empty = jnp.zeros(x_BTH.shape[:2], jnp.int32)
         return part(w, x_BTH, Context(empty, empty, tp))
 
-    x = jax.ShapeDtypeStruct((dp * tp, LENGTH, H), jnp.bfloat16, sharding=NamedSharding(mesh, rows))
+    rows_of_chip = recipes.load(recipe).dump["chip_tokens"] // LENGTH
+    x = jax.ShapeDtypeStruct(
+        (dp * tp * rows_of_chip, LENGTH, H), jnp.bfloat16, sharding=NamedSharding(mesh, rows)
+    )
     step = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, rows), out_specs=rows))
     compiled = step.lower(held, x).compile()
-    return loops_counted(part, tp * LENGTH, tp, compiled.cost_analysis()["flops"]) | memory(compiled)
+    return loops_counted(part, tp * rows_of_chip * LENGTH, tp, compiled.cost_analysis()["flops"]) | memory(
+        compiled
+    )
 
 
 def loops_counted(part: Moe, tokens: int, tp: int, counted: float) -> dict[str, float]:
@@ -69,7 +75,9 @@ def loops_counted(part: Moe, tokens: int, tp: int, counted: float) -> dict[str, 
         body = max(module.LEAST_ROWS, -(-rows // (tp * module.BLOCKS)))
         runs = parts * -(-rows // (tp * body))
     width = F if part.split == "expert" else F / tp
-    return {"flops": counted + (runs - 1) * 2 * body * 3 * H * width, "active": active, "counted": counted}
+    held = part.router.experts // (tp if part.split == "expert" else 1)
+    more = (runs - 1) * body + parts * held * module.tile_rows(body, held)
+    return {"flops": counted + more * 2 * 3 * H * width, "active": active, "counted": counted}
 
 
 def prefill(recipe: str, length: int) -> dict[str, float]:

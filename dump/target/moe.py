@@ -6,12 +6,14 @@ Experts are split over the chips by their columns ("ffn"), or whole ("expert").
 Dimensions: M tokens, k experts a token, S = M * k sorted rows, E experts held by this chip, F their width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
 from common.errors import EyasError
 from common.layers import linear, precision
@@ -20,8 +22,11 @@ from dump.target.routing import Router
 from dump.target.spec import Context, TargetConfig, Weight
 
 EXPERTS = "mlp.experts"
-SORTED_VALUES = 1 << 29  # the most that S * H may be at once: 1 GiB in bfloat16, and 3 GiB of results
+SORTED_VALUES = 3 << 28  # the most that S * H may be at once: 1.5 GiB in bfloat16, and twice that of results
 BLOCKS = 8  # in which a chip computes an average share of the rows; only the last is partly wasted
+TILE_ROWS = 256  # of the kernel, where experts have many
+TILE = 2048  # columns of a tile
+LANES = 128
 LEAST_ROWS = 512  # in a block: with fewer, the matrix units would wait for weights
 
 
@@ -41,9 +46,40 @@ class Experts(Protocol):
 
 
 def grouped(x_SI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows times the matrix of their expert: the first sizes[0] rows times w[0], and so on; in float32."""
+    """Rows times the matrix of their expert: the first sizes[0] rows times w[0], and so on.
+
+    Summed in float32 and returned in the rows' dtype; rows behind those of all experts are undefined.
+    """
+    ways = {"default": _grouped_by_xla}
+    if x_SI.dtype == w_EIO.dtype == jnp.bfloat16 and x_SI.shape[0] % LANES == 0:
+        ways["tpu"] = _grouped_by_kernel
+    return jax.lax.platform_dependent(x_SI, w_EIO, sizes_E, **ways)
+
+
+def _grouped_by_xla(x_SI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     exact, f32 = precision(x_SI, w_EIO), jnp.float32
-    return jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=exact, preferred_element_type=f32)
+    y = jax.lax.ragged_dot(x_SI, w_EIO, sizes_E, precision=exact, preferred_element_type=f32)
+    return y.astype(x_SI.dtype)
+
+
+def _grouped_by_kernel(
+    x_SI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """The same by jax's kernel, which writes no float32: a third of what a layer would read and write."""
+    tiles = tile_rows(x_SI.shape[0], w_EIO.shape[0]), *map(_tile, w_EIO.shape[1:])
+    return gmm(x_SI, w_EIO, sizes_E, x_SI.dtype, tiles, interpret=interpret)
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows of a tile of the kernel. A tile with rows of two experts is computed for both: small ones waste
+    less of that, large ones wait less for weights."""
+    return math.gcd(rows, TILE_ROWS if rows >= 4 * TILE_ROWS * experts else LANES)
+
+
+def _tile(size: int) -> int:
+    """The most of a matrix's dimension that is held in fast memory at once."""
+    parts = -(-size // TILE)
+    return -(-size // (parts * LANES)) * LANES
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,7 @@ class GatedExperts:
     def __call__(self, w, x_SH, ids_S, sizes_E):
         gate = grouped(x_SH, w["experts.gate_proj"], sizes_E)
         up = grouped(x_SH, w["experts.up_proj"], sizes_E)
-        mixed = (ACTIVATIONS[self.activation](gate) * up).astype(x_SH.dtype)
+        mixed = ACTIVATIONS[self.activation](gate) * up
         return grouped(mixed, w["experts.down_proj"], sizes_E)
 
 
@@ -111,11 +147,12 @@ class ClampedExperts:
         gate = jnp.minimum(gate_up[:, ::2], self.limit)
         up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
         mixed = ((up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)).astype(x_SH.dtype)
-        return self._biased(w, "experts.down_proj", mixed, ids_S, sizes_E)
+        return self._biased(w, "experts.down_proj", mixed, ids_S, sizes_E).astype(x_SH.dtype)
 
     def _biased(self, w, name: str, x: jax.Array, ids_S: jax.Array, sizes_E: jax.Array) -> jax.Array:
         bias_EO = w[f"{name}.bias"].astype(jnp.float32)
-        return grouped(x, w[name], sizes_E) + bias_EO.at[ids_S].get(mode="clip")
+        y_SO = grouped(x, w[name], sizes_E).astype(jnp.float32)
+        return y_SO + bias_EO.at[ids_S].get(mode="clip")
 
 
 @dataclass(frozen=True)
@@ -139,13 +176,13 @@ class Moe:
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        y_MH = self._routed(w, x_MH, *self._choice(w, x_MH, context), context)
+        y_BTH = self._routed(w, x_MH, *self._choice(w, x_MH, context), context, x_BTH.shape[:2])
         if self.shared:
-            shared = self.shared.partial(w, x_MH)
+            shared = self.shared.partial(w, x_BTH)
             if self.shared_gate:
-                shared = shared * jax.nn.sigmoid(linear(x_MH, w["shared_gate"]))
-            y_MH = y_MH + shared
-        return context.total(y_MH).reshape(x_BTH.shape)
+                shared = shared * jax.nn.sigmoid(linear(x_BTH, w["shared_gate"]))
+            y_BTH = y_BTH + shared
+        return context.total(y_BTH)
 
     def _choice(self, w, x_MH, context: Context) -> tuple[jax.Array, jax.Array]:
         """(ids, weights) [M, k]; chips that hold the same tokens route a part of them each."""
@@ -156,15 +193,15 @@ class Moe:
         ids, weights = self.router(w, own)
         return context.gather(ids), context.gather(weights)
 
-    def _routed(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
-        """This chip's share of the chosen experts' weighted sum.
+    def _routed(self, w, x_MH, ids_Mk, weights_Mk, context: Context, shape: tuple[int, ...]) -> jax.Array:
+        """This chip's share of the chosen experts' weighted sum, [*shape, H].
 
         Tokens are computed in parts, so that the sorted rows of one part are at most SORTED_VALUES values.
         """
         M, H = x_MH.shape
         parts = -(-M * self.router.top_k * H // SORTED_VALUES)
         if parts == 1:
-            return self._part(w, x_MH, ids_Mk, weights_Mk, context)
+            return self._part(w, x_MH, ids_Mk, weights_Mk, context, shape)
         size = -(-M // parts)
 
         def cut(x: jax.Array, fill: int) -> jax.Array:
@@ -173,10 +210,10 @@ class Moe:
 
         nobody = self.router.experts  # a number that no expert has: rows that only fill the part go nowhere
         cuts = cut(x_MH, 0), cut(ids_Mk, nobody), cut(weights_Mk, 0)
-        y_PMH = jax.lax.map(lambda part: self._part(w, *part, context), cuts)
-        return y_PMH.reshape(-1, H)[:M]
+        y_PMH = jax.lax.map(lambda part: self._part(w, *part, context, (size,)), cuts)
+        return y_PMH.reshape(-1, H)[:M].reshape(*shape, H)
 
-    def _part(self, w, x_MH, ids_Mk, weights_Mk, context: Context) -> jax.Array:
+    def _part(self, w, x_MH, ids_Mk, weights_Mk, context: Context, shape: tuple[int, ...]) -> jax.Array:
         """The weighted sum for one part: rows sorted by expert, multiplied, put back in order and summed."""
         held, first, spread = self.router.experts, jnp.int32(0), 1
         if context.tp and self.split == "expert":
@@ -186,14 +223,20 @@ class Moe:
         ours_Mk = (ids_Mk >= first) & (ids_Mk < first + held)
         local_S = jnp.where(ours_Mk, ids_Mk - first, held).reshape(-1)
         order_S = jnp.argsort(local_S, stable=True)
-        sizes_E = (local_S[:, None] == jnp.arange(held)[None]).sum(0, dtype=jnp.int32)
-        y_SH = self._sorted(w, x_MH, order_S, local_S[order_S], sizes_E, spread)
+        sorted_S = local_S[order_S]
+        stops_E = jnp.searchsorted(sorted_S, jnp.arange(held), side="right").astype(jnp.int32)
+        y_SH = self._sorted(w, x_MH, order_S, sorted_S, jnp.diff(stops_E, prepend=0), spread)
         back_Mk = jnp.argsort(order_S).reshape(ids_Mk.shape)
-
-        chosen_kMH = y_SH[back_Mk.T] * weights_Mk.T[..., None]
+        # Slot by slot, in the shape of what they are added to: XLA for TPU then adds all of them in one go.
+        # Without the barrier it would make them float32 first, where they lie.
+        slots = range(self.router.top_k)
+        found = jax.lax.optimization_barrier([y_SH[back_Mk[:, i]].reshape(*shape, -1) for i in slots])
         if spread > 1:
-            chosen_kMH = jnp.where(ours_Mk.T[..., None], chosen_kMH, 0.0)
-        return chosen_kMH.sum(0).astype(x_MH.dtype)
+            ours = ours_Mk.reshape(*shape, -1)
+            found = [jnp.where(ours[..., i, None], y, jnp.zeros((), y.dtype)) for i, y in enumerate(found)]
+        weights = weights_Mk.reshape(*shape, -1)
+        weighted = (y.astype(jnp.float32) * weights[..., i, None] for i, y in enumerate(found))
+        return sum(weighted).astype(x_MH.dtype)
 
     def _sorted(self, w, x_MH, order_S, sorted_S, sizes_E, spread: int) -> jax.Array:
         """The experts' results [S or more, H] of sorted rows; rows behind those of our experts are undefined.
@@ -217,7 +260,7 @@ class Moe:
             y = self.experts(w, x_MH[rows // k], ids, inside_E)
             return jax.lax.dynamic_update_slice_in_dim(y_SH, y, low, 0)
 
-        empty = jnp.zeros_like(sorted_S, jnp.float32, shape=(sorted_S.shape[0], x_MH.shape[1]))
+        empty = jnp.zeros_like(sorted_S, x_MH.dtype, shape=(sorted_S.shape[0], x_MH.shape[1]))
         return jax.lax.fori_loop(0, -(-stops_E[-1] // size), block, empty)
 
 
