@@ -66,9 +66,9 @@ class DeltaNet:
             rates[..., G:].reshape(B, T, -1) + w["dt_bias"].astype(jnp.float32)[None, None]
         )
         decay = -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
-        q, k = (jnp.repeat(_unit(x), G, 2) for x in (q, k))
-        v = v.reshape(B, T, -1, E).astype(jnp.float32)
-        out = delta_rule(q * D**-0.5, k, v, decay, beta, context.segments_BT).astype(x_BTH.dtype)
+        q, k = (jnp.repeat(_unit(x, scale), G, 2) for x, scale in ((q, D**-0.5), (k, 1.0)))
+        v = v.reshape(B, T, -1, E)
+        out = delta_rule(q, k, v, decay, beta, context.segments_BT).astype(x_BTH.dtype)
         out = rms_norm(out, w["norm"], self.eps).astype(jnp.float32)
         out = out * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
         return context.total(linear(out.astype(x_BTH.dtype).reshape(B, T, -1), w["out_proj"]))
@@ -100,7 +100,7 @@ def _causal(x_BTXY: jax.Array, kernel_XYK: jax.Array, segments_BT: jax.Array) ->
     return jax.nn.silu(total).astype(x_BTXY.dtype)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """x over its length, float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + _UNIT_EPS)
+def _unit(x: jax.Array, scale: float) -> jax.Array:
+    """x over its length, times `scale`; computed in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * (scale * jax.lax.rsqrt((x32 * x32).sum(-1, keepdims=True) + _UNIT_EPS))).astype(x.dtype)

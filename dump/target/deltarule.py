@@ -25,25 +25,27 @@ def delta_rule(
 ) -> jax.Array:
     """out float32 [B, T, N, E]. `decay` is log-space (at most 0); queries and keys come normalised.
 
-    All arrays but the segments are float32.
+    Decays and beta are float32. Matmuls take the queries', keys' and values' dtype and sum in float32; the
+    triangular systems are solved in float32 and the state is kept in it.
     """
-    T = q_BTND.shape[1]
+    T, dtype = q_BTND.shape[1], q_BTND.dtype
     q, k, v = (_chunks(x) for x in (q_BTND, k_BTND, v_BTNE))
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     beta, decay = _chunks(beta_BTN[..., None])[..., 0], _chunks(decay_BTN[..., None])[..., 0]
     segments_ZBC = _chunks(segments_BT[:, :, None, None])[:, :, 0, :, 0]
     total = jnp.cumsum(decay, -1)  # [Z, B, N, C]
     within = _within(total, segments_ZBC)
-    system = einsum("zbnid,zbnjd->zbnij", k * beta[..., None], k) * within
-    both = jnp.concatenate([v, k * jnp.exp(total)[..., None]], -1) * beta[..., None]
-    solved = einsum("zbnij,zbnje->zbnie", _inverse(system), both)
+    system = einsum("zbnid,zbnjd->zbnij", k, k) * beta[..., None] * within
+    both = jnp.concatenate([v32, k32 * jnp.exp(total)[..., None]], -1) * beta[..., None]
+    solved = einsum("zbnij,zbnje->zbnie", _inverse(system).astype(dtype), both.astype(dtype))
     new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reads, writes, survives = _crossings(segments_ZBC)
     steps = (
-        einsum("zbnid,zbnjd->zbnij", q, k) * within,
+        (einsum("zbnid,zbnjd->zbnij", q, k) * within).astype(dtype),
         new_values,
-        old_keys * reads,
-        q * jnp.exp(total)[..., None] * reads,
-        k * jnp.exp(total[..., -1:] - total)[..., None] * writes,
+        (old_keys * reads).astype(dtype),
+        (q32 * jnp.exp(total)[..., None] * reads).astype(dtype),
+        (k32 * jnp.exp(total[..., -1:] - total)[..., None] * writes).astype(dtype),
         jnp.exp(total[..., -1])[..., None, None] * survives,
     )
     state_BNDE = jnp.zeros_like(einsum("bnid,bnie->bnde", k[0], v[0]))
@@ -59,21 +61,26 @@ def _inverse(system_ZBNij: jax.Array) -> jax.Array:
     [[P', 0], [-Q' R P', Q']]. All of it is matmuls, which a triangular solver is not.
     """
     i, j = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None]
-    inverse = jnp.broadcast_to(jnp.eye(CHUNK, dtype=jnp.float32), system_ZBNij.shape)
-    size = 1
-    while size < CHUNK:
+
+    def corners(size: int) -> jax.Array:
+        """R of all pairs of blocks of `size`."""
         below = (i // size == j // size + 1) & (i // (2 * size) == j // (2 * size))
-        corner = jnp.where(below[None, None, None], system_ZBNij, 0.0)
-        product = einsum("zbnij,zbnjk->zbnik", einsum("zbnij,zbnjk->zbnik", inverse, corner), inverse)
-        inverse, size = inverse - product, 2 * size
+        return jnp.where(below[None, None, None], system_ZBNij, 0.0)
+
+    inverse = jnp.eye(CHUNK, dtype=jnp.float32)[None, None, None] - corners(1)  # P and Q are 1 there
+    size = 2
+    while size < CHUNK:
+        left = einsum("zbnij,zbnjk->zbnik", inverse, corners(size))
+        inverse, size = inverse - einsum("zbnij,zbnjk->zbnik", left, inverse), 2 * size
     return inverse
 
 
 def _step(state_BNDE: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """One chunk: what the old state predicts is taken off the new values, then both are read."""
     attention, new_values, old_keys, queries, keys, survives = step
-    values = new_values - einsum("bnid,bnde->bnie", old_keys, state_BNDE)
-    out = einsum("bnid,bnde->bnie", queries, state_BNDE) + einsum("bnij,bnje->bnie", attention, values)
+    state = state_BNDE.astype(keys.dtype)
+    values = (new_values - einsum("bnid,bnde->bnie", old_keys, state)).astype(keys.dtype)
+    out = einsum("bnid,bnde->bnie", queries, state) + einsum("bnij,bnje->bnie", attention, values)
     return state_BNDE * survives + einsum("bnid,bnie->bnde", keys, values), out
 
 
