@@ -32,6 +32,16 @@ _TPU_OPTIONS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
+# XLA's own matmuls can carry a gathering inside of them; kernels can't. Sparse cores gather beside anything.
+_BY_SPARSE_CORES = {
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_enable_instruction_fusion": "false",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+_SPARSE_CORES = ("TPU v6 lite",)  # kinds of chips that have them and for which this was compiled
 
 
 def make_mesh(dp: int = 1, tp: int = 1) -> Mesh:
@@ -53,9 +63,13 @@ def ways(mesh: Mesh, axis: str) -> int:
     return math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What `compile` is told for the chips of a mesh; nothing but for TPUs."""
-    return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else {}
+def compiler_options(mesh: Mesh, kernels: bool = False) -> dict[str, str]:
+    """What `compile` is told for the chips of a mesh; nothing but for TPUs. `kernels`: most weights are those
+    of Pallas kernels."""
+    chip = mesh.devices.flat[0]
+    if chip.platform != "tpu":
+        return {}
+    return _TPU_OPTIONS | (_BY_SPARSE_CORES if kernels and chip.device_kind in _SPARSE_CORES else {})
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

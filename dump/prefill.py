@@ -37,7 +37,7 @@ class Program:
             (self.rows, self.length), jnp.int32, sharding=sharding(self.mesh, ("row", None))
         )
         lowered = jax.jit(self._run).lower(weights, batch, batch, batch)
-        return lowered.compile(compiler_options=compiler_options(self.mesh))
+        return lowered.compile(compiler_options=compiler_options(self.mesh, target.has_experts(self.target)))
 
     def _run(self, weights: dict[str, jax.Array], *batch: jax.Array) -> dict[str, jax.Array]:
         def by_row(x: jax.Array) -> jax.Array:

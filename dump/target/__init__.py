@@ -9,7 +9,7 @@ from dump.target.decoder import (
     logits,
     output_head,
 )
-from dump.target.moe import split_experts
+from dump.target.moe import has_experts, split_experts
 from dump.target.spec import TargetConfig
 from dump.target.weights import check, load, parameters
 
@@ -20,6 +20,7 @@ __all__ = [
     "check_length",
     "default_aux_layers",
     "forward",
+    "has_experts",
     "load",
     "logits",
     "output_head",

@@ -264,6 +264,11 @@ class Moe:
         return jax.lax.fori_loop(0, -(-stops_E[-1] // size), block, empty)
 
 
+def has_experts(cfg: TargetConfig) -> bool:
+    """Whether any layer is a mixture of experts."""
+    return any(isinstance(layer.feed_forward, Moe) for layer in cfg.layers)
+
+
 def split_experts(cfg: TargetConfig, split: str) -> TargetConfig:
     """The target with its experts divided over the chips by "ffn" (their columns) or "expert" (whole)."""
     if split not in ("ffn", "expert"):

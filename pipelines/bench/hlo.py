@@ -22,6 +22,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _FUSED = re.compile(r" calls=%?([\w.-]+)")
+_BESIDE = re.compile(r" call-start\(.* to_apply=%?([\w.-]+)")  # on sparse cores
 _COMMENTS = re.compile(r"/\*.*?\*/|(?<=\])\{[^}]*\}")  # and layouts
 
 
@@ -129,5 +130,5 @@ def work(text: str) -> Work:
             entry = head[2] if head[1] else entry
         else:
             lines.append(line)
-    fused = {name for name in _FUSED.findall(text)}
+    fused = {*_FUSED.findall(text), *_BESIDE.findall(text)}
     return _Program(computations, fused).work(entry)

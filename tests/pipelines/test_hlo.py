@@ -53,3 +53,18 @@ def test_a_loop_of_unknown_length_is_named_and_counts_once():
     found = work(PROGRAM.replace("constant(3)", "parameter(0)"))
     assert found.cycles == 100 + 39
     assert found.unknown == ("body",)
+
+
+def test_what_sparse_cores_gather_waits_for_nothing():
+    gathering = (
+        PROGRAM.split("\n\n")[1].replace("gathering", "elsewhere").replace("channel_id=7", "channel_id=9")
+    )
+    call = (
+        '%sent = ((bf16[8,4], token[]), bf16[32,4]) call-start(%d, %t), async_execution_thread="sparsecore", '
+    )
+    kernel = "%kernel = "
+    program = PROGRAM.replace(kernel, f"{call}to_apply=%elsewhere\n  {kernel}")
+    program = program.replace("%cheap (", f'{gathering}, execution_thread="sparsecore"\n\n%cheap (', 1)
+    found, before = work(program), work(PROGRAM)
+    assert (found.waited, found.cycles) == (before.waited, before.cycles)
+    assert dict(found.beside) == dict(before.beside) | {"9": 3 * 32 * 4 * 2}
