@@ -23,6 +23,9 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _FUSED = re.compile(r" calls=%?([\w.-]+)")
 _BESIDE = re.compile(r" call-start\(.* to_apply=%?([\w.-]+)")  # on sparse cores
+_NAME = re.compile(r"%([\w.-]+) =")
+_DONE = re.compile(r"call-done\(%?([\w.-]+)")
+_SENT_A_CYCLE = 180e9 / 1.75e9  # bytes, over one axis; of v6e and v5p
 _COMMENTS = re.compile(r"/\*.*?\*/|(?<=\])\{[^}]*\}")  # and layouts
 
 
@@ -63,7 +66,15 @@ class _Program:
     def work(self, name: str) -> Work:
         """Of a computation; a fusion's own estimate covers what it calls, but for the collectives in it."""
         if name not in self.known:
-            self.known[name] = sum((self._instruction(name, *i) for i in self._instructions(name)), Work())
+            done, started = Work(), {}
+            for shape, op, line in self._instructions(name):
+                found = self._instruction(name, shape, op, line)
+                if op == "call-start":
+                    started[_NAME.search(line)[1]] = found, done
+                elif op == "call-done":
+                    found += _left(*started.get(_DONE.search(line)[1], (Work(), done)), done)
+                done += found
+            self.known[name] = done
         return self.known[name]
 
     def _instructions(self, name: str) -> Iterator[tuple[str, str, str]]:
@@ -107,6 +118,14 @@ class _Program:
         if known or limits:
             return inside.times(int(known[1]) if known else max(map(int, limits)))
         return replace(inside, unknown=(*inside.unknown, body))
+
+
+def _left(sent: Work, before: Work, after: Work) -> Work:
+    """What is waited for when something sent beside other work is needed; a kernel hides all of it."""
+    if after.kernels > before.kernels:
+        return Work()
+    total = sum(size for _, size in sent.beside)
+    return Work(waited=max(0.0, total - (after.cycles - before.cycles) * _SENT_A_CYCLE))
 
 
 def _bytes(shape: str, started: bool) -> int:

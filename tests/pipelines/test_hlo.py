@@ -55,16 +55,18 @@ def test_a_loop_of_unknown_length_is_named_and_counts_once():
     assert found.unknown == ("body",)
 
 
-def test_what_sparse_cores_gather_waits_for_nothing():
+def test_what_sparse_cores_gather_is_waited_for_where_nothing_runs_beside_it():
     gathering = (
         PROGRAM.split("\n\n")[1].replace("gathering", "elsewhere").replace("channel_id=7", "channel_id=9")
     )
     call = (
         '%sent = ((bf16[8,4], token[]), bf16[32,4]) call-start(%d, %t), async_execution_thread="sparsecore", '
     )
-    kernel = "%kernel = "
-    program = PROGRAM.replace(kernel, f"{call}to_apply=%elsewhere\n  {kernel}")
+    program = PROGRAM.replace("%kernel = ", f"{call}to_apply=%elsewhere\n  %kernel = ")
     program = program.replace("%cheap (", f'{gathering}, execution_thread="sparsecore"\n\n%cheap (', 1)
     found, before = work(program), work(PROGRAM)
     assert (found.waited, found.cycles) == (before.waited, before.cycles)
     assert dict(found.beside) == dict(before.beside) | {"9": 3 * 32 * 4 * 2}
+    needed = "%got = bf16[32,4] call-done(%sent)\n  "
+    assert work(program.replace("%branch = ", f"{needed}%branch = ")).waited == before.waited, "a kernel runs"
+    assert work(program.replace("%kernel = ", f"{needed}%kernel = ")).waited == before.waited + 3 * 32 * 4 * 2
