@@ -69,12 +69,14 @@ class Mla:
         latent = project(w, "kv_a_proj_with_mqa", x_BTH)
         c_BTC = rms_norm(latent[..., : self.latent], w["kv_a_layernorm"], _LATENT_EPS)
         shared_B1TR = apply_rope(latent[:, None, :, self.latent :], tables, self.interleaved, heads=1)
-        kv = heads_of(linear(c_BTC, w["kv_b_proj"]), self.plain_dim + self.value_dim)
-        k_rotated = jnp.broadcast_to(shared_B1TR, (*kv.shape[:3], self.rope.dim))
-        k = jnp.concatenate([kv[..., : self.plain_dim], k_rotated], -1)
+        # The matrix is cut, and not what it gives, which is far larger.
+        w_NXC = w["kv_b_proj"].reshape(-1, self.plain_dim + self.value_dim, self.latent)
+        w_k, w_v = (part.reshape(-1, self.latent) for part in jnp.split(w_NXC, [self.plain_dim], 1))
+        k, v = heads_of(linear(c_BTC, w_k), self.plain_dim), heads_of(linear(c_BTC, w_v), self.value_dim)
+        k = jnp.concatenate([k, jnp.broadcast_to(shared_B1TR, (*k.shape[:3], self.rope.dim))], -1)
         q_rotated = apply_rope(q[..., self.plain_dim :], tables, self.interleaved, heads=1)
         q = jnp.concatenate([q[..., : self.plain_dim], q_rotated], -1)
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, kv[..., self.plain_dim :]))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         out = attend(q, k, v, context.segments_BT, self.scale)
         return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
 
