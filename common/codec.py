@@ -118,6 +118,11 @@ def _largest_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
     blocks_BcbS = logits_BcV.reshape(*logits_BcV.shape[:-1], V // S, S)
     largest, block = _largest(blocks_BcbS.max(-1))
     own_BcS = jnp.take_along_axis(blocks_BcbS, block[..., None, None], -2)[..., 0, :]
+    kind = jax.typeof(logits_BcV).sharding
+    if not kind.mesh.empty:  # of a single row on one chip, reshaping and gathering forget where it lies
+        whole = kind.update(spec=kind.spec[:-1])
+        largest, block = (jax.sharding.reshard(x, whole) for x in (largest, block))
+        own_BcS = jax.sharding.reshard(own_BcS, kind)
     return largest, block * S + _largest(own_BcS)[1]
 
 

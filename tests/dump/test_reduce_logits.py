@@ -183,3 +183,14 @@ def test_most_frequent_prefers_lower_ids():
     for n in (0, 8):
         with pytest.raises(EyasError, match="draft vocabulary"):
             most_frequent(counts, n)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 1), (2, 2)])
+def test_rows_of_any_number_lie_where_they_lay(rows, mesh):
+    """One row a chip, and several."""
+    made = make_mesh(*mesh)
+    logits = np.random.default_rng(0).normal(size=(rows // 4 * made.size, 3, 256)).astype(np.float32)
+    held = jax.device_put(logits, sharding(made, ("row", None, None)))
+    found = jax.jit(lambda x: encode_logits(Codec("none", 0, "float32"), x, None))(held)
+    np.testing.assert_array_equal(found["argmax"], logits.argmax(-1))
