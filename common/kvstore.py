@@ -78,13 +78,18 @@ def create_file(url: str, data: bytes) -> bool:
     return _replace(url, None, data)
 
 
+def remove_file(url: str, old: bytes) -> bool:
+    """Removes the file if it holds `old`, else returns False. EyasError if it cannot be removed."""
+    return _replace(url, old, None)
+
+
 def replace_file(url: str, old: bytes, new: bytes) -> bool:
     """Writes `new` in the place of `old`, whole and durably; False if the file is missing or holds anything
     else. EyasError if it cannot be written."""
     return _replace(url, old, new)
 
 
-def _replace(url: str, old: bytes | None, new: bytes) -> bool:
+def _replace(url: str, old: bytes | None, new: bytes | None) -> bool:
     place, name = posixpath.split(url)
     with library_errors(url):
         files = result(ts.KvStore.open(folder(place), context=context()))

@@ -1,14 +1,14 @@
-"""One process at a time works in a folder."""
+"""One process at a time works in a folder: of a disk by a lock of the system, of a bucket by a lease."""
 
 import errno
 import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from common import storage
+from common import lease, storage
 from common.errors import EyasError
 from common.library_errors import library_errors
 from common.progress import note
@@ -19,12 +19,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Holds the lock of the local `folder`, which is made if it is missing, while the context lasts.
+def locked(folder: str) -> Iterator[Callable[[], None]]:
+    """Holds the lock of `folder`, which is made if it is missing, while the context lasts. Yields a check,
+    for between two steps, that raises EyasError once a bucket's lease is lost.
 
-    The system releases it when the process ends, however it ends. EyasError, naming process and host, while
-    another one holds it.
+    The system releases the lock of a local folder when the process ends, however it ends; the lease of a
+    folder in a bucket lapses some minutes after. EyasError, naming process and host, while another one
+    holds it.
     """
+    if storage.is_remote(folder):
+        with lease.leased(storage.join(folder, FILE)) as check:
+            yield check
+        return
     path = os.path.join(storage.local_path(folder), FILE)
     with library_errors(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -32,7 +38,7 @@ def locked(folder: str) -> Iterator[None]:
     try:
         with library_errors(path):
             _take(handle, folder)
-        yield
+        yield lambda: None  # the system keeps it
     finally:
         os.close(handle)
 
@@ -65,10 +71,12 @@ def _try(handle: int) -> None:
 
 
 def in_use(folder: str) -> bool:
-    """Whether a process holds the lock of the local `folder`; False where that cannot be told.
+    """Whether a process holds the lock of `folder`; False where that cannot be told.
 
-    It shares the lock for an instant, for which `locked` waits.
+    It shares the lock of a local one for an instant, for which `locked` waits.
     """
+    if storage.is_remote(folder):
+        return lease.holder(storage.join(folder, FILE)) is not None
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # of a pipe it would wait for a writer
         handle = os.open(os.path.join(storage.local_path(folder), FILE), flags)

@@ -65,16 +65,16 @@ def filesystem(url: str) -> tuple[Any, str]:
     if not is_remote(url):
         _require_no_device(url)
         return fsspec.core.url_to_fs(local_path(url))
-    options = {}
     if url.startswith(("gs://", "gcs://")):
         if url.split("/")[2] == "":
             raise EyasError(f"{url} names no bucket; expected gs://BUCKET/FOLDER")
         import aiohttp
 
+        options = fsspec.config.conf.setdefault("gcs", {})  # also for what orbax opens by itself
         options["use_listings_cache"] = False  # others write meanwhile: what is asked is asked of the server
         options["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
     try:
-        return fsspec.core.url_to_fs(url, **options)
+        return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise EyasError(f"{url} needs a package that is not here ({error}); or name a local copy") from None
 
@@ -101,6 +101,20 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
     with library_errors(url, "read"), _missing(url):
         fs, path = filesystem(url)
         return fs.cat_file(path, start=start, end=stop)
+
+
+@contextmanager
+def as_local(url: str) -> Iterator[str]:
+    """The path of a local file, or of a temporary copy of a remote one. Raises as `read_bytes` does."""
+    if not is_remote(url):
+        yield local_path(url)
+        return
+    data = read_bytes(url)
+    with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
+        path = os.path.join(folder, posixpath.basename(url))
+        with library_errors(path), open(path, "wb") as file:
+            file.write(data)
+        yield path
 
 
 @contextmanager

@@ -171,7 +171,11 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 @main.command()
 @model_option
 @store_option
-@click.option("--out", required=True, help="The experiment's folder; best/ in it is what a server loads.")
+@click.option(
+    "--out",
+    required=True,
+    help="The experiment's folder or gs:// prefix; best/ in it is what a server loads.",
+)
 @options(TrainConfig, RECIPES)
 def train(model: str, store: str, out: str, **given: Any) -> None:
     """Trains a head from the store; the target's checkpoint is not needed.

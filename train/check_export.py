@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from common import params as declared
 from common.errors import EyasError
 from common.params import Param
-from common.storage import join, list_names, local_path, read_json
+from common.storage import as_local, join, list_names, read_json
 from train.heads import Head, read_serving_config
 
 WEIGHTS = "model.safetensors"
@@ -60,7 +60,7 @@ def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
         expected = expected | {"d2t": Param((N,), (None,)), "t2d": Param((V,), (None,))}
         types |= {"d2t": "I64", "t2d": "BOOL"}
     try:
-        with safe_open(local_path(path), framework="np") as file:
+        with as_local(path) as local, safe_open(local, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             found = {name: SimpleNamespace(shape=s.get_shape()) for name, s in slices.items()}
             declared.check(expected, found, f"{path}, beside its config.json,")

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from common import params as declared
 from common.errors import EyasError
-from common.storage import local_path, write_folder
+from common.storage import is_remote, local_path, write_folder
 from train.heads import Head
 from train.serving_config import DTYPES
 
@@ -27,7 +27,7 @@ def export(
     dtype: str = "bfloat16",
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes config.json, model.safetensors and README.md whole or not at all; returns the local path.
+    """Writes config.json, model.safetensors and README.md whole or not at all; returns the path or URL.
 
     `params` is {name: [out, in] array} as `head.parameters()` declares it; `draft_ids` the target ids of the
     draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
@@ -52,7 +52,7 @@ def export(
             "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },
     )
-    return local_path(folder)
+    return folder if is_remote(folder) else local_path(folder)
 
 
 def vocabulary_maps(draft_ids: np.ndarray, head: Head) -> tuple[np.ndarray, np.ndarray]:

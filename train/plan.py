@@ -105,8 +105,8 @@ def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype:
 
 def make_plan(config: TrainConfig) -> Plan:
     """Checks everything; writes nothing. EyasError names what is wrong."""
-    if storage.is_remote(config.out):
-        raise EyasError(f"out={config.out} is not a local folder; train into a local one and copy it there")
+    if storage.is_remote(config.out) and not config.out.startswith("gs://"):
+        raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
     store = Store.open(config.store)
     features = store.features

@@ -1,6 +1,7 @@
 """A training run: one stream of batches, which a trainer takes one after the other."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = time.monotonic()
     note(f"train: checking {config.store}")
     plan = make_plan(config)
-    with claimed(plan), Stop() as stop:
+    with claimed(plan) as require_ours, Stop() as stop:
         note(_announce(plan))
         trainer = Trainer(plan)
         try:
             with trainer:
-                found = _train(plan, trainer, stop)
+                found = _train(plan, trainer, stop, require_ours)
         except KeyboardInterrupt:
             raise EyasError(
                 f"train stopped; step {trainer.saved_step} of {plan.steps} is saved in {config.out}/state: "
@@ -50,7 +51,7 @@ def _announce(plan: Plan) -> str:
     )
 
 
-def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
+def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], None]) -> dict[str, Any]:
     """Gives the trainer every batch that it has not had yet. If it is stopped, its state is saved."""
     first, tokens, stream = trainer.step, plan.config.batch_rows * plan.store.length, plan.stream()
     began = time.monotonic()
@@ -58,6 +59,7 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop) -> dict[str, Any]:
     with Progress("train", plan.steps * tokens, "tok", done=first * tokens) as progress:
         for batch in stream.batches(plan.order[first:]):
             trainer.take(batch)
+            require_ours()  # before anything is saved
             progress.update(tokens, trainer.status)
             if stop.asked and not trainer.done:
                 trainer.save()

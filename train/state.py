@@ -1,13 +1,14 @@
 """What a run has on disk, and what is read of it again: experiment.json, state/ and metrics.jsonl."""
 
+import io
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from common import schema, storage, strict_json
 from common.config import differences, to_json
 from common.errors import EyasError, MachineError
-from common.library_errors import explained, library_errors
+from common.library_errors import explained, is_librarys, is_refusal, library_errors
 from common.lock import FILE as LOCK
 from common.lock import locked
 from common.schema import Count, Crc32, TypedDict
@@ -43,14 +44,16 @@ class _Noted(TypedDict):
 
 
 @contextmanager
-def claimed(plan: Plan) -> Iterator[None]:
+def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     """Holds the plan's folder, for this process alone, with the plan in its experiment.json.
+
+    Yields a check that raises EyasError once another process has it.
 
     EyasError if another process is at work there, or the folder holds another experiment or anything else.
     """
     out = plan.config.out
     _require_own(plan)
-    with locked(out):
+    with locked(out) as require_ours:
         if not _require_own(plan):
             names = ("eyas", "jax", "jaxlib", "optax", "numpy")
             storage.write_json(
@@ -61,7 +64,7 @@ def claimed(plan: Plan) -> Iterator[None]:
                     "versions": {name: version(name) for name in names},
                 },
             )
-        yield
+        yield require_ours
 
 
 def _require_own(plan: Plan) -> bool:
@@ -106,19 +109,28 @@ def _reason(error: Exception) -> str:
 
 
 class Saved:
-    """The folder `state/` of a run: saved states, written in the background, whole or not at all."""
+    """The folder `state/` of a run: saved states, written in the background, whole or not at all.
+
+    On a disk, a state is whole once its folder has its name; in a bucket, once it holds orbax's object
+    `commit_success.txt`, written last.
+    """
 
     def __init__(self, out: str):
         # Orbax logs traces of what it then raises, and leaves coroutines behind that Python complains of.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._place = storage.join(out, "state")
-        path = os.path.abspath(storage.local_path(self._place))
+        path = self._place
+        if storage.is_remote(path):
+            os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, it has no gs:// of its own
+        else:
+            path = os.path.abspath(storage.local_path(path))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
         try:  # it makes the folder, and looks at what is there
             self._manager = ocp.CheckpointManager(path, options=options)
         except Exception as error:
-            if isinstance(error, OSError) and not isinstance(error, IsADirectoryError | NotADirectoryError):
+            no_folder = isinstance(error, IsADirectoryError | NotADirectoryError)
+            if is_librarys(error) or (isinstance(error, OSError) and not no_folder):
                 raise explained(error, self._place) from error
             raise EyasError(
                 f"{self._place} holds a step that cannot be read ({_reason(error)}); delete that step's "
@@ -152,6 +164,8 @@ class Saved:
         try:
             found = self._read(step, like, where)
         except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
+            if is_refusal(error):
+                raise explained(error, place) from error
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
         state, noted = found["state"], schema.check(_Noted, found["noted"], f"{place}/noted", advice)
         if int(state.step) != step:
@@ -185,7 +199,11 @@ class Saved:
 
 
 class Lines:
-    """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped."""
+    """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped.
+
+    An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
+    are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with.
+    """
 
     def __init__(self, out: str, step: int):
         """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
@@ -199,24 +217,37 @@ class Lines:
                 if line.endswith(b"\n") and self._step_of(line, number) <= step
             ]
         storage.write_bytes(self._url, b"".join(kept))
+        self._unwritten = False
+        if storage.is_remote(self._url):
+            self._file: BinaryIO = io.BytesIO()
+            self._file.write(b"".join(kept))
+            return
         with library_errors(self._url):
-            self._file = open(storage.local_path(self._url), "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open(storage.local_path(self._url), "ab")  # noqa: SIM115
 
     def _step_of(self, line: bytes, number: int) -> int:
         where, advice = f"{self._url}, line {number}", "mend or delete that line: the weights do not need it"
         return schema.check(_Evaluation, strict_json.parse(line, where), where, advice)["step"]
 
     def add(self, line: dict[str, Any]) -> None:
-        """Appends one line at once."""
+        """Appends one line, on a disk at once."""
+        self._unwritten = True
         with library_errors(self._url):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
             self._file.flush()
 
     def flush(self) -> None:
-        """Waits until every line is on disk."""
+        """Waits until every line is on disk or in the bucket; one that refused them is not asked again."""
+        unwritten, self._unwritten = self._unwritten, False
+        if isinstance(self._file, io.BytesIO):
+            if unwritten:
+                storage.write_bytes(self._url, self._file.getvalue())
+            return
         with library_errors(self._url):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """No more lines."""
+        """No more lines. Those of a run that ends by an error are kept where that can be done."""
+        with suppress(EyasError):
+            self.flush()
         self._file.close()

@@ -172,6 +172,7 @@ class Trainer:
                     "lower --learning-rate, or --dtype float32, in a new folder"
                 )
             self._lines.add({"step": self.step, "evaluation": found})
+            self._lines.flush()
         self.last = found
         self._export("last", found)
         if better(found, self.best):

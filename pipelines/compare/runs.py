@@ -191,7 +191,7 @@ def _best(heads: list[Evaluation]) -> Evaluation | None:
 def _state(url: str, step: int, planned: int) -> str:
     if step >= planned:
         return "done"
-    if storage.is_remote(url):
+    if storage.is_remote(url) and not url.startswith("gs://"):
         return "unfinished"
     return "running" if in_use(url) else "stopped"
 

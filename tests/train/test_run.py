@@ -245,8 +245,8 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
         draft_vocab=8,
     )
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
-    with pytest.raises(EyasError, match="not a local folder"):
-        run(replace(config, out="gs://bucket/run"))
+    with pytest.raises(EyasError, match="no local folder nor in a gs:// bucket"):
+        run(replace(config, out="s3://bucket/run"))
 
 
 def test_too_small_a_disk_is_refused(config, tmp_path, monkeypatch):

@@ -1,0 +1,233 @@
+"""A run in a bucket: stopped and continued it is the run of a local folder; it has one process at a time.
+
+The libraries read where gs:// is when they are loaded, so whatever uses the server is a process of its own.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import kvstore, lease, storage
+from common.errors import EyasError, RestartError
+from common.lock import FILE, locked
+from pipelines.bench import bucket
+from pipelines.compare import runs
+from pipelines.copy_head import copy_head
+from tests.faulty_proxy import Sometimes, faulty
+from tests.train import small_store
+from tests.train.served import read_tensors
+from tests.train.test_resume import lines_of, stopped_at
+from train import evaluate
+from train.config import EvaluateConfig
+from train.run import TrainConfig, run
+
+ROOT = Path(__file__).parents[2]
+OUT = "gs://bucket/runs/one"
+HOLD = (
+    "import sys; from common.lock import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
+)
+
+
+def config_of(folder: str) -> TrainConfig:
+    return TrainConfig(
+        store=f"{folder}/store",
+        out=f"{folder}/out",
+        steps=7,
+        batch_rows=4,
+        ttt_steps=2,
+        draft_vocab=32,
+        learning_rate=3e-2,
+        log_every=2,
+        eval_every=3,
+        save_every=3,
+        init="normal",
+    )
+
+
+def fetched(url: str, folder: str) -> str:
+    """A local copy of everything below `url`."""
+    fs, path = storage.filesystem(url)
+    for name in fs.find(path):
+        storage.write_bytes(f"{folder}{name.removeprefix(path)}", fs.cat_file(name))
+    return folder
+
+
+def same_run(found: str, expected: str) -> None:
+    assert lines_of(found) == lines_of(expected)
+    for name in ("best", "last"):
+        weights = read_tensors(f"{expected}/{name}/model.safetensors")
+        for tensor, weight in read_tensors(f"{found}/{name}/model.safetensors").items():
+            np.testing.assert_array_equal(weight, weights[tensor], err_msg=tensor)
+
+
+def whole_way(folder: str) -> None:
+    config = config_of(folder)
+    run(config)
+    here = replace(config, out=OUT)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(4, here, patch)
+    assert [line["step"] for line in lines_of(fetched(OUT, f"{folder}/stopped"))] == [1, 2, 3, 4]
+    assert runs.read(OUT, 10).state == "stopped"
+    one_at_a_time(here)
+    assert run(here)["steps_before"] == 4
+    same_run(fetched(OUT, f"{folder}/continued"), config.out)
+    assert runs.read(OUT, 10).state == "done"
+    head_is_used(here, config)
+    # Of a machine that died while it wrote its last state, everything is there but the mark.
+    fs, path = storage.filesystem(f"{OUT}/state/7/commit_success.txt")
+    fs.rm_file(path)
+    assert run(here)["steps_before"] == 6
+    same_run(fetched(OUT, f"{folder}/again"), config.out)
+
+
+def one_at_a_time(config: TrainConfig) -> None:
+    command = [sys.executable, "-c", HOLD, OUT]
+    told = rf"{OUT} is in use by process {{}} on {socket.gethostname()}, which said so \d+ seconds ago; wait"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RestartError, match=told.format(other.pid)):
+            run(config)
+        assert runs.read(OUT, 10).state == "running"
+        other.kill()
+    with pytest.raises(RestartError, match=told.format(other.pid)):  # nobody can know yet
+        run(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "_STALE", 0.0)
+        with locked(OUT):
+            pass
+    assert not storage.exists(f"{OUT}/{FILE}")
+
+
+def head_is_used(there: TrainConfig, here: TrainConfig) -> None:
+    measured = [evaluate.run(EvaluateConfig(f"{x.out}/best", x.store, ttt_steps=2)) for x in (there, here)]
+    assert measured[0] == measured[1]
+    copied = "gs://bucket/heads/one"
+    target = storage.read_json(f"{here.store}/target/config.json")
+    assert copy_head(f"{OUT}/best", target, copied)[0] == f"{copied}: written and checked"
+    for name in storage.list_names(copied):
+        assert storage.read_bytes(f"{copied}/{name}") == storage.read_bytes(f"{here.out}/best/{name}")
+
+
+def overwritten(place: str, data: bytes, check: Callable[[], None]) -> None:
+    """Puts `data` there until the holder sees it: this server takes a renewal that comes in between."""
+    while True:
+        storage.write_bytes(place, data)
+        check()
+
+
+def lease_alone() -> None:
+    """It is renewed; who finds it taken says so, and then leaves the other's in its place."""
+    place, other = f"{OUT}/{FILE}", b'{"holder":"another process","time":0.0}'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "_RENEWED", 0.05)
+        with locked(OUT) as check:
+            first = storage.read_bytes(place)
+            while storage.read_bytes(place) == first:
+                check()
+            with pytest.raises(RestartError, match="another process works in the folder"):
+                overwritten(place, other, check)
+        assert storage.read_bytes(place) == other
+        assert kvstore.remove_file(place, other)
+    storage.write_bytes(place, b"[]")
+    with (
+        pytest.raises(EyasError, match=r"\.lock: it holds \[\].*delete it if no process works there"),
+        locked(OUT),
+    ):
+        raise AssertionError("taken")
+    storage.filesystem(place)[0].rm_file(storage.filesystem(place)[1])
+
+
+def ran(url: str, *arguments: str) -> tuple[int, list[str]]:
+    """(exit code, the lines that are not TensorStore's own) of a process whose gs:// is the server."""
+    environment = os.environ | bucket.environment(url) | {"no_proxy": "127.0.0.1"}
+    process = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    lines = process.stderr.splitlines()
+    return process.returncode, [line for line in lines if not line.startswith(("I", "W", "E1"))]
+
+
+def test_a_folder_of_a_bucket_has_one_process_at_a_time():
+    with bucket.served("bucket") as server:
+        code, said = ran(server, "tests.train.test_run_in_a_bucket")
+    assert code == 0, "\n".join(said[-30:])
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_the_run_of_a_folder(tmp_path):
+    small_store.write_store(f"{tmp_path}/store")
+    with bucket.served("bucket") as server:
+        code, said = ran(server, "tests.train.test_run_in_a_bucket", str(tmp_path))
+    assert code == 0, "\n".join(said[-30:])
+
+
+@pytest.mark.slow
+def test_the_same_run_when_every_tenth_request_fails(tmp_path):
+    small_store.write_store(f"{tmp_path}/store")
+    with bucket.served("bucket") as server, faulty(server, Sometimes(0.1, 0)) as proxy:
+        code, said = ran(proxy, "tests.train.test_run_in_a_bucket", str(tmp_path))
+    assert code == 0, "\n".join(said[-30:])
+
+
+class Once:
+    """No fault until a request names `place`, and then one for every request."""
+
+    def __init__(self, place: str, fault: str):
+        self.place, self.fault, self.begun = place, fault, False
+
+    def __call__(self, request: str) -> str | None:
+        self.begun = self.begun or self.place in request
+        return self.fault if self.begun else None
+
+
+ENDS = {
+    "401": (2, "the bucket bucket asks for valid credentials"),
+    "403": (2, "this account may not"),
+    "404": (2, "the bucket bucket does not exist"),
+    "503": (42, "no answer from the bucket bucket"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [".lock", "state%2F3", "state%2F7"])
+@pytest.mark.parametrize("fault", ENDS)
+def test_a_bucket_that_refuses_a_run_is_one_line(tmp_path, place, fault):
+    config = config_of(str(tmp_path))
+    small_store.write_store(config.store)
+    names = ("steps", "batch_rows", "ttt_steps", "learning_rate", "eval_every", "save_every")
+    options = [x for n in names for x in (f"--{n.replace('_', '-')}", str(getattr(config, n)))]
+    command = (
+        "pipelines",
+        "train",
+        "--model",
+        "owner/made-up",
+        "--store",
+        config.store,
+        "--out",
+        OUT,
+        *options,
+    )
+    with bucket.served("bucket") as server, faulty(server, choose := Once(place, fault)) as proxy:
+        code, said = ran(proxy, *command)
+        assert choose.begun
+        assert code == ENDS[fault][0], "\n".join(said)
+        assert said[-1].startswith("Error: ")
+        assert ENDS[fault][1] in said[-1]
+        assert not any("Traceback" in line for line in said)
+
+
+if __name__ == "__main__":
+    whole_way(sys.argv[1]) if sys.argv[1:] else lease_alone()
