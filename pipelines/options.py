@@ -61,7 +61,7 @@ def _kind(knob: Knob) -> click.ParamType:
         return Numbers(typing.get_args(knob.kind)[0])
     lowest = s.above if s.least is None else s.least
     if knob.kind is int:
-        return click.IntRange(None if lowest is None else int(lowest), int(s.largest(int)))
+        return click.IntRange(None if lowest is None else int(lowest), s.most)
     if knob.kind is float:
         return click.FloatRange(lowest, s.below, min_open=s.above is not None, max_open=s.below is not None)
     return click.STRING
