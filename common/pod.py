@@ -3,8 +3,9 @@
 JAX's multi-controller runtime is the engine: every process issues the same computations in the same order.
 What it leaves open is kept here. A process that fails before it has issued its part would leave the others
 waiting inside a computation for ever, so whatever can fail is done before, and its outcome exchanged:
-`together` makes one process's error everybody's, `told` runs a decision on the first one only. They go
-through the key-value store of JAX's coordination service, never through the devices.
+`together` makes one process's error everybody's, `told` runs a decision on the first one only, and
+`require_same` refuses what differs. They go through the key-value store of JAX's coordination service, never
+through the devices.
 
 A watch on every process ends it where that is not possible: when a process has failed and the others do not
 meet it within some seconds, or when one has not been heard of for `LOST_SECONDS`. Nothing of this runs where
@@ -14,7 +15,9 @@ there is one process.
 import itertools
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,8 +26,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 from common import progress
+from common.config import differences
 from common.errors import EyasError, MachineError, RestartError
-from common.stopping import Stopped
+from common.stopping import STOPPED, Stopped, exit_code
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
@@ -42,7 +46,7 @@ class _Pod:
     numbers: Iterator[int] = itertools.count()
     heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
     lost: ClassVar[set[str]] = set()
-    failed: ClassVar[dict[str, float]] = {}  # when a process's failure was first seen
+    failed: dict[str, float] = {}  # noqa: RUF012 (when a process's failure was first seen)
 
 
 def initialise(
@@ -52,20 +56,14 @@ def initialise(
 
     Without arguments it is found by itself on Cloud TPU, GKE and Slurm, and elsewhere this process is alone.
     Given by hand it is `coordinator` ("HOST:PORT" of process 0), the number of `processes`, and which of them
-    this one is. EyasError for arguments that do not belong together, RestartError if the others cannot be
-    reached.
+    this one is. EyasError for arguments that do not belong together and for a port that is in use,
+    RestartError if the others cannot be reached.
     """
     given = (coordinator, processes, process)
     if processes == 1:
         return
-    if any(x is not None for x in given) and any(x is None for x in given):
-        raise EyasError(
-            f"coordinator={coordinator}, processes={processes}, process={process}: give all three, or none"
-        )
-    if processes is not None and not 0 <= process < processes:
-        raise EyasError(
-            f"process={process} of processes={processes}: give a number from 0 to {processes - 1}"
-        )
+    if any(x is not None for x in given):
+        _check_given(*given)
     # Only here: every verb imports this file, and few need jax. What is asked of its insides has no public
     # name; orbax asks the same.
     import jax
@@ -73,13 +71,15 @@ def initialise(
 
     if jax.distributed.is_initialized() or (coordinator is None and xla_bridge.backends_are_initialized()):
         return  # a second command in one Python program
+    if process == 0:
+        _check_port(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
     try:
         jax.distributed.initialize(*given)
     except ValueError as error:
         if coordinator is None:
             return  # no pod was found
-        raise EyasError(f"coordinator={coordinator}: {_first_line(error)}; give HOST:PORT") from None
+        raise EyasError(f"--coordinator {coordinator}: {_first_line(error)}; give HOST:PORT") from None
     except (RuntimeError, OSError) as error:
         raise RestartError(
             f"the processes of the pod do not find each other ({_first_line(error)}); start the same command "
@@ -91,6 +91,33 @@ def initialise(
         if not is_first():
             progress.silence()
         threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
+
+
+def _check_given(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """EyasError unless JAX could begin with these; of some mistakes it would die without a word."""
+    if None in (coordinator, processes, process):
+        raise EyasError(
+            f"--coordinator is {coordinator}, --processes {processes}, --process {process}: give all three "
+            "or none (EYAS_COORDINATOR, EYAS_PROCESSES and EYAS_PROCESS count as given)"
+        )
+    if not 0 <= process < processes:
+        raise EyasError(f"--process {process} of {processes}: give a number from 0 to {processes - 1}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise EyasError(
+            f"--coordinator {coordinator!r} is no HOST:PORT; give that of process 0, 10.0.0.1:8476 say"
+        )
+
+
+def _check_port(coordinator: str) -> None:
+    """EyasError unless this process, the first one, can listen there."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise EyasError(
+            f"--coordinator {coordinator}: this host cannot listen there ({os.strerror(error.errno)}); end "
+            "what uses the port, or give another one on every host"
+        ) from None
 
 
 def size() -> int:
@@ -126,7 +153,7 @@ def together() -> Iterator[None]:
     """What fails inside on one process fails on all, with the same line; they wait for each other here.
 
     A request to stop (KeyboardInterrupt) counts as a failure: all stop. What was agreed on in a `together`
-    inside is not told again.
+    inside is not told again. Processes that do not come here after one has failed are ended by the watch.
     """
     if size() == 1:
         yield
@@ -138,7 +165,10 @@ def together() -> Iterator[None]:
         if getattr(error, "agreed", False):
             raise
         own = error
+        _announce(own)
     failures = exchange(None if own is None else _describe(own))
+    if own is not None:
+        _Pod.client.key_value_delete(f"{_FAILED}{index()}")  # all have met it
     found = own or next((_as_error(p, failure) for p, failure in enumerate(failures) if failure), None)
     if found is not None:
         found.agreed = True
@@ -154,6 +184,19 @@ def told(decide: Callable[[], Any]) -> Any:
     return exchange(decided)[0]
 
 
+def require_same(value: dict[str, Any], what: str) -> None:
+    """EyasError on every process, naming the fields, unless all have the same `value` (plain JSON)."""
+    first, *others = exchange(value)
+    for process, other in enumerate(others, 1):
+        if different := differences(other, first):
+            error = EyasError(
+                f"process {process} (there) has other {what} than process 0 (here): "
+                f"{'; '.join(different[:3])}; start the same command on every host, with the same files"
+            )
+            error.agreed = True
+            raise error
+
+
 def any_of(flag: bool) -> bool:
     """Whether `flag` is true on any process."""
     return any(exchange(flag))
@@ -166,8 +209,12 @@ def announced() -> Iterator[None]:
         yield
     except BaseException as error:
         if size() > 1:
-            _Pod.client.key_value_set(f"{_FAILED}{index()}", json.dumps(_describe(error)))
+            _announce(error)
         raise
+
+
+def _announce(error: BaseException) -> None:
+    _Pod.client.key_value_set(f"{_FAILED}{index()}", json.dumps(_describe(error)), allow_overwrite=True)
 
 
 def leave(code: int) -> None:
@@ -191,10 +238,11 @@ def leave(code: int) -> None:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
+    if number := _signal_of(error):
+        return {"text": STOPPED, "code": exit_code(number), "signal": number}
     known = isinstance(error, EyasError)
     text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
-    code = error.exit_code if known else MachineError.exit_code
-    return {"text": text, "code": code, "signal": _signal_of(error)}
+    return {"text": text, "code": error.exit_code if known else MachineError.exit_code, "signal": 0}
 
 
 def _signal_of(error: BaseException) -> int:
@@ -237,10 +285,13 @@ def _look(beat: str) -> None:
         process: {"text": f"ended with {code}", "code": code} for process, code in left.items() if code
     }
     failures |= {k.removeprefix(_FAILED): json.loads(text) for k, text in client.key_value_dir_get(_FAILED)}
-    for process, failure in failures.items():
-        at = _Pod.failed.setdefault(process, now)
+    if str(index()) in left:
+        return  # it has told its own line
+    _Pod.failed = {process: _Pod.failed.get(process, now) for process in failures}
+    for process, at in _Pod.failed.items():
         if now - at > _GRACE_SECONDS:
-            _end(f"process {process}: {failure['text']}", failure["code"])
+            who = "" if process == str(index()) else f"process {process}: "
+            _end(who + failures[process]["text"], failures[process]["code"])
 
 
 def _end(line: str, code: int) -> None:

@@ -79,20 +79,20 @@ class DumpConfig:
             raise ValueError(f"share={self.share!r} must be I/N with I from 1 to N, 2/3 say")
         return part - 1, parts
 
-    def batch(self, length: int, own_chips: int) -> int:
-        """Rows of a forward pass over rows of `length` tokens, of which a process has `own_chips` of the
-        dp*tp chips: the same number on every chip, and those of a process a part of a block."""
+    def batch(self, length: int, *own_chips: int) -> int:
+        """Rows of a forward pass over rows of `length` tokens by processes with so many of the dp*tp chips
+        each: the same number on every chip, and those of a process a part of a block."""
         chips = self.dp * self.tp
         if self.batch_rows is not None and self.batch_rows % chips:
             raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips}")
-        share = self.block_rows // own_chips
-        wanted = max(1, self.chip_tokens // length)
-        fitting = max((n for n in range(1, share + 1) if share % n == 0 and n <= wanted), default=1)
-        rows = self.batch_rows or fitting * chips
-        own = rows // chips * own_chips
-        if self.block_rows % own:
-            raise ValueError(
-                f"block_rows={self.block_rows} must be a multiple of the {own} rows that a process with "
-                f"{own_chips} of {chips} chips computes at a time (batch_rows={rows}); change one of the two"
-            )
+        wanted = min(max(1, self.chip_tokens // length), self.block_rows)
+        fit = (n for n in range(wanted, 0, -1) if all(self.block_rows % (n * own) == 0 for own in own_chips))
+        rows = self.batch_rows or next(fit, 1) * chips
+        for own in own_chips:
+            if self.block_rows % (rows // chips * own):
+                raise ValueError(
+                    f"block_rows={self.block_rows} must be a multiple of the {rows // chips * own} rows that "
+                    f"a process with {own} of {chips} chips computes at a time (batch_rows={rows}); change "
+                    "one of the two"
+                )
         return rows

@@ -69,7 +69,9 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
             weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.config.dtype))
     if plan.blocks:
         prefill = Prefill(plan, weights)
-    pod.told(lambda: _make(plan))
+    made = pod.told(lambda: _make(plan))
+    with pod.together():
+        _require_made(url, made)
     with pod.together(), FeatureWriter(url) as writer:
         if plan.blocks:
             run_rounds(plan, prefill, writer, check)
@@ -81,12 +83,23 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
         )
 
 
-def _make(plan: Plan) -> None:
-    """Makes of the store what is not there yet: the manifest's section, the arrays, target/."""
+def _make(plan: Plan) -> str:
+    """Makes of the store what is not there yet: the manifest's section, the arrays, target/. Its hash."""
     files = cache(lambda: target_files(plan))  # gigabytes: gone before blocks are computed
     features = with_sums(plan.features, files)
     create_features(plan.config.store, features, plan.draft_ids)
-    write_target(Store.open(plan.config.store), files)
+    store = Store.open(plan.config.store)
+    write_target(store, files)
+    return store.hash
+
+
+def _require_made(url: str, made: str) -> None:
+    """EyasError if `url` is another place on this process's host than on the first one's."""
+    if Store.open(url).hash != made:
+        raise EyasError(
+            f"{url} is not on this host what it is on the first one; name a gs:// prefix, or a folder that "
+            "all hosts share"
+        )
 
 
 def _announce(plan: Plan) -> str:

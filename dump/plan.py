@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from common import pod, zarr
 from common.codec import Codec, shapes
-from common.config import digest
+from common.config import digest, to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.layers import compute_dtype
@@ -71,8 +72,10 @@ def make_plan(config: DumpConfig) -> Plan:
         config = replace(config, precision=precision, dtype=dtype, aux_layers=tuple(aux_layers))
         codec, draft_ids = _codec(config, store, cfg.vocab_size)
         batch_rows = _batch_rows(config, store.length, mesh)
+        described = _describe_target(config.model, cfg)
+    _require_same(config, store, described)
     # One process looks at what is there, and the others are told: it may change while they look.
-    features, blocks = pod.told(lambda: _begun(config, store, cfg, codec, draft_ids))
+    features, blocks = pod.told(lambda: _begun(config, store, described, codec, draft_ids))
     plan = Plan(
         config=config,
         store=store,
@@ -100,16 +103,24 @@ def _mesh(config: DumpConfig) -> Mesh:
     return mesh
 
 
+def _require_same(config: DumpConfig, store: Store, described: dict[str, Any]) -> None:
+    """EyasError unless all processes dump the same. Folders may have other names on other hosts."""
+    options = to_json(replace(config, model="-", store="-"))
+    rows = {"sums of its rows": digest(store.manifest["rows"])}
+    pod.require_same(options | {"version of jax": jax.__version__}, "options")
+    pod.require_same(rows | {name: value for name, value in described.items() if name != "name"}, "files")
+
+
 def _begun(
     config: DumpConfig,
     store: Store,
-    cfg: target.TargetConfig,
+    described: dict[str, Any],
     codec: Codec,
     draft_ids: np.ndarray | None,
 ) -> tuple[dict[str, Any], list[int]]:
     """(the manifest's section, the store's own where a dump has begun; the blocks to compute)."""
     features = {
-        "target": _describe_target(config.model, cfg),
+        "target": described,
         "aux_layers": list(config.aux_layers),
         "last_hidden": "after_final_norm",
         "codec": {"name": codec.name, "size": codec.size}
@@ -118,7 +129,7 @@ def _begun(
         "compute_dtype": config.dtype,
         "block_rows": config.block_rows,
         "arrays": describe_arrays(
-            shapes(codec, store.rows, store.length, len(config.aux_layers), cfg.hidden_size),
+            shapes(codec, store.rows, store.length, len(config.aux_layers), described["hidden_size"]),
             config.block_rows,
         ),
     }
@@ -132,7 +143,7 @@ def _begun(
 
 def _batch_rows(config: DumpConfig, length: int, mesh: Mesh) -> int:
     try:
-        return config.batch(length, len(mesh.local_devices))
+        return config.batch(length, *Counter(chip.process_index for chip in mesh.devices.flat).values())
     except ValueError as error:
         raise EyasError(str(error)) from None
 

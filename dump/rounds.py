@@ -60,8 +60,8 @@ def run_rounds(
     `writer` is a `FeatureWriter`, or `Discard` to time the forward passes alone. `check` is called in every
     round and may raise, which ends the rounds of all processes.
     """
-    T, processes = plan.store.length, pod.size()
-    shares = (_batches(plan, deal(plan.blocks, p, processes), prefill.rows) for p in range(processes))
+    T, rows = plan.store.length, pod.exchange(prefill.rows)
+    shares = (_batches(plan, deal(plan.blocks, p, len(rows)), own) for p, own in enumerate(rows))
     blocks = _Blocks(plan, writer)
     pending: deque[tuple[_Batch | None, Pending]] = deque()
     with Progress("dump", sum(len(plan.rows_of(b)) for b in plan.blocks) * T, "tok") as progress:

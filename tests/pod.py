@@ -16,15 +16,20 @@ class Ended:
     err: str
 
 
-def start(code: str, processes: int, devices: int = 1, **environment: str) -> list[subprocess.Popen]:
-    """Starts Python `code` in every process; `pod` is common.pod, joined, and `me` the process's number."""
+def start(
+    code: str, processes: int, devices: int | tuple[int, ...] = 1, **environment: str
+) -> list[subprocess.Popen]:
+    """Starts Python `code` in every process; `pod` is common.pod, joined, and `me` the process's number.
+
+    `devices` of each process, or of one after the other.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    found = []
+    found, counts = [], (devices,) * processes if isinstance(devices, int) else devices
     for process in range(processes):
         text = (
-            f"import jax; jax.config.update('jax_num_cpu_devices', {devices})\n"
+            f"import jax; jax.config.update('jax_num_cpu_devices', {counts[process]})\n"
             f"from common import pod; me = {process}\n"
             f"pod.initialise({address!r}, {processes}, me)\n"
         ) + code

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -60,24 +63,40 @@ def work():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("meeting", [False, True])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_an_error_is_told_to_those_who_wait_inside_a_computation(victim):
+def test_an_error_is_told_to_those_who_wait_inside_a_computation(victim, meeting):
+    """Also where it is met in a `together`, to which the others never come."""
     work = f"""
+from contextlib import nullcontext
 def work():
     import jax, numpy as np
     from jax.sharding import PartitionSpec as P
     mesh = jax.make_mesh((3,), ("x",))
     pod.exchange(0)
-    if me == {victim}:
-        raise EyasError("no row is left")
-    from jax.experimental import multihost_utils
-    multihost_utils.sync_global_devices("all")
+    with pod.together() if {meeting} else nullcontext():
+        if me == {victim}:
+            raise EyasError("no row is left")
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices("all")
 """
     begin = time.monotonic()
     found = ended(work)
     assert time.monotonic() - begin < 40
     assert [p.code for p in found] == [2, 2, 2], found
     assert all("no row is left" in p.err and "Traceback" not in p.err for p in found), found
+
+
+def test_what_differs_between_processes_is_named():
+    work = """
+def work():
+    pod.require_same({"a": 1, "b": [2]}, "options")
+    pod.require_same({"a": 1 + (me == 2)}, "options")
+"""
+    found = ended(work)
+    assert [p.code for p in found] == [2, 2, 2], found
+    line = "Error: process 2 (there) has other options than process 0 (here): a: 2 there, 1 here; start"
+    assert all(p.err.splitlines()[-1].startswith(line) for p in found), found
 
 
 @pytest.mark.slow
@@ -95,7 +114,30 @@ def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again():
     assert all("process 2 is lost; start the same command again" in p.err for p in found[:2])
 
 
-@pytest.mark.parametrize("given", [("a:1", None, None), ("a:1", 2, 2), ("a:1", 2, -1)])
-def test_a_pod_that_cannot_be_is_refused(given):
-    with pytest.raises(EyasError):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("a:1", None, None), "give all three or none"),
+        ((None, 2, None), "give all three or none"),
+        (("a:1", 2, 2), "from 0 to 1"),
+        (("a:1", 2, -1), "from 0 to 1"),
+        (("host", 2, 0), "no HOST:PORT"),
+        (("host:port", 2, 1), "no HOST:PORT"),
+        ((":80", 2, 1), "no HOST:PORT"),
+        (("host:65536", 2, 1), "no HOST:PORT"),
+    ],
+)
+def test_a_pod_that_cannot_be_is_refused(given, said):
+    with pytest.raises(EyasError, match=said):
         pod.initialise(*given)
+
+
+def test_a_port_that_is_in_use_is_named():
+    """JAX would die of it without a word."""
+    with socket.create_server(("", 0)) as taken:
+        code = f"""
+from common import pod
+pod.initialise("127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "cannot listen there (Address already in use)" in done.stderr.splitlines()[-1]

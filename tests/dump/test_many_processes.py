@@ -100,6 +100,45 @@ if me == 1:
     assert found[0].out.splitlines()[-1] == f"{len(committed)} 6"
 
 
+@pytest.mark.slow
+def test_what_hosts_do_not_share_is_refused_on_all(config, tmp_path):
+    """Other options, other weights, and a store that each has a copy of: nothing is written."""
+    other = tiny.write_model(f"{tmp_path}/other", seed=1)
+    shutil.copytree(config.store, f"{tmp_path}/copy")
+    tries = f"""
+from dataclasses import replace
+from common.errors import EyasError
+from dump.dump import DumpConfig, run
+config = DumpConfig(**{asdict(replace(config, dp=2))})
+one, two = {{"logits": "full"}}, {{"block_rows": 2}}
+for changed in (one, two, {{"model": "{other}"}}, {{"store": "{tmp_path}/copy"}}):
+    try:
+        run(replace(config, **changed) if me else config)
+    except EyasError as error:
+        print(error)
+pod.leave(0)
+"""
+    found = miniature.wait(miniature.start(tries, 2))
+    for process in found:
+        lines = process.out.splitlines()
+        assert len(lines) == 4, found
+        assert 'logits: "full" there, "topk" here' in lines[0]
+        assert "block_rows: 2 there, 4 here" in lines[1]
+        assert "weights_hash" in lines[2]
+        assert "is not on this host what it is on the first one" in lines[3]
+    assert not Store.open(config.store).committed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "mesh"), [((2, 1), {"dp": 3}), ((1, 3), {"dp": 2, "tp": 2})])
+def test_processes_may_have_different_numbers_of_chips(devices, mesh, config, tmp_path):
+    """Each computes as many rows a round as its chips take; all agree on how many rounds there are."""
+    wanted, config = alone(config, tmp_path), replace(config, block_rows=6, chip_tokens=4 * tiny.T, **mesh)
+    started = miniature.start(DUMP.format(config=asdict(config)), 2, devices)
+    assert [p.code for p in miniature.wait(started)] == [0, 0]
+    require_same(Store.open(config.store), wanted)
+
+
 def test_shares_are_taken_apart_and_put_together(config, tmp_path):
     wanted = alone(config, tmp_path)
     run(replace(config, share="2/3"))
