@@ -63,5 +63,6 @@ def _kind(knob: Knob) -> click.ParamType:
     if knob.kind is int:
         return click.IntRange(None if lowest is None else int(lowest), s.most)
     if knob.kind is float:
-        return click.FloatRange(lowest, s.below, min_open=s.above is not None, max_open=s.below is not None)
+        highest = s.below if s.most is None else s.most
+        return click.FloatRange(lowest, highest, min_open=s.above is not None, max_open=s.below is not None)
     return click.STRING

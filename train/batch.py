@@ -1,7 +1,7 @@
 """What a training step is given: one shard of rows, and what of the target stays as it is.
 
 Dimensions: B rows, T positions, n = B * T, A aux states, H hidden size, C live indices, M targets, V the
-target's vocabulary, D the draft's.
+target's vocabulary, D the draft's, k of the logits that are kept.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     live: jax.Array  # int32 [C], flat indices; n where free
     targets: jax.Array  # int32 [M], flat positions; n where free
     count: jax.Array  # int32 [1], how many targets are real
+    topk_logits: jax.Array | None = None  # [B, T, k], the target's largest
+    topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
 
 
 class Frozen(NamedTuple):

@@ -1,8 +1,11 @@
 """What can be chosen about training and evaluating a head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from common.config import DEFAULT_DTYPE, DTYPES, check, setting
+
+LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
+_TEMPERED = ("cross-entropy", "forward-kl", "reverse-kl")  # which a teacher's temperature changes as meant
 
 
 def _check_batch(batch_rows: int, dp: int) -> None:
@@ -24,6 +27,12 @@ class TrainConfig:
     batch_rows: int = setting(4, "Rows a step.", least=1)
     ttt_steps: int = setting(7, "Steps K of the rollout.", least=1, most=64)
     decay: float = setting(0.8, "Step k's loss weighs decay^k.", above=0)
+    loss: str = setting(
+        "cross-entropy", "What the head's distribution loses against the target's.", choices=LOSSES
+    )
+    teacher_temperature: float = setting(1.0, "Divides the target's logits in the loss.", above=0)
+    lk_scale: float = setting(1.0, "lk-lambda: weight of the cross entropy at acceptance 0.", least=0, most=1)
+    lk_decay: float = setting(3.0, "lk-lambda: how fast that falls with acceptance.", least=0)
     draft_vocab: int | None = setting(
         None, "Size of the draft vocabulary.", least=1, otherwise="32000, or a smaller target's all"
     )
@@ -64,6 +73,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
         _check_batch(self.batch_rows, self.dp)
+        if self.teacher_temperature != 1 and self.loss not in _TEMPERED:
+            raise ValueError(
+                f"teacher_temperature={self.teacher_temperature} does not go with loss={self.loss}; give 1, "
+                f"or one of the losses {', '.join(_TEMPERED)}"
+            )
+        self._require("lk_scale", "loss", "lk-lambda")
+        self._require("lk_decay", "loss", "lk-lambda")
+
+    def _require(self, name: str, other: str, value: str) -> None:
+        """ValueError if `name` is set, and would do nothing because `other` is not `value`."""
+        default = next(f.default for f in fields(self) if f.name == name)
+        if getattr(self, name) != default and getattr(self, other) != value:
+            raise ValueError(
+                f"{name}={getattr(self, name)} has no meaning with {other}={getattr(self, other)}; leave it "
+                f"out, or give {other}={value}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """What K draft steps lose against one teacher, chunk by chunk over targets.
 
-A loss is one function of a chunk's logits and its teacher; its derivative is `jax.vjp`'s, taken while the
-chunk's logits are there. The teacher of a target is computed once for all K steps. So the largest array is
-[CHUNK, K, D], never [B, T, D] of any kind.
+A loss (train/losses.py) is one function of a chunk's logits and its teacher; its derivative is `jax.vjp`'s,
+taken while the chunk's logits are there. The teacher of a target is computed once for all K steps. So the
+largest array is [CHUNK, K, D], never [B, T, D] of any kind.
 
 Dimensions: M targets, c a chunk of them, K TTT steps, H hidden size, D draft vocabulary.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,33 +14,23 @@ import jax
 import jax.numpy as jnp
 
 from common.layers import einsum
+from train.losses import Loss, Taught, acceptance, cross_entropy
 from train.targets import CHUNK
+
+_LEAST_REST = 1e-6  # of the mass: the largest k never hold all of it, whatever rounding says
 
 
 class Teacher(NamedTuple):
-    """What the target thinks at M targets: hidden states [M, H], or its draft-vocabulary logits [M, D]."""
+    """What the target thinks at M targets: hidden states [M, H], its draft-vocabulary logits [M, D], or its
+    largest k logits [M, k] with their places in the draft vocabulary."""
 
     hidden_MH: jax.Array | None
     lm_head_DH: jax.Array | None
     logits_MD: jax.Array | None
     logsumexp_M: jax.Array  # float32, over the target's whole vocabulary
     argmax_M: jax.Array  # int32 draft index of the whole vocabulary's argmax; -1 if the draft lacks it
-
-
-class Taught(NamedTuple):
-    """The target's distribution at the targets of a chunk."""
-
-    p_cD: jax.Array  # over the draft vocabulary, renormalised
-    mass_c: jax.Array  # the share of the whole distribution that the draft vocabulary holds, at most 1
-    argmax_c: jax.Array  # int32, as in Teacher
-
-
-Loss = Callable[[jax.Array, Taught], jax.Array]  # (float32 logits [c, K, D], teacher) -> float32 [c, K]
-
-
-def cross_entropy(logits_cKD: jax.Array, taught: Taught) -> jax.Array:
-    """-sum_v p_v log q_v with the renormalised teacher (EAGLE-3, arXiv 2503.01840)."""
-    return jax.nn.logsumexp(logits_cKD, axis=-1) - (taught.p_cD[:, None] * logits_cKD).sum(-1)
+    top_Mk: jax.Array | None = None
+    top_index_Mk: jax.Array | None = None  # int32 draft index; -1 if the draft lacks it
 
 
 def is_right(logits_cKD: jax.Array, argmax_c: jax.Array) -> jax.Array:
@@ -53,12 +42,6 @@ def is_right(logits_cKD: jax.Array, argmax_c: jax.Array) -> jax.Array:
     return loses.all(-1) & (argmax_c[:, None] >= 0)
 
 
-def acceptance(logits_cKD: jax.Array, taught: Taught) -> jax.Array:
-    """sum_v min(p_v, q_v) [c, K], p over the whole vocabulary: acceptance at temperature 1."""
-    p_cD = taught.p_cD * taught.mass_c[:, None]
-    return jnp.minimum(p_cD[:, None], jax.nn.softmax(logits_cKD, axis=-1)).sum(-1)
-
-
 class Scores(NamedTuple):
     """Per target and step, float32 [M, K]."""
 
@@ -67,20 +50,45 @@ class Scores(NamedTuple):
     alpha: jax.Array  # acceptance at temperature 1
 
 
-def _taught(teacher: Teacher, start: jax.Array) -> Taught:
-    """The teacher of the chunk at `start`."""
+def _taught(teacher: Teacher, start: jax.Array, logits_cKD: jax.Array) -> Taught:
+    """The teacher of the chunk at `start`, beside the head's logits there."""
 
     def part(x):
         return jax.lax.dynamic_slice_in_dim(x, start, CHUNK)
 
-    if teacher.logits_MD is None:
-        t_cD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)
+    logsumexp_c = part(teacher.logsumexp_M)
+    if teacher.top_Mk is not None:
+        t_cKD = _filled_up(part(teacher.top_Mk), part(teacher.top_index_Mk), logsumexp_c, logits_cKD)
+    elif teacher.logits_MD is None:
+        t_cKD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)[:, None]
     else:
-        t_cD = part(teacher.logits_MD).astype(jnp.float32)
-    lse_c = jax.nn.logsumexp(t_cD, axis=-1)
+        t_cKD = part(teacher.logits_MD).astype(jnp.float32)[:, None]
+    lse_cK = jax.nn.logsumexp(t_cKD, axis=-1)
     # The logsumexp is of exact states, the logits may be of rounded ones, whose mass can exceed 1.
-    mass_c = jnp.minimum(jnp.exp(lse_c - part(teacher.logsumexp_M)), 1.0)
-    return Taught(jnp.exp(t_cD - lse_c[:, None]), mass_c, part(teacher.argmax_M))
+    mass_c = jnp.minimum(jnp.exp(lse_cK[:, 0] - logsumexp_c), 1.0)
+    return Taught(t_cKD - lse_cK[..., None], mass_c, part(teacher.argmax_M))
+
+
+def _filled_up(
+    top_ck: jax.Array, index_ck: jax.Array, logsumexp_c: jax.Array, logits_cKD: jax.Array
+) -> jax.Array:
+    """Logits [c, K, D] of a target of which k are known; the rest of its mass is the draft's other tokens'.
+
+    It is divided as the head itself divides it, for the teacher says nothing about them. So a loss and its
+    gradient are those of all of the others taken as one token, whose probability is the rest.
+    """
+    c, _, D = logits_cKD.shape
+    top_ck = top_ck.astype(jnp.float32)
+    rest_c = jnp.maximum(1 - jnp.exp(top_ck - logsumexp_c[:, None]).sum(-1), _LEAST_REST)
+    row_c1 = jnp.arange(c, dtype=jnp.int32)[:, None]
+    place_ck = jnp.where(index_ck < 0, D, index_ck)
+    known_cD = jnp.full((c, D), -jnp.inf).at[row_c1, place_ck].set(top_ck, mode="drop")
+    is_known_cKD = jnp.isfinite(known_cD)[:, None]
+    others_cKD = jnp.where(is_known_cKD, -jnp.inf, logits_cKD)
+    share_cKD = others_cKD - jax.nn.logsumexp(others_cKD, axis=-1, keepdims=True)
+    return jnp.where(
+        is_known_cKD, known_cD[:, None], share_cKD + (jnp.log(rest_c) + logsumexp_c)[:, None, None]
+    )
 
 
 def _chunks(M: int, count: jax.Array) -> jax.Array:
@@ -98,8 +106,8 @@ def score(z_MKH: jax.Array, lm_head_DH: jax.Array, teacher: Teacher, count: jax.
 
     def step(number, scores):
         start = number * CHUNK
-        taught = _taught(teacher, start)
         l_cKD = einsum("ckh,dh->ckd", jax.lax.dynamic_slice_in_dim(z_MKH, start, CHUNK), lm_head_DH)
+        taught = _taught(teacher, start, l_cKD)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
         new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught))
         return _put(scores, new, start)
@@ -129,9 +137,9 @@ def _loss_and_gradients(loss, z_MKH, lm_head_DH, weight_MK, teacher, count):
     def step(number, carry):
         total, by_target, dz_MKH, dw_DH = carry
         start = number * CHUNK
-        taught = _taught(teacher, start)
         z_cKH, weight_cK = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (z_MKH, weight_MK))
         l_cKD = einsum("ckh,dh->ckd", z_cKH, lm_head_DH)
+        taught = _taught(teacher, start, l_cKD)
         loss_cK, pull = jax.vjp(lambda logits: loss(logits, taught), l_cKD)
         (d_cKD,) = pull(weight_cK)
         d_cKD = d_cKD.astype(z_cKH.dtype)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from common.codec import decode
 from train.batch import Batch, Frozen, Params, pick
 from train.heads import Head
-from train.loss import Loss, Scores, Teacher, score, weighted_loss
+from train.loss import Scores, Teacher, score, weighted_loss
+from train.losses import Loss
 from train.targets import ahead, drafting_index, permute, slots, valid_targets
 
 
@@ -33,7 +34,10 @@ def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
     """The teacher of every target; free places hold zeros."""
     argmax, logsumexp = (pick(x, batch.targets) for x in (batch.argmax, batch.logsumexp))
     index = frozen.draft_index[argmax]
-    if frozen.lm_head is None:
+    if batch.topk_logits is not None:
+        top, ids = (pick(x, batch.targets) for x in (batch.topk_logits, batch.topk_ids))
+        return Teacher(None, None, None, logsumexp, index, top, frozen.draft_index[ids])
+    if batch.draft_logits is not None:
         return Teacher(None, None, pick(batch.draft_logits, batch.targets), logsumexp, index)
     scale = None if batch.last_scale is None else pick(batch.last_scale, batch.targets)
     hidden = decode(pick(batch.last_hidden, batch.targets), scale)

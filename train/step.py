@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from common.mesh import spec
 from train.batch import Batch, Frozen, Params
 from train.heads import Head
-from train.loss import Loss, cross_entropy
+from train.losses import Loss, cross_entropy
 from train.metrics import Sums, shard_sums
 from train.objective import shard_counts, shard_loss, shard_scores
 from train.optimizer import gradient_norm

@@ -70,12 +70,12 @@ def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     if teacher == "recompute":
         return names
     codec = features["codec"]["name"]
-    if codec not in ("draft", "full"):
+    if codec not in ("topk", "draft", "full"):
         raise EyasError(
             f"{store.url} has no logits to teach with (codec {codec}); use --teacher recompute, or dump with "
-            "--logits draft or full"
+            "--logits topk, draft or full"
         )
-    return (*names, f"{codec}_logits")
+    return (*names, *(("topk_logits", "topk_ids") if codec == "topk" else (f"{codec}_logits",)))
 
 
 class Stream:

@@ -13,7 +13,7 @@ from common import storage
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import note
-from train import optimizer
+from train import losses, optimizer
 from train.batch import Batch
 from train.evaluate import Evaluator
 from train.export import export
@@ -99,7 +99,8 @@ class Trainer:
     def _compile(self, batch: Batch) -> Callable:
         plan, c = self._plan, self._plan.config
         note("train: compiling")
-        gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat)
+        loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
+        gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
         step = jax.jit(train_step(gradients, self._optimizer), donate_argnums=0)
         return step.lower(self._state, self._frozen, batch).compile()
 

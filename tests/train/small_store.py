@@ -50,7 +50,7 @@ def write_store(
         "target": {"name": "made-up", "architecture": "LlamaForCausalLM", "config_hash": digest(TARGET)}
         | {"hidden_size": H, "vocab_size": V, "layers": 8},
         "aux_layers": list(AUX_LAYERS),
-        "codec": {"name": codec, "size": {"draft": 32, "full": V}.get(codec, 0)}
+        "codec": {"name": codec, "size": {"topk": V, "draft": 32, "full": V}.get(codec, 0)}
         | ({} if ids is None else {"ids_crc32": zarr.crc32(ids)}),
         "precision": precision,
         "block_rows": 4,
@@ -95,6 +95,9 @@ def _features(rng, embedded, lm_head, counts, codec: str, precision: str) -> dic
             scale = np.abs(found[f"{name}_hidden"]).max(-1) / 448
             found[f"{name}_hidden"] = (found[f"{name}_hidden"] / scale[..., None]).astype(jnp.float8_e4m3fn)
             found[f"{name}_scale"] = scale
+    if codec == "topk":
+        found["topk_ids"] = np.argsort(-logits, -1, kind="stable").astype(np.int32)
+        found["topk_logits"] = np.take_along_axis(logits, found["topk_ids"], -1).astype(np.float16)
     if codec == "draft":
         found["draft_logits"] = logits[..., ids].astype(np.float32)
     if codec == "full":

@@ -1,13 +1,17 @@
 """Losses and scores of a chunk: ties, rounded teachers, and any function of logits and teacher as a loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.layers import einsum
-from train import loss
-from train.loss import Taught, Teacher, cross_entropy, is_right, score, weighted_loss
+from train import loss, losses
+from train.config import LOSSES, TrainConfig
+from train.loss import Teacher, is_right, score, weighted_loss
+from train.losses import Taught
 
 M, K, H, D, COUNT = 32, 2, 6, 9, 27
 
@@ -51,23 +55,72 @@ def test_a_rounded_teacher_has_no_more_than_all_of_the_mass():
     assert (alpha <= 1 + 1e-6).all()
 
 
-def hard_labels(logits_cKD: jax.Array, taught: Taught) -> jax.Array:
-    """Another loss than the project's own: cross entropy with the target's argmax."""
-    logp = jax.nn.log_softmax(logits_cKD, -1)
-    return -jnp.take_along_axis(logp, taught.argmax_c[:, None, None], -1)[..., 0]
+def float64(name, logits, p, mass, argmax, scale=0.7, decay=2.0):
+    """The formulas of train/losses.py a second time, of one target: logits [D], p [D] renormalised."""
+    logq = logits - np.log(np.exp(logits).sum())
+    q = np.exp(logq)
+    ce, alpha = -(p * logq).sum(), np.minimum(mass * p, q).sum()
+    weight = scale * np.exp(-decay * alpha)
+    return {
+        "cross-entropy": ce,
+        "hard-labels": -logq[argmax],
+        "forward-kl": (p * (np.log(p) - logq)).sum(),
+        "reverse-kl": (q * (logq - np.log(p))).sum(),
+        "lk-alpha": -np.log(alpha),
+        "lk-lambda": weight * ce + (1 - weight) * (1 - alpha),
+    }[name]
 
 
-@pytest.mark.parametrize("fn", [cross_entropy, hard_labels])
-def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(fn):
+def frozen_weight(logits, p, mass, argmax, at):
+    """lk-lambda whose weight is that of the logits `at`, as its derivative takes it."""
+    q = np.exp(at - np.log(np.exp(at).sum()))
+    weight = 0.7 * np.exp(-2.0 * np.minimum(mass * p, q).sum())
+    ce, alpha = (float64(n, logits, p, mass, argmax) for n in ("cross-entropy", "lk-alpha"))
+    return weight * ce + (1 - weight) * (1 - np.exp(-alpha))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_its_formula_and_its_derivative_the_numerical_one(name, temperature):
+    rng = np.random.default_rng(7)
+    logits, t, mass, argmax = rng.normal(size=D), 2 * rng.normal(size=D), 0.8, 4
+    logp = t - np.log(np.exp(t).sum())
+    tempered = np.exp(t / temperature) / np.exp(t / temperature).sum()
+    taught = Taught(
+        jnp.asarray(logp, jnp.float32)[None, None], jnp.full(1, mass, jnp.float32), jnp.full(1, argmax)
+    )
+    fn = losses.make(name, 0.7, 2.0, temperature)
+    found, gradient = jax.value_and_grad(lambda x: fn(x[None, None], taught)[0, 0])(
+        jnp.asarray(logits, jnp.float32)
+    )
+
+    def value(x):
+        if name == "lk-lambda":
+            return frozen_weight(x, tempered, mass, argmax, logits)
+        return float64(name, x, tempered, mass, argmax)
+
+    np.testing.assert_allclose(found, value(logits), rtol=1e-5, atol=1e-6)
+    steps = 1e-6 * np.eye(D)
+    expected = [(value(logits + step) - value(logits - step)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
+
+
+def total(fn, *args):
+    return weighted_loss(fn, *args)[0]
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "lk-lambda"])
+def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(name):
     z, w, weight, taught = made()
     weight = weight * (np.arange(M) < COUNT)[:, None].astype(np.float32)
+    fn = losses.make(name)
 
     def in_chunks(z, w):
-        return weighted_loss(fn, z, w, weight, taught, jnp.int32(COUNT))[0]
+        return total(fn, z, w, weight, taught, jnp.int32(COUNT))
 
     def at_once(z, w):
-        p = jax.nn.softmax(taught.logits_MD, -1)
-        per = fn(einsum("mkh,dh->mkd", z, w), Taught(p, jnp.ones(M), taught.argmax_M))
+        logp = jax.nn.log_softmax(taught.logits_MD, -1)[:, None]
+        per = fn(einsum("mkh,dh->mkd", z, w), Taught(logp, jnp.ones(M), taught.argmax_M))
         return (per * weight).sum()
 
     for found, expected in zip(
@@ -76,6 +129,76 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(fn):
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def top(taught, k):
+    """The same teacher, of which the largest `k` logits are known; every third token is not the draft's."""
+    values, ids = jax.lax.top_k(taught.logits_MD, k)
+    index = jnp.where(ids % 3 == 2, -1, ids // 3 * 2 + ids % 3)
+    return taught._replace(logits_MD=None, top_Mk=values, top_index_Mk=index, argmax_M=index[:, 0])
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "reverse-kl", "lk-alpha"])
+def test_what_the_largest_logits_lack_counts_as_one_token(name):
+    """The loss's gradient is that over the known tokens of the draft and one that stands for all others."""
+    z, w, _, whole = made()
+    w, taught, fn = w[: D - D // 3], top(whole, 3), losses.make(name)
+    ones = jnp.ones((M, K), jnp.float32)
+    found = jax.jit(jax.grad(lambda z: total(fn, z, w, ones, taught, jnp.int32(M))))(z)
+
+    @jax.jit
+    @jax.grad
+    def lumped(z, top, index, lse):
+        known = jnp.where(index >= 0, 1.0, 0.0)
+        q, p = jax.nn.softmax(w @ z)[index] * known, jnp.exp(top - lse)
+        rest_p, rest_q = 1 - p.sum(keepdims=True), 1 - q.sum(keepdims=True)
+        p, q = jnp.append(p * known, rest_p), jnp.append(q, rest_q)
+        logits, logp = (jnp.where(p > 0, jnp.log(jnp.where(p > 0, x, 1.0)), -30.0) for x in (q, p / p.sum()))
+        return fn(logits[None, None], Taught(logp[None, None], p.sum(keepdims=True), index[:1] * 0))[0, 0]
+
+    for m, step in ((0, 0), (5, 1), (17, 0)):
+        expected = lumped(z[m, step], taught.top_Mk[m], taught.top_index_Mk[m], taught.logsumexp_M[m])
+        np.testing.assert_allclose(found[m, step], expected, rtol=2e-3, atol=2e-5, err_msg=str(m))
+
+
+def test_a_teacher_of_all_logits_is_the_whole_teacher():
+    z, w, _, whole = made()
+    values, ids = jax.lax.top_k(whole.logits_MD, D)
+    taught = whole._replace(logits_MD=None, top_Mk=values, top_index_Mk=ids)
+    for found, expected in zip(
+        score(z, w, taught, jnp.int32(M)), score(z, w, whole, jnp.int32(M)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_bounded_by_a_chunk_whatever_the_number_of_targets():
+    wide = 4096  # the draft vocabulary
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def temporaries(targets):
+        taught = Teacher(
+            array(targets, H), array(wide, H), None, array(targets), array(targets, dtype=jnp.int32)
+        )
+        fn = jax.value_and_grad(partial(total, losses.make("lk-lambda")), (0, 1))
+        args = (array(targets, K, H), array(wide, H), array(targets, K), taught, array(dtype=jnp.int32))
+        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(512) - temporaries(32) < 512 * wide * 4 / 4  # a quarter of one [targets, wide]
+
+
+def test_options_that_would_do_nothing_are_refused():
+    for changed, match in (
+        ({"teacher_temperature": 2.0, "loss": "lk-alpha"}, "does not go with loss=lk-alpha"),
+        ({"teacher_temperature": 2.0, "loss": "hard-labels"}, "does not go with loss=hard-labels"),
+        ({"lk_decay": 1.0}, "lk_decay=1.0 has no meaning with loss=cross-entropy"),
+        ({"loss": "soft"}, "use one of cross-entropy, hard-labels"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TrainConfig(store="s", out="o", **changed)
+    TrainConfig(store="s", out="o", loss="lk-lambda", lk_scale=0.5, lk_decay=1.0)
+    TrainConfig(store="s", out="o", loss="reverse-kl", teacher_temperature=2.0)
 
 
 def test_a_capacity_that_chunks_do_not_divide_is_refused(monkeypatch):

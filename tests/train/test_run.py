@@ -284,6 +284,7 @@ def test_without_held_out_rows_best_is_the_last(config, tmp_path):
     [
         ({"codec": "draft"}, {"teacher": "stored", "draft_vocab": None}),
         ({"codec": "full"}, {"teacher": "stored"}),
+        ({"codec": "topk"}, {"teacher": "stored"}),
         ({}, {"dp": 2}),
     ],
 )
@@ -292,7 +293,7 @@ def test_stored_logits_and_meshes_give_the_same_losses(config, whole, tmp_path, 
     out = str(tmp_path / "out")
     run(replace(config, store=url, out=out, steps=3, **changed))
     # The learning rate's schedule depends on the number of steps, so only the first losses compare.
-    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=1e-4)
+    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=2e-4)
 
 
 def test_float8_features_train(config, whole, tmp_path):
