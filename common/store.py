@@ -185,7 +185,7 @@ class Store:
             )
 
     def index(self) -> pa.Table:
-        """One line a conversation: id, split, row, start, length, counted."""
+        """One line a conversation: id, split, row, start, length, counted, source (of `data`)."""
         return self._table(INDEX, {"split": pa.string(), "row": pa.int64(), "length": pa.int64()}, whole=True)
 
     def longest_document(self) -> int:

@@ -1,9 +1,10 @@
 """The target's own tokenizer and chat template turn a conversation into tokens and a mask of its answers.
 
 `transformers` loads both: templates run in its sandbox, no remote code is run, torch is not needed. The mask
-covers each answer and the special token that closes it (`<|im_end|>`, `<|eot_id|>`, `</s>`), and nothing of
-the headers nor of what follows the closing token. A token that reaches into a header is not counted, unless
-it reaches over spaces only (the tokenizer joins a header's last space to the answer's first word).
+covers each answer and the special token that closes it (`<|im_end|>`, `<|eot_id|>`, `</s>`; not if the answer
+was cut off), and nothing of the headers nor of what follows the closing token. A token that reaches into a
+header is not counted, unless it reaches over spaces only (the tokenizer joins a header's last space to the
+answer's first word).
 """
 
 import hashlib
@@ -128,7 +129,7 @@ class Chat:
         if removed and self._dialect.reasoning == "prompted":
             text, answers, restored = self._prompted(messages, tools, text, answers)
             removed -= restored
-        text, spans = self._spans(text, answers)
+        text, spans = self._spans(text, answers, {i for i, m in enumerate(messages) if m.get("cut")})
         counted = [messages[a.turn].get("counted", True) for a in answers]
         return Rendered(text, tuple(s for s, c in zip(spans, counted, strict=True) if c), removed)
 
@@ -167,15 +168,20 @@ class Chat:
         moved = Answer(last.turn, len(prompt), len(prompt) + len(written), True, False)
         return prompt + written + text[last.end :], [*answers[:-1], moved], True
 
-    def _spans(self, text: str, answers: list[Answer]) -> tuple[str, list[Span]]:
-        """The answers with their closing tokens; a last one that the template leaves open gets its token."""
+    def _spans(self, text: str, answers: list[Answer], cut: set[int]) -> tuple[str, list[Span]]:
+        """The answers with their closing tokens; a last one that the template leaves open gets its token.
+
+        What closes the turns `cut` is the template's, not the model's.
+        """
         spans = []
         for number, answer in enumerate(answers):
             last = number == len(answers) - 1
             limit = len(text) if last else answers[number + 1].start
             end = self._end_of_calls(text, answer.end, limit, last) if answer.calls else answer.end
-            spans.append(self._closed(text, answer.start, end))
-        if self._stop and spans and not text[spans[-1][1] :].strip():
+            closed = self._unclosed if answer.turn in cut else self._closed
+            spans.append(closed(text, answer.start, end))
+        is_whole = spans and answers[-1].turn not in cut
+        if self._stop and is_whole and not text[spans[-1][1] :].strip():
             start, end = spans[-1]
             if not text.endswith(self._specials, start, end):
                 text, spans[-1] = text[:end] + self._stop, (start, end + len(self._stop))
@@ -209,6 +215,10 @@ class Chat:
             return start, end
         closing = self._closing.match(text, end)
         return start, closing.end() if closing else end
+
+    def _unclosed(self, text: str, start: int, end: int) -> Span:
+        closing = next((s for s in self._specials if text.endswith(s, start, end)), "")
+        return start, end - len(closing)
 
     def _trimmed(self, text: str, start: int, end: int) -> Span:
         """A template's own span, without the white space that it may have behind the closing token."""

@@ -18,9 +18,14 @@ The rules, in their order, with the names of their counts. `dropped_*` counts co
   tool's result.
 - `turns_unanswered`: the turns behind the last answer are left out.
 - `turns_masked`: answers that the data set leaves out of training (`weight` 0, say): kept, and not counted.
+- `turns_cut_off`: answers that were cut off (`finish_reason` is `length`): what closes them is not counted,
+  nor is one that was cut off while it was reasoning.
 - `dropped_empty`: no turn with text to begin with.
 - `dropped_no_assistant`: no assistant turn is left.
 - `dropped_duplicate`: the same turns as an earlier conversation.
+
+Where only questions are wanted, the turns of assistants and tools are left out instead of the unanswered
+ones, and there are `dropped_no_question` and `dropped_tools`: tools are called or heard, and not defined.
 
 Text is otherwise left as it is, white space included: the chat template decides about that.
 """
@@ -55,6 +60,7 @@ COUNTS = (
     "turns_joined",
     "turns_unanswered",
     "turns_masked",
+    "turns_cut_off",
 )
 _SHAREGPT_CHUNK = re.compile(r"([A-Za-z0-9]{7})_(?:0|[1-9]\d*)")
 _SHARING_NOTICE = re.compile(r"\s*\*This (chat )?conversation is shared from .*\*\s*")
@@ -65,33 +71,38 @@ class Conversation:
     """A cleaned conversation: an optional system turn, then user, assistant and tool turns, an answer last.
 
     A message has a role and a content; where there are, also `reasoning`, `calls` of tools (name, arguments),
-    the `name` and `call_id` of a tool's result, and `counted` False for an answer not to learn from.
+    the `name` and `call_id` of a tool's result, `counted` False for an answer not to learn from, and `cut`
+    True for one whose end is missing. `source`: a number that its reader gave.
     """
 
     id: str
     base: str  # the id without ShareGPT's chunk number: chunks of one chat share it
     messages: Messages
     tools: list[dict[str, Any]] = field(default_factory=list)
+    source: int = 0
 
 
 @dataclass
 class Cleaner:
     """Applies the rules record by record and counts what they do.
 
+    `questions`: only a system turn and the user's turns are wanted, each of which is to be answered anew.
     `malformed`: the shape of the first record that had none of ours, in words.
     """
 
+    questions: bool = False
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     malformed: str = ""
     _seen: Digests = field(default_factory=Digests)
 
-    def clean(self, record: Any, number: int, name: str) -> Conversation | None:
+    def clean(self, record: Any, number: int, name: str, source: int = 0) -> Conversation | None:
         """The conversation of the `number`-th record (from 0) of file `name`; None if it was dropped."""
         self.counts["read"] += 1
         try:
             found = read_record(record)
             messages = self._messages(found.turns)
             tools = _repaired_json(found.tools)
+            messages = _asked(messages, tools) if self.questions else self._answered(messages)
             key = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=WIDTH).digest()
             if not self._seen.add(key):
                 raise MalformedError("dropped_duplicate")
@@ -101,8 +112,9 @@ class Cleaner:
                 self.malformed = _shape(record)
             return None
         self.counts["turns_masked"] += sum(not m.get("counted", True) for m in messages)
-        name = _repaired(found.id) if found.id else f"{name}#{number}"
-        return Conversation(name, base_of(name), messages, tools)
+        self.counts["turns_cut_off"] += sum(m.get("cut", False) for m in messages)
+        name = repaired(found.id) if found.id else f"{name}#{number}"
+        return Conversation(name, base_of(name), messages, tools, source)
 
     def _messages(self, turns: list[Any]) -> Messages:
         messages = [self._message(read_turn(turn)) for turn in turns]
@@ -111,14 +123,14 @@ class Cleaner:
         if not found:
             raise MalformedError("dropped_empty")
         found = self._keep_system(found)
-        found = self._drop_leading_answers(found)
-        found = self._join(found)
-        while found and found[-1]["role"] != "assistant":
-            found.pop()
-            self.counts["turns_unanswered"] += 1
-        if not found:
+        return self._join(self._drop_leading_answers(found))
+
+    def _answered(self, messages: Messages) -> Messages:
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        self.counts["turns_unanswered"] += len(messages) - 1 - last
+        if last < 0:
             raise MalformedError("dropped_no_assistant")
-        return found
+        return messages[: last + 1]
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         given = {
@@ -127,18 +139,20 @@ class Cleaner:
             "name": turn.name,
             "call_id": turn.call_id,
         }
-        texts = {name: _repaired(text) for name, text in given.items() if text or name == "content"}
+        texts = {name: repaired(text) for name, text in given.items() if text or name == "content"}
         calls = _repaired_json(turn.calls)
         changed = calls != turn.calls or any(given[name] != text for name, text in texts.items())
         self.counts["turns_repaired"] += changed
         self.counts["turns_renamed"] += turn.renamed
         self.counts["turns_reasoning"] += bool(turn.reasoning)
-        masked = turn.role == "assistant" and not turn.counted
+        is_answer = turn.role == "assistant"
+        masked = is_answer and not (turn.counted and (turn.content.strip() or not turn.cut))
         return (
             {"role": turn.role}
             | texts
             | ({"calls": calls} if calls else {})
             | ({"counted": False} if masked else {})
+            | ({"cut": True} if is_answer and turn.cut else {})
         )
 
     def _keep_system(self, messages: Messages) -> Messages:
@@ -171,6 +185,15 @@ class Cleaner:
         return joined
 
 
+def _asked(messages: Messages, tools: list[dict[str, Any]]) -> Messages:
+    """The system turn and the user's turns."""
+    if not tools and any(m["role"] == "tool" or m.get("calls") for m in messages):
+        raise MalformedError("dropped_tools")
+    if not any(m["role"] == "user" for m in messages):
+        raise MalformedError("dropped_no_question")
+    return [m for m in messages if m["role"] in ("system", "user")]
+
+
 def base_of(name: str) -> str:
     """The id without ShareGPT's chunk number."""
     chunk = _SHAREGPT_CHUNK.fullmatch(name)
@@ -198,7 +221,7 @@ def _says_something(message: dict[str, Any]) -> bool:
 
 def _together(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     """One turn of two of the same role; it is learnt from only if both are."""
-    made = one | two
+    made = {name: value for name, value in one.items() if name != "cut"} | two
     for key in ("content", "reasoning"):
         texts = [m[key] for m in (one, two) if m.get(key)]
         if texts:
@@ -207,7 +230,8 @@ def _together(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     return made | ({"calls": calls} if calls else {})
 
 
-def _repaired(text: str) -> str:
+def repaired(text: str) -> str:
+    """`text`, with U+FFFD for what is no Unicode text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -217,4 +241,4 @@ def _repaired(text: str) -> str:
 
 def _repaired_json(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Definitions or calls as plain JSON; what a table holds besides, a date say, becomes text."""
-    return json.loads(_repaired(json.dumps(values, ensure_ascii=False, default=str))) if values else []
+    return json.loads(repaired(json.dumps(values, ensure_ascii=False, default=str))) if values else []

@@ -21,11 +21,27 @@ class PrepareConfig:
     max_conversations: int | None = setting(
         None, "Stop reading after so many usable ones.", least=1, otherwise="all"
     )
+    take: tuple[int, ...] | None = setting(
+        None,
+        "At most so many usable ones of each --data, in their order: 50000,2000.",
+        least=1,
+        otherwise="all",
+    )
+    mix: tuple[float, ...] | None = setting(
+        None,
+        "How many of each --data for how many of the others, in their order: 3,1; as many as there are.",
+        above=0,
+        otherwise="as they come",
+    )
 
     def __post_init__(self) -> None:
         check(self)
         if not isinstance(self.data, tuple) or not all(isinstance(d, str) and d for d in self.data or [0]):
             raise ValueError(f"data={self.data!r} must be a tuple of at least one file")
+        for name in ("take", "mix"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.data):
+                raise ValueError(f"{name}={given!r} must be {len(self.data)} numbers, one for each --data")
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,21 @@ Counts beside those of dump/clean.py, in conversations:
 - `dropped_template_ran_away`: it left its bounds of time or size (dump/template.py); three end the run.
 - `dropped_template_not_followed`: the answers could not be located in the rendered text.
 - `dropped_nothing_counted`: no counted token is left in the first T.
+- `dropped_mix`: beyond what `mix` gives to its source.
 - `truncated`: longer than T tokens; `truncated_tokens` is what was cut off in all.
 - `turns_system_folded`: system turns in front of the first question, where the template knows no system.
 - `turns_reasoning_removed`: turns whose reasoning the template leaves out, as servers do of earlier turns.
 - `kept`: in the store. And in lines and files: `lines_not_json` (skipped), `files_cut_off`.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from common import schema, storage
 from common.config import differences, to_json
@@ -33,13 +38,12 @@ from common.store_writer import write_rows
 from dump.chat import Chat
 from dump.clean import Cleaner, Conversation, base_of
 from dump.config import PrepareConfig
-from dump.conversations import DataFile
-from dump.data_files import find_files
 from dump.encode import RUNAWAYS
-from dump.pack import draw, pack, split
+from dump.pack import Packed, draw, pack, split
 from dump.prepare_report import nonzero, report
 from dump.record_shapes import EXPECTED
 from dump.rows import ROW_TOKEN_BYTES, columns, index, token_counts
+from dump.sources import Sources, limits
 from dump.spill import TOKEN_BYTES, Spill
 from dump.workers import encode_all
 
@@ -50,6 +54,7 @@ COUNTS = (
     "dropped_template_ran_away",
     "dropped_template_not_followed",
     "dropped_nothing_counted",
+    "dropped_mix",
     "truncated",
     "truncated_tokens",
     "turns_system_folded",
@@ -71,51 +76,62 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     """
     vocab_size = read_vocab_size(config.model)
     chat = Chat.load(config.model)
-    sources = _open(config)
+    sources = Sources(config.data)
     identity = {
         "length": config.length,
         "vocab_size": vocab_size,
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
-        "data": [source.identity() for source in sources],
+        "data": [file.identity() for file in sources.files],
         "seed": config.seed,
         "holdout": config.holdout,
         "max_conversations": config.max_conversations,
+        "take": to_json(config.take),
+        "mix": to_json(config.mix),
     }
     if _is_prepared(config.store, identity):
         note(f"{config.store} is already prepared from this data in this way; left as it is")
         return read_manifest(config.store)["rows"]
     with Spill(config.store) as spill:
-        _require_spill_room(config, spill.folder, sum(source.bytes for source in sources))
+        _require_spill_room(config, spill.folder, sources.bytes)
         counts = _read(config, chat, sources, spill)
-        _write(config, identity, spill, counts)
+        chosen = sources.mixed(spill.sources, config.mix) if config.mix else np.arange(len(spill))
+        _write(config, identity, spill, counts, chosen)
     return read_manifest(config.store)["rows"]
 
 
-def _write(config: PrepareConfig, identity: dict[str, Any], spill: Spill, counts: Counter[str]) -> None:
-    """Splits and packs the conversations of `spill`, and writes their rows."""
+def _write(
+    config: PrepareConfig, identity: dict[str, Any], spill: Spill, counts: Counter[str], chosen: np.ndarray
+) -> None:
+    """Splits and packs the `chosen` conversations of `spill`, and writes their rows."""
     T, V = config.length, identity["vocab_size"]
     if spill.largest >= V:
         raise EyasError(
             f"{config.model}: the tokenizer gives token {spill.largest}, but config.json has vocab_size {V}; "
             "tokenizer and model do not belong together"
         )
-    held_out = split(spill.draws, lambda item: base_of(spill.id(item)), config.holdout, config.seed)
-    packed = pack(spill.lengths, held_out, T, config.seed)
-    tokens = int(spill.lengths.sum(dtype="int64"))
+    held_out = split(
+        spill.draws[chosen], lambda i: base_of(spill.id(int(chosen[i]))), config.holdout, config.seed
+    )
+    packed = pack(spill.lengths[chosen], held_out, T, config.seed)
+    packed = Packed(chosen[packed.items], packed.first, packed.train_rows)
+    counts["kept"], counts["dropped_mix"] = len(chosen), len(spill) - len(chosen)
+    tokens = int(spill.lengths[chosen].sum(dtype="int64"))
     manifest = identity | {
         "rows": packed.rows,
         "train_rows": packed.train_rows,
         "test_rows": packed.rows - packed.train_rows,
         "tokens": tokens,
-        "counted": int(spill.counted.sum(dtype="int64")),
+        "counted": int(spill.counted[chosen].sum(dtype="int64")),
         "fill": tokens / (packed.rows * T),
         "counts": dict(counts),
         "config": _portable(config),
     }
-    report(manifest, int(held_out.sum()), spill.read)
+    report(manifest, int(held_out.sum()), spill.read[chosen])
     storage.require_room(config.store, ROW_TOKEN_BYTES * packed.rows * T, "the rows", _ROOM)
-    counted = token_counts(spill, held_out, V)
+    learnt = np.zeros(len(spill), bool)
+    learnt[chosen[~held_out]] = True
+    counted = token_counts(spill, learnt, V)
     write_rows(config.store, columns(spill, packed, T), counted, index(spill, packed), manifest)
 
 
@@ -135,11 +151,6 @@ def _portable(config: PrepareConfig) -> dict[str, Any]:
         "model": config.model.rstrip("/").rpartition("/")[2],
     }
     return {name: value for name, value in (to_json(config) | names).items() if name != "store"}
-
-
-def _open(config: PrepareConfig) -> list[DataFile]:
-    with Progress("check data", None, "B") as bar:
-        return [DataFile.open(url, bar.update) for url in find_files(config.data)]
 
 
 class _Sizes(TypedDict):
@@ -192,19 +203,23 @@ def _is_prepared(store: str, identity: dict[str, Any]) -> bool:
     return False
 
 
-def _read(config: PrepareConfig, chat: Chat, sources: list[DataFile], spill: Spill) -> Counter[str]:
+def _read(config: PrepareConfig, chat: Chat, sources: Sources, spill: Spill) -> Counter[str]:
     """Fills `spill` with what is kept, and counts what is not."""
     cleaner = Cleaner()
     counts = cleaner.counts
     counts.update(dict.fromkeys(COUNTS, 0))
     tokens, runaways = 0, []
-    with Progress("read and tokenise", sum(source.bytes for source in sources), "B") as bar:
-        batches = _batches(config, sources, cleaner, bar.update)
+    total = config.max_conversations or math.inf
+    wanted = limits(len(config.data), config.take, config.mix, total)
+    with Progress("read and tokenise", sources.bytes, "B") as bar:
+        conversations = sources.conversations(cleaner, bar.update, wanted, math.inf if config.mix else total)
+        batches = _batches(conversations)
         encoded = encode_all(chat, config.model, batches, config.length)
-        with closing(batches), closing(encoded):
+        with closing(conversations), closing(batches), closing(encoded):
             for batch, found in encoded:
                 kept = [batch[i] for i in found.kept]
-                spill.add(found, [c.id for c in kept], [draw(c.base, config.seed) for c in kept])
+                draws = [draw(c.base, config.seed) for c in kept]
+                spill.add(found, [c.id for c in kept], draws, [c.source for c in kept])
                 if found.refusal and not counts["dropped_template_refused"]:
                     note(f"the chat template refuses conversations, which are left out: {found.refusal}")
                 counts.update(found.counts)
@@ -212,9 +227,8 @@ def _read(config: PrepareConfig, chat: Chat, sources: list[DataFile], spill: Spi
                 _require_bounds(runaways)
                 tokens += len(found.tokens)
                 bar.update(0, f"{len(spill):,} kept, {tokens:,} tokens")
-    counts["kept"] = len(spill)
-    counts["lines_not_json"] = sum(source.bad_lines for source in sources)
-    counts["files_cut_off"] = sum(source.cut_off for source in sources)
+    counts["lines_not_json"] = sum(file.bad_lines for file in sources.files)
+    counts["files_cut_off"] = sum(file.cut_off for file in sources.files)
     _require_some(len(spill), counts, config, cleaner.malformed)
     if cleaner.malformed:
         first = f"the first is {cleaner.malformed}; expected {EXPECTED}"
@@ -223,29 +237,8 @@ def _read(config: PrepareConfig, chat: Chat, sources: list[DataFile], spill: Spi
     return counts
 
 
-def _batches(
-    config: PrepareConfig, sources: list[DataFile], cleaner: Cleaner, advance: Callable[[int], None]
-) -> Iterator[list[Conversation]]:
-    """The cleaned conversations, at most `max_conversations`."""
-    batch: list[Conversation] = []
-    left = config.max_conversations
-    for source in sources:
-        with closing(source.records(advance)) as records:
-            for number, record in enumerate(records):
-                conversation = cleaner.clean(record, number, source.name)
-                if conversation is None:
-                    continue
-                batch.append(conversation)
-                left = None if left is None else left - 1
-                if len(batch) == _BATCH:
-                    yield batch
-                    batch = []
-                if left == 0:
-                    break
-        source.require_json()
-        if left == 0:
-            break
-    if batch:
+def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    while batch := list(islice(conversations, _BATCH)):
         yield batch
 
 

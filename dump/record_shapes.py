@@ -5,9 +5,9 @@
   `human`/`assistant`, `user`/`assistant`, `input`/`output` or `prompt`/`response`; or strings, question and
   answer by turns (also under `data`). The list may be a string of JSON.
 - Preferences: `chosen` (behind `prompt`, where it does not begin with it); `rejected` is not read.
-- A question and an answer: `instruction` (with `input` or `context`), `prompt`, `question`, `query`,
-  `problem` or `input`; `output`, `response`, `completion`, `answer`, `answers` or `solution`; `history`, a
-  list of pairs, comes first.
+- A question and an answer, or a question alone: `instruction` (with `input` or `context`), `prompt`,
+  `question`, `query`, `problem` or `input`, a text or a list of turns; `output`, `response`, `completion`,
+  `answer`, `answers` or `solution`; `history`, a list of pairs, comes first.
 - Beside them: `system`, `system_prompt` or `system_message`; `tools` or `functions`, also inside of a
   `metadata` that is a string of JSON; an id under `id`, `conversation_id`, `prompt_id`, `uuid` or
   `conversation_hash`; beside a single answer its reasoning under `reasoning_content`, `thinking`,
@@ -44,8 +44,7 @@ FIELDS = {
 def usable(names: list[str]) -> bool:
     """Whether a record with fields of these names can hold a conversation."""
     found = {name.lower() for name in names}
-    asks = found & {*QUESTION_KEYS} and found & {*ANSWER_KEYS}
-    return bool(found & {*TURN_KEYS, "chosen", "data"} or asks)
+    return bool(found & {*TURN_KEYS, *QUESTION_KEYS, "chosen", "data"})
 
 
 EXPECTED = "a list of turns under conversations or messages, or a question and an answer"
@@ -129,8 +128,11 @@ def _is_record(value: dict[str, Any]) -> bool:
         return not (isinstance(head, dict) and any(key in head for key in TURN_KEYS)) and not (
             isinstance(head, list)
         )
-    known = names & {*TURN_KEYS, "chosen"} or (names & {*QUESTION_KEYS} and names & {*ANSWER_KEYS})
-    return bool(known)
+    if names & {*QUESTION_KEYS} and names & {*ANSWER_KEYS, *_TOOL_KEYS, *_ID_KEYS}:
+        return True
+    asked = (value.get(key) for key in QUESTION_KEYS)
+    talks = any(isinstance(turns, list) and turns and _has_role(turns[0]) for turns in asked)
+    return talks or bool(names & {*TURN_KEYS, "chosen"})
 
 
 def _listed(fields: dict[str, Any]) -> list[Any] | None:
@@ -184,12 +186,12 @@ def _preferred(fields: dict[str, Any]) -> list[Any] | None:
 
 
 def _asked(fields: dict[str, Any]) -> list[Any] | None:
-    """A question with one answer; the question may be a list of turns."""
+    """A question with one answer or none; the question may be a list of turns."""
     asked = next((key for key in QUESTION_KEYS if fields.get(key)), None)
     answered = next((key for key in ANSWER_KEYS if fields.get(key)), None)
-    if asked is None or answered is None:
+    if asked is None:
         return None
-    question, answer = fields[asked], fields[answered]
+    question, answer = fields[asked], fields.get(answered)
     if isinstance(answer, list) and answer and isinstance(answer[0], dict) and not isinstance(question, str):
         return [*_turns(question), *_turns(answer)] if isinstance(question, list) else None
     reply: dict[str, Any] = {"role": "assistant", "content": answer}
@@ -199,15 +201,16 @@ def _asked(fields: dict[str, Any]) -> list[Any] | None:
     thought = first(fields, *_REASONING_KEYS)
     if thought not in (None, "on", "off"):
         reply["reasoning_content"] = thought[0] if isinstance(thought, list) and thought else thought
+    reply_or_none = [reply] if answered else []
     if isinstance(question, list):
-        return [*_turns(question), reply]
+        return [*_turns(question), *reply_or_none]
     context = next((fields[k] for k in _CONTEXT_KEYS if k != asked and isinstance(fields.get(k), str)), "")
     if isinstance(question, str) and context.strip():
         question = f"{question}\n\n{context}"
     history = fields.get("history")
     earlier = [pair for pair in history if isinstance(pair, list)] if isinstance(history, list) else []
     before = [turn for pair in earlier if len(pair) == 2 for turn in _exchange(*pair)]
-    return [*before, {"role": "user", "content": question}, reply]
+    return [*before, {"role": "user", "content": question}, *reply_or_none]
 
 
 def _begins_with_system(turns: list[Any]) -> bool:

@@ -18,7 +18,7 @@ _LINES = 1 << 18  # of the index made at once
 _PIECE = 1 << 20  # tokens handled at once
 _INDEX = pa.schema(
     {"id": pa.string(), "split": pa.string()}
-    | {name: pa.int32() for name in ("row", "start", "length", "counted")}
+    | {name: pa.int32() for name in ("row", "start", "length", "counted", "source")}
 )
 
 
@@ -76,7 +76,10 @@ def _places(spill: Spill, packed: Packed, start: int, stop: int) -> tuple[np.nda
 
 
 def index(spill: Spill, packed: Packed) -> pa.RecordBatchReader:
-    """A line a conversation, in the order of the rows, made a row group at a time."""
+    """A line a conversation, in the order of the rows, made a row group at a time.
+
+    `source`: which of the manifest's `data` it was read from, from 0.
+    """
     return pa.RecordBatchReader.from_batches(_INDEX, _lines(spill, packed))
 
 
@@ -88,20 +91,20 @@ def _lines(spill: Spill, packed: Packed) -> Iterator[pa.RecordBatch]:
         items, row, begin, length = _places(spill, packed, start, stop)
         ids = pa.array([spill.id(item) for item in items.tolist()], pa.string())
         split = pa.array(np.where(row < packed.train_rows, TRAIN, TEST), pa.string())
-        numbers = [pa.array(x.astype(np.int32)) for x in (row, begin, length, spill.counted[items])]
+        of_items = (spill.counted[items], spill.sources[items])
+        numbers = [pa.array(x.astype(np.int32)) for x in (row, begin, length, *of_items)]
         yield pa.record_batch([ids, split, *numbers], schema=_INDEX)
         start = stop
 
 
-def token_counts(spill: Spill, held_out: np.ndarray, V: int) -> np.ndarray:
-    """How often each token is counted in the conversations that are not held out, int64 [V]."""
+def token_counts(spill: Spill, learnt: np.ndarray, V: int) -> np.ndarray:
+    """How often each token is counted in the conversations that are `learnt` (bool [n]), int64 [V]."""
     counts, start = np.zeros(V, np.int64), 0
     ends = np.cumsum(spill.lengths, dtype=np.int64)
     while start < len(spill):
         before = ends[start] - spill.lengths[start]
         stop = max(start + 1, int(np.searchsorted(ends, before + _PIECE, side="right")))
-        learnt = np.repeat(~held_out[start:stop], spill.lengths[start:stop])
-        kept = learnt & (spill.mask(start, stop) == 1)
+        kept = np.repeat(learnt[start:stop], spill.lengths[start:stop]) & (spill.mask(start, stop) == 1)
         counts += np.bincount(spill.tokens(start, stop)[kept], minlength=V)
         start = stop
     return counts

@@ -26,7 +26,7 @@ class Spill:
     """n conversations, added in order. Use as a context manager, which frees the files.
 
     `lengths` int32 [n] tokens that are kept, `counted` int32 [n] of them, `read` int32 [n] tokens before the
-    cut, `draws` uint64 [n]; `largest` token of all.
+    cut, `draws` uint64 [n], `sources` int32 [n] of dump/clean.py; `largest` token of all.
     """
 
     def __init__(self, store: str) -> None:
@@ -39,12 +39,13 @@ class Spill:
             }
         self._lengths, self._counted, self._read = array("i"), array("i"), array("i")
         self._draws, self._id_ends = array("Q"), array("q", [0])
+        self._sources = array("i")
         self.largest = 0
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def add(self, found: Encodings, ids: list[str], draws: list[int]) -> None:
+    def add(self, found: Encodings, ids: list[str], draws: list[int], sources: list[int]) -> None:
         """Appends conversations; MachineError if the disk is full."""
         with library_errors(self.folder):
             self._files["tokens"].write(found.tokens.tobytes())
@@ -58,6 +59,7 @@ class Spill:
         ):
             mine.frombytes(given.tobytes())
         self._draws.extend(draws)
+        self._sources.extend(sources)
         self.largest = max(self.largest, int(found.tokens.max(initial=0)))
 
     def finish(self) -> None:
@@ -65,8 +67,8 @@ class Spill:
         with library_errors(self.folder):
             for file in self._files.values():
                 file.flush()
-        self.lengths, self.counted, self.read = (
-            np.frombuffer(of, np.int32) for of in (self._lengths, self._counted, self._read)
+        self.lengths, self.counted, self.read, self.sources = (
+            np.frombuffer(of, np.int32) for of in (self._lengths, self._counted, self._read, self._sources)
         )
         self.draws = np.frombuffer(self._draws, np.uint64)
         self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))

@@ -5,7 +5,9 @@
 - reasoning: `reasoning_content`, `reasoning`, `thinking`, `thought`, `thoughts`, `reasoning_details` (a list
   of objects with a text), parts of the type `thinking` or `reasoning`, or _TAGS in front of the text.
 - calls: `tool_calls`, `function_call`, or a text of the role `function_call`: JSON of a name and arguments.
-- left out of training: `weight` 0; `train`, `training`, `trainable` or `loss` false; `masked`, `mask` true.
+- cut off: `finish_reason` is `length` or `max_tokens`.
+- left out of training: `weight` 0; `train`, `training`, `trainable` or `loss` false; `masked`, `mask` true;
+  `finish_reason` `content_filter`.
 """
 
 import json
@@ -66,7 +68,8 @@ class MalformedError(ValueError):
 
 @dataclass
 class Turn:
-    """A turn under our names. `calls` have a name and arguments; `counted`: the model learns to write it."""
+    """A turn under our names. `calls` have a name and arguments; `counted`: the model learns to write it;
+    `cut`: its end is missing."""
 
     role: str
     content: str
@@ -76,6 +79,7 @@ class Turn:
     call_id: str = ""
     counted: bool = True
     renamed: bool = False
+    cut: bool = False
 
 
 def read_turn(turn: Any) -> Turn:
@@ -112,6 +116,7 @@ def read_turn(turn: Any) -> Turn:
         call_id=_string(turn.get("tool_call_id")),
         counted=not _masked(turn),
         renamed=given not in PLAIN_ROLES,
+        cut=turn.get("finish_reason") in ("length", "max_tokens"),
     )
 
 
@@ -213,6 +218,7 @@ def parsed(text: str) -> Any:
 def _masked(turn: dict[str, Any]) -> bool:
     flags = (turn.get(key) for key in ("weight", "train", "training", "trainable", "loss"))
     off = any(isinstance(flag, (int, float)) and flag == 0 for flag in flags)  # False is 0
+    off = off or turn.get("finish_reason") == "content_filter"
     return off or any(turn.get(key) is True for key in ("masked", "mask"))
 
 

@@ -25,6 +25,7 @@ GENERATION = (
     "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n"
     "{% endif %}{% endfor %}"
 )
+UNCLOSED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
 NO_DOUBT = "{% if messages[-1].content[-1] == '?' %}{{ raise_exception('Be certain') }}{% endif %}" + CHATML
 
@@ -37,6 +38,18 @@ def test_the_mask_is_the_answers_and_their_closing_tokens(tmp_path):
 def test_a_templates_own_marks_are_used_without_what_follows_the_closing_token(tmp_path):
     chat = Chat.load(str(write_model(tmp_path, GENERATION)))
     assert counted_texts(chat, TALK) == ["Blue. naïve 🌉<|im_end|>", "all well<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION, UNCLOSED])
+def test_the_closing_token_of_an_answer_that_was_cut_off_is_not_counted(tmp_path, template):
+    chat = Chat.load(str(write_model(tmp_path, template)))
+    whole = counted_texts(chat, TALK)
+    for cut in (0, 1):
+        turns = [i for i, m in enumerate(TALK) if m["role"] == "assistant"]
+        talk = [m | {"cut": True} if i == turns[cut] else m for i, m in enumerate(TALK)]
+        expected = [text.split("<|")[0] if i == cut else text for i, text in enumerate(whole)]
+        assert counted_texts(chat, talk) == expected
+        assert whole != expected
 
 
 def test_a_space_of_the_header_that_the_tokenizer_joins_to_the_answer_is_counted_with_it(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dump.clean import COUNTS, Cleaner
+from dump.record_shapes import unwrapped
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 
@@ -219,3 +220,68 @@ def test_the_chat_file_meets_every_rule():
         roles = [m["role"] for m in conversation.messages]
         turns = [role for role in roles[roles[0] == "system" :] if role != "tool"]
         assert turns == ["user", "assistant"] * (len(turns) // 2)
+
+
+ASKED = {"role": "user", "content": "why?"}
+
+
+def answered(text, reason, **more):
+    return {"role": "assistant", "content": text, "finish_reason": reason, **more}
+
+
+def test_an_answer_that_was_cut_off_or_held_back_is_known_by_its_finish_reason():
+    cleaner = Cleaner()
+    turns = [
+        *(ASKED, answered("whole", "stop"), ASKED, answered("half", "length")),
+        *(ASKED, answered("no", "content_filter"), ASKED),
+        answered("", "length", reasoning_content="hm"),
+    ]
+    messages = cleaner.clean({"messages": turns}, 0, "f.json").messages[1::2]
+    assert [m.get("cut", False) for m in messages] == [False, True, False, True]
+    assert [m.get("counted", True) for m in messages] == [True, True, False, False]
+    assert (cleaner.counts["turns_cut_off"], cleaner.counts["turns_masked"]) == (2, 2)
+
+
+def test_a_turn_that_goes_on_behind_one_that_was_cut_off_is_whole():
+    turns = [ASKED, answered("half", "length"), answered("and the rest", "stop")]
+    (_, message) = Cleaner().clean({"messages": turns}, 0, "f.json").messages
+    assert "cut" not in message
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": "why?"}, [ASKED]),
+        ({"prompt": "why?", "tools": [{"name": "clock"}], "id": 3}, [ASKED]),
+        ({"prompt": [ASKED]}, [ASKED]),
+        ({"question": "why?", "answer": "so"}, [ASKED]),
+        (
+            {"messages": [{"role": "system", "content": "s"}, ASKED, answered("a", "stop"), ASKED]},
+            [{"role": "system", "content": "s"}, ASKED, ASKED],
+        ),
+        ({"messages": [answered("a", "stop"), ASKED]}, [ASKED]),
+    ],
+)
+def test_questions_alone_are_the_system_turn_and_the_users(record, messages):
+    (value,) = unwrapped(record)
+    assert Cleaner(questions=True).clean(value, 0, "f.json").messages == messages
+
+
+def test_questions_that_are_equal_are_duplicates_whatever_was_answered():
+    cleaner = Cleaner(questions=True)
+    records = [{"messages": [ASKED, answered(text, "stop")]} for text in ("one", "two")]
+    assert [cleaner.clean(r, i, "f.json") is None for i, r in enumerate(records)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "count"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}]}, "dropped_no_question"),
+        ({"messages": [ASKED, answered("", "tool_calls", tool_calls=[{"name": "f"}])]}, "dropped_tools"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "dropped_tools"),
+    ],
+)
+def test_what_cannot_be_asked_is_counted(record, count):
+    cleaner = Cleaner(questions=True)
+    assert cleaner.clean(record, 0, "f.json") is None
+    assert cleaner.counts[count] == 1

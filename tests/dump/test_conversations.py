@@ -153,10 +153,6 @@ def _parquet_without_turns(path):
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), path)
 
 
-def _parquet_without_answers(path):
-    pq.write_table(pa.table({"prompt": ["[]"], "label": [1]}), path)
-
-
 def _cut_parquet(path):
     pq.write_table(pa.Table.from_pylist(RECORDS), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -174,7 +170,6 @@ def _cut_parquet(path):
         ("no.parquet", lambda path: path.write_text("hello"), "no whole Parquet file"),
         ("cut.parquet", _cut_parquet, "no whole Parquet file"),
         ("other.parquet", _parquet_without_turns, "has the columns text, label; expected"),
-        ("numbers.parquet", _parquet_without_answers, "has the columns prompt, label; expected"),
         ("no.arrow", lambda path: path.write_text("hello"), "no whole Arrow file"),
         ("no.json.gz", lambda path: path.write_text("hello"), "cannot be unpacked .Not a gzipped file"),
         (

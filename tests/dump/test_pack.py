@@ -112,7 +112,12 @@ def spilled(tmp_path):
             counted = np.array([mask.sum() for _, mask in part], np.int32)
             tokens, mask = (np.concatenate(arrays) for arrays in zip(*part, strict=True))
             ids = [f"c{i} «é»" for i in range(start, start + len(part))]
-            spill.add(Encodings([], tokens, mask, lengths, counted, lengths), ids, [0] * len(part))
+            spill.add(
+                Encodings([], tokens, mask, lengths, counted, lengths),
+                ids,
+                [0] * len(part),
+                [i // piece for i in range(start, start + len(part))],
+            )
         spill.finish()
         return spill
 
@@ -149,7 +154,7 @@ def test_rows_hold_every_conversation_once_and_whole(spilled, monkeypatch, piece
         np.testing.assert_array_equal(arrays["loss_mask"][place], mask)
         np.testing.assert_array_equal(arrays["positions"][place], np.arange(line["length"]))
         assert len(set(arrays["segment_ids"][place].tolist())) == 1
-        assert line["counted"] == mask.sum()
+        assert (line["counted"], line["source"]) == (mask.sum(), number // 7)
         assert line["split"] == ("test" if held_out[number] else "train")
         assert (line["row"] >= packed.train_rows) == held_out[number]
         covered[place] += 1
@@ -181,7 +186,7 @@ def test_token_counts_are_those_of_the_train_side(spilled, monkeypatch, piece):
     for (tokens, mask), out in zip(made, held_out, strict=True):
         if not out:
             np.add.at(expected, tokens[mask == 1], 1)
-    np.testing.assert_array_equal(rows.token_counts(spilled(made), held_out, V), expected)
+    np.testing.assert_array_equal(rows.token_counts(spilled(made), ~held_out, V), expected)
 
 
 def test_the_seed_orders_the_train_rows_only(spilled):
@@ -196,7 +201,7 @@ def test_the_seed_orders_the_train_rows_only(spilled):
 def test_a_spill_leaves_no_file_and_goes_where_there_is_a_folder(tmp_path):
     with Spill(str(tmp_path / "not" / "yet" / "there")) as spill:
         assert spill.folder == str(tmp_path)
-        spill.add(Encodings([0], *(np.ones(3, kind) for kind in (np.int32, np.uint8))), ["a"], [1])
+        spill.add(Encodings([0], *(np.ones(3, kind) for kind in (np.int32, np.uint8))), ["a"], [1], [0])
         assert not list(tmp_path.iterdir())
 
 
@@ -209,7 +214,7 @@ def test_a_spill_that_finds_the_disk_full_is_one_line(tmp_path):
             pytest.raises(MachineError, match=f"^{tmp_path}: the disk is full; make room"),
             Spill(str(tmp_path / "store")) as spill,
         ):
-            spill.add(found, ["a"], [1])
+            spill.add(found, ["a"], [1], [0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -269,7 +269,7 @@ def test_a_table_gives_what_json_gives(tmp_path, name):
             {"message_id": "m", "parent_id": None, "text": Q, "role": "prompter"},
             "an object with message_id, ",
         ),
-        ({"prompt": "only asked"}, "an object with prompt"),
+        ({"prompt": 7}, "one with a turn that is an object with role, content"),
         ({"chosen": "Human: Why? Assistant: So.", "rejected": "r"}, "an object with chosen, rejected"),
         ({"messages": [{"role": "user", "txt": Q}]}, "one with a turn that is an object with role, txt"),
         ({"messages": {"role": "user", "content": Q}}, "an object with messages"),
