@@ -19,8 +19,10 @@ class TrainConfig:
 
     store: str
     out: str
-    seed: int = setting(0, "Seed of the initial head and of the order of rows.", least=0)
-    epochs: float = setting(3.0, "Passes over the train split.", above=0)
+    seed: int = setting(0, "Seed of the initial head.", least=0)
+    data_seed: int = setting(0, "Seed of the order of rows.", least=0)
+    share: float = setting(1.0, "Share of the train split's rows that is trained on.", above=0, most=1)
+    epochs: float = setting(3.0, "Passes over that share of the train split.", above=0)
     steps: int | None = setting(
         None, "Optimiser steps; overrides --epochs.", least=1, otherwise="from --epochs"
     )

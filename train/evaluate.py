@@ -3,18 +3,17 @@
 Dimensions: B rows a batch, T positions, K steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from common import storage
 from common.errors import EyasError
 from common.layers import compute_dtype
-from common.mesh import make_mesh, sharding
+from common.mesh import sharding
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
 from common.store import Store
@@ -23,47 +22,55 @@ from train.batch import Frozen, Params
 from train.config import EvaluateConfig
 from train.heads import Head, read_serving_config
 from train.metrics import Sums, add, summarise
-from train.plan import frozen
+from train.order import listed
+from train.source import Source
 from train.step import score_step
-from train.stream import Stream, Workload
+from train.stream import Stream, View
 
 
 class Evaluator:
-    """Scores heads of one shape on fixed rows; compiles once."""
+    """Scores heads of one shape on the test rows; compiles once. `counted`: the positions that count."""
 
     def __init__(
         self,
-        store: Store,
-        rows: np.ndarray,
+        source: Source,
         head: Head,
         draft_ids: np.ndarray,
-        mesh: Mesh,
         ttt_steps: int,
         batch_rows: int,
         dtype: Any,
         teacher: str = "recompute",
         answer_tokens: int | None = None,
     ):
-        size = max(mesh.size, min(batch_rows, -(-len(rows) // mesh.size) * mesh.size))
+        rows, chips = source.test_rows, source.mesh.size
+        size = max(chips, min(batch_rows, -(-len(rows) // chips) * chips))
         filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
         filled[: len(rows)] = rows
-        self._batches = filled.reshape(-1, size)
-        self._tokens = size * store.length
+        batches = filled.reshape(-1, size)
         # The default mask, whatever the training's was: figures of different runs compare.
-        workload = Workload(store, rows, ttt_steps)
-        self.counted = workload.counted
-        capacity = workload.capacity(np.maximum(self._batches, rows[0]), mesh.size)
-        self._stream = Stream(store, workload, capacity, mesh, teacher, draft_ids)
-        self._score: Callable = jax.jit(score_step(head, mesh, ttt_steps, dtype, answer_tokens))
+        workload = source.workload(ttt_steps, test=True)
+        self.source, self.counted = source, workload.counted(rows)
+        capacity = workload.capacity(np.maximum(batches, rows[0]), chips)
+        self.view = View(listed(batches), workload, capacity, teacher, draft_ids)
+        self.score: Callable = jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens))
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
         """The metrics of train/metrics.py."""
-        sums: Sums | None = None
-        with Progress(label, len(self._batches) * self._tokens, "tok") as progress:
-            for batch in self._stream.batches(self._batches):
-                sums = add(sums, self._score(params, taught, batch))
-                progress.update(self._tokens)
-        return summarise(sums)
+        return score_all([(self, params, taught)], label)[0]
+
+
+def score_all(heads: Sequence[tuple[Evaluator, Params, Frozen]], label: str) -> list[dict[str, Any]]:
+    """The metrics of every head, all of one source, from one reading of its test rows."""
+    sums: list[Sums | None] = [None] * len(heads)
+    source, view = heads[0][0].source, heads[0][0].view
+    stream = Stream(source.store, source.mesh, [evaluator.view for evaluator, _, _ in heads])
+    with Progress(label, view.order.rows.size * source.store.length, "tok") as progress:
+        for dealt in stream.batches():
+            for number, batch in dealt:
+                evaluator, params, taught = heads[number]
+                sums[number] = add(sums[number], evaluator.score(params, taught, batch))
+            progress.update(view.order.rows.shape[1] * source.store.length)
+    return [summarise(one) for one in sums if one is not None]
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -72,21 +79,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     EyasError for a head that is not sound or not this store's target's, a store that is partial, and one
     without test rows.
     """
-    store = Store.open(config.store)
-    store.require_complete()
-    rows = store.split_rows("test")
+    source = Source(config.store, config.dp)
+    store, rows = source.store, source.test_rows
     if not len(rows):
         raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")
     head, params, draft_ids = load_head(config.head, store)
-    mesh = make_mesh(config.dp)
     dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
-    shape = (store, rows, head, draft_ids, mesh, config.ttt_steps, config.batch_rows, dtype)
+    shape = (source, head, draft_ids, config.ttt_steps, config.batch_rows, dtype)
     evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens)
     if not evaluator.counted:
         raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
-    taught = frozen(store, draft_ids, "recompute", mesh, dtype)
-    found = {"head": evaluator(jax.device_put(params, sharding(mesh, ())), taught)}
+    taught = source.frozen(draft_ids, "recompute", dtype)
+    found = {"head": evaluator(jax.device_put(params, sharding(source.mesh, ())), taught)}
     if config.ngrams:
         found |= ngram.evaluate(store, config.ttt_steps, config.answer_tokens)
     return found | {"rows": len(rows), "store": store.hash}

@@ -19,18 +19,19 @@ from common.config import to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.layers import compute_dtype
-from common.mesh import make_mesh, sharding
+from common.mesh import sharding
 from common.params import shapes
 from common.storage import require_room
 from common.store import Store
 from train import optimizer
-from train.batch import Frozen, Params
+from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
 from train.init import start
-from train.sample import Sample, measure
-from train.stream import Stream, Workload, order, teaching_arrays
-from train.targets import Capacity
+from train.order import Order, order
+from train.sample import Sample
+from train.source import Source
+from train.stream import View, teaching_arrays
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
@@ -43,33 +44,32 @@ _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run that has not begun. `order` int64 [steps, B] names the rows of every step; `identity` is
-    what two runs must share for one to continue the other."""
+    """A checked run that has not begun. `order` names the rows of every step; `counted` is how many positions
+    an epoch counts; `identity` is what two runs must share for one to continue the other."""
 
     config: TrainConfig
-    store: Store
+    source: Source
     head: Head
     draft_ids: np.ndarray
-    mesh: Mesh
     dtype: Any
-    order: np.ndarray
-    workload: Workload
-    capacity: Capacity
-    train_rows: np.ndarray
-    test_rows: np.ndarray
+    order: Order
+    view: View
+    counted: int
     eval_every: int
     save_every: int
     identity: dict[str, Any]
 
     @property
     def steps(self) -> int:
-        return len(self.order)
+        return len(self.order.rows)
 
-    def stream(self) -> Stream:
-        """The train split's batches."""
-        return Stream(
-            self.store, self.workload, self.capacity, self.mesh, self.config.teacher, self.draft_ids
-        )
+    @property
+    def store(self) -> Store:
+        return self.source.store
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.source.mesh
 
     def shapes(self) -> Any:
         """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
@@ -79,7 +79,7 @@ class Plan:
     def sample(self) -> Sample:
         """What the head is told of its target before it trains; read once."""
         c = self.config
-        return measure(self.store, self.train_rows, c.seed, self.head.rms_eps, c.init == "fitted")
+        return self.source.sample(c.data_seed, c.share, self.head.rms_eps, c.init == "fitted")
 
     def initial(self) -> Params:
         """The untrained head, on every chip."""
@@ -94,32 +94,23 @@ class Plan:
         return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units)
 
 
-def frozen(store: Store, draft_ids: np.ndarray, teacher: str, mesh: Mesh, dtype: Any) -> Frozen:
-    """What the head takes from the target, on every chip."""
-    embed = store.target_tensor("embed_tokens")
-    index = np.full(len(embed), -1, np.int32)
-    index[draft_ids] = np.arange(len(draft_ids))
-    rows = store.target_tensor("lm_head")[draft_ids].astype(dtype) if teacher == "recompute" else None
-    return jax.device_put(Frozen(embed.astype(dtype), rows, index), sharding(mesh, ()))
-
-
-def make_plan(config: TrainConfig) -> Plan:
-    """Checks everything; writes nothing. EyasError names what is wrong."""
+def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
+    """Checks everything; writes nothing. EyasError names what is wrong. `source`: the store, if it is open
+    already."""
     if storage.is_remote(config.out) and not config.out.startswith("gs://"):
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
-    store = Store.open(config.store)
-    features = store.features
-    store.require_complete()
+    source = source or Source(config.store, config.dp)
+    store, features = source.store, source.store.features
     teaching_arrays(store, config.teacher)
     draft_ids = _draft_ids(config, store, config.teacher)
     aux_layers = tuple(features["aux_layers"])
     head = HEADS["eagle3"].for_target(store.target_config(), len(draft_ids), aux_layers, config.ffn)
     _check_room(config, head)
-    mesh = make_mesh(config.dp)
-    rows, test_rows = store.split_rows("train"), store.split_rows("test")
-    workload = Workload(store, rows, config.ttt_steps, config.compat)
-    if not workload.counted:
+    rows = source.rows(config.data_seed, config.share)
+    workload = source.workload(config.ttt_steps, config.compat)
+    counted = workload.counted(rows)
+    if not counted:
         raise EyasError(
             f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
             "an answer's token; prepare conversations with assistant turns"
@@ -130,22 +121,21 @@ def make_plan(config: TrainConfig) -> Plan:
             f"{steps} steps of {config.batch_rows} rows are more than {_MOST_ROWS} rows; give fewer "
             "--steps or --epochs"
         )
-    wanted = order(rows, config.seed, steps, config.batch_rows)
+    wanted = order(source.train_rows, config.data_seed, steps, config.batch_rows, config.share)
     dtype = compute_dtype(config.dtype)
     # An evaluation costs about a third of as many training rows; all of them stay below a tenth.
-    pace = max(-(-steps // 10), -(-len(test_rows) * 10 // (3 * config.batch_rows)))
+    pace = max(-(-steps // 10), -(-len(source.test_rows) * 10 // (3 * config.batch_rows)))
     return Plan(
         config=config,
-        store=store,
+        source=source,
         head=head,
         draft_ids=draft_ids,
-        mesh=mesh,
         dtype=jnp.dtype(dtype),
         order=wanted,
-        workload=workload,
-        capacity=workload.capacity(wanted, mesh.size),
-        train_rows=rows,
-        test_rows=test_rows,
+        view=View(
+            wanted, workload, workload.capacity(wanted.rows, source.mesh.size), config.teacher, draft_ids
+        ),
+        counted=counted,
         eval_every=config.eval_every or pace,
         save_every=config.save_every or -(-steps // 20),
         identity=_identity(config, store, head, draft_ids, steps, dtype),

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import EyasError
-from common.progress import Progress, note
+from common.progress import note
 from common.stopping import Stop
+from train import together
 from train.config import TrainConfig
 from train.plan import Plan, make_plan
 from train.state import claimed
@@ -45,7 +46,7 @@ def _announce(plan: Plan) -> str:
     B, T = plan.config.batch_rows, plan.store.length
     parameters = sum(int(np.prod(x.shape)) for x in plan.shapes().values())
     return (
-        f"train: {plan.steps} steps of {B} x {T} tokens, {plan.workload.counted:,} counted positions an "
+        f"train: {plan.steps} steps of {B} x {T} tokens, {plan.counted:,} counted positions an "
         f"epoch; a head of {parameters / 1e6:.1f}M parameters, draft vocabulary {len(plan.draft_ids):,}; "
         f"an evaluation every {plan.eval_every} steps, a checkpoint every {plan.save_every}"
     )
@@ -53,20 +54,8 @@ def _announce(plan: Plan) -> str:
 
 def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], None]) -> dict[str, Any]:
     """Gives the trainer every batch that it has not had yet. If it is stopped, its state is saved."""
-    first, tokens, stream = trainer.step, plan.config.batch_rows * plan.store.length, plan.stream()
-    began = time.monotonic()
-    trainer.catch_up()
-    with Progress("train", plan.steps * tokens, "tok", done=first * tokens) as progress:
-        for batch in stream.batches(plan.order[first:]):
-            trainer.take(batch)
-            require_ours()  # before anything is saved
-            progress.update(tokens, trainer.status)
-            if stop.asked and not trainer.done:
-                trainer.save()
-                trainer.finish()
-                stop.check()
-            trainer.do_what_is_due()
-    trainer.finish()
+    first, tokens, began = trainer.step, plan.config.batch_rows * plan.store.length, time.monotonic()
+    waited = together.train([trainer], "train", stop, require_ours, together.raise_it)
     seconds, steps = time.monotonic() - began, plan.steps - first
     return {
         "out": plan.config.out,
@@ -75,7 +64,7 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], 
         "rows": steps * plan.config.batch_rows,
         "tokens": steps * tokens,
         "tokens_per_s": round(steps * tokens / seconds, 1),
-        "stall": round(stream.waited / seconds, 4),
+        "stall": round(waited / seconds, 4),
         "best": trainer.best,
         "last": trainer.last,
     }

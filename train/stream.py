@@ -1,40 +1,34 @@
-"""Batches of a store, in an order that is a function of seed and step alone, read ahead of their use.
+"""Batches of a store, read ahead of their use: each once, however many runs take it.
 
-A step's rows do not depend on what was read before or on the number of processes, so resuming is free and a
-batch can be replayed. Dimensions: R rows of a split, B rows of a batch, T positions.
+Dimensions: R rows of a split, B rows of a batch, T positions.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from common import zarr
 from common.codec import arrays_of
 from common.errors import EyasError
 from common.mesh import sharding
 from common.store import Store
 from train.batch import Batch
+from train.order import Order, Part, Reading
 from train.targets import Capacity, compact, counted_targets, live_queries, round_up
 
 AHEAD = 3  # batches in flight: one in use by the device, one ready, one being read
 _MASKS = 4096  # rows whose masks are looked at together
 _INPUTS = ("tokens", "segment_ids", "positions", "loss_mask")
-
-
-def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int) -> np.ndarray:
-    """int64 [steps, B]: the rows of every step. Each epoch is a permutation of its own, and batches run on
-    over its end, so that no row is left out. Fewer steps give a prefix."""
-    count = steps * batch_rows
-    epochs = [
-        # Philox: numpy promises its stream for ever, unlike that of default_rng.
-        rows[np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(rows))]
-        for epoch in range(-(-count // len(rows)))
-    ]
-    return np.concatenate(epochs)[:count].reshape(steps, batch_rows)
+_MASKING = ("segment_ids", "loss_mask")
 
 
 class Workload:
@@ -48,7 +42,10 @@ class Workload:
             found = store.read(("segment_ids", "loss_mask"), part)
             live, targets = self.masks(found["segment_ids"], found["loss_mask"])
             self._live[part], self._targets[part] = live.sum(1), targets.sum(1)
-        self.counted = int(self._targets[rows].sum())
+
+    def counted(self, rows: np.ndarray) -> int:
+        """The targets of these rows."""
+        return int(self._targets[rows].sum())
 
     def masks(self, segments_BT: np.ndarray, loss_mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool [B, T] each: live queries, counted targets."""
@@ -78,66 +75,116 @@ def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     return (*names, *(("topk_logits", "topk_ids") if codec == "topk" else (f"{codec}_logits",)))
 
 
-class Stream:
-    """Reads batches of `rows` int64 [B] and puts them on the mesh, split by row over every chip.
+@dataclass(frozen=True)
+class View:
+    """What one run makes of the rows of a stream: which it takes, what of them counts, and what teaches."""
 
-    `waited` counts the seconds that its user waited for data. A row of -1 is empty: it fills up a batch.
+    order: Order
+    workload: Workload
+    capacity: Capacity
+    teacher: str
+    draft_ids: np.ndarray
+
+
+class _Read(NamedTuple):
+    """What was read at once. `rows`: what all views share of it, by the names of arrays; `drafts`: logits by
+    the draft vocabularies; `counts`: of every part that is complete, what of its batch counts."""
+
+    rows: dict[str, jax.Array]
+    drafts: dict[int, jax.Array]
+    parts: list[Part]
+    counts: list[dict[str, jax.Array]]
+
+
+class Stream:
+    """Reads the rows of all views and puts them on the mesh, split by row over every chip.
+
+    `waited` counts the seconds that its user waited for data.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        workload: Workload,
-        capacity: Capacity,
-        mesh: Mesh,
-        teacher: str,
-        draft_ids: np.ndarray,
-    ):
-        self._store, self._workload, self._capacity, self._mesh = store, workload, capacity, mesh
-        self._names = teaching_arrays(store, teacher)
-        self._draft_ids = draft_ids
+    def __init__(self, store: Store, mesh: Mesh, views: Sequence[View]):
+        self._store, self._mesh, self._views = store, mesh, views
+        arrays = [name for view in views for name in teaching_arrays(store, view.teacher)]
+        self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
+        self._vocabularies = {_vocabulary(view): view.draft_ids for view in views if view.teacher == "stored"}
         self.waited = 0.0
 
-    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """The batches of `wanted`, in order; the next ones are read while one is used."""
+    def reading(self, first: Sequence[int] | None = None) -> Reading:
+        """What is to be read so that each view has its batches from this step on."""
+        return Reading([view.order for view in self._views], first or [0] * len(self._views))
+
+    def batches(self, reading: Reading | None = None) -> Iterator[list[tuple[int, Batch]]]:
+        """The batches that are complete with each part of a reading, all by default, and the numbers of their
+        views. The next rows are read while the last ones are used."""
+        pending: dict[int, Batch] = {}
         with ThreadPoolExecutor(AHEAD - 1, thread_name_prefix="stream") as pool:
             ahead: deque[Future] = deque()
             try:
-                for rows in wanted:
-                    ahead.append(pool.submit(self.load, rows))
+                for rows, parts in self.reading() if reading is None else reading:
+                    ahead.append(pool.submit(self._load, rows, parts))
                     if len(ahead) == AHEAD:
-                        yield self._next(ahead)
+                        yield self._deal(self._next(ahead), pending)
                 while ahead:
-                    yield self._next(ahead)
+                    yield self._deal(self._next(ahead), pending)
             finally:
                 for request in ahead:
                     request.cancel()
 
-    def _next(self, ahead: deque[Future]) -> Batch:
+    def _next(self, ahead: deque[Future]) -> _Read:
         start = time.monotonic()
-        batch = ahead.popleft().result()
+        found = ahead.popleft().result()
         self.waited += time.monotonic() - start
-        return batch
+        return found
 
-    def load(self, rows: np.ndarray) -> Batch:
-        """One batch, on the mesh. On several processes each reads its own rows only."""
-        shards = self._mesh.size
-        mine = np.array_split(rows, jax.process_count())[jax.process_index()]
-        found = self._read(mine)
-        live, targets = self._workload.masks(found["segment_ids"], found.pop("loss_mask"))
-        local = shards // jax.process_count()
-        if (logits := found.pop("full_logits", None)) is not None:
-            found["draft_logits"] = np.take(logits, self._draft_ids, axis=-1)
-        found |= {
-            "live": compact(live, local, self._capacity.live),
-            "targets": compact(targets, local, self._capacity.targets),
-            "count": targets.reshape(local, -1).sum(1).astype(np.int32),
+    def _deal(self, read: _Read, pending: dict[int, Batch]) -> list[tuple[int, Batch]]:
+        """The batches that are complete; `pending` keeps those of which rows are to come."""
+        dealt = []
+        for part, counts in zip(read.parts, read.counts, strict=True):
+            view = self._views[part.order]
+            names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
+            rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names}}
+            if view.teacher == "stored":
+                rows["draft_logits"] = read.drafts[_vocabulary(view)]
+            batch = Batch(**dict.fromkeys(Batch._fields) | rows)
+            if not part.whole:
+                batch = _fill(pending.pop(part.order, None) or _empty(batch), batch, part.slots)
+            if part.complete:
+                dealt.append((part.order, batch._replace(**counts)))
+            else:
+                pending[part.order] = batch
+        return dealt
+
+    def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
+        """On several processes each reads its own rows only."""
+        found = self._read(_mine(rows))
+        masks = {name: found[name] for name in _MASKING}
+        logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
+        drafts = {}
+        for key, ids in self._vocabularies.items():
+            full = logits.get("full_logits")
+            drafts[key] = self._put(logits["draft_logits"] if full is None else np.take(full, ids, axis=-1))
+        del found["loss_mask"]
+        on_mesh = {name: self._put(x) for name, x in found.items()}
+        return _Read(on_mesh, drafts, parts, [self._counts(part, masks) for part in parts])
+
+    def _counts(self, part: Part, masks: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """What of a complete batch counts; `masks` are those of the rows that were just read."""
+        if not part.complete:
+            return {}
+        view = self._views[part.order]
+        if not part.whole:
+            masks = self._read(_mine(view.order.rows[part.step]), _MASKING)
+        live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
+        shards = self._mesh.size // jax.process_count()
+        return {
+            "live": self._put(compact(live, shards, view.capacity.live)),
+            "targets": self._put(compact(targets, shards, view.capacity.targets)),
+            "count": self._put(targets.reshape(shards, -1).sum(1).astype(np.int32)),
         }
-        return Batch(**dict.fromkeys(Batch._fields) | {n: self._put(x) for n, x in found.items()})
 
-    def _read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         real = rows >= 0
-        found = self._store.read((*_INPUTS, *self._names), np.maximum(rows, 0))
+        found = self._store.read(names or self._names, np.maximum(rows, 0))
         if not real.all():
             found["segment_ids"] = found["segment_ids"] * real[:, None]
         return found
@@ -145,3 +192,29 @@ class Stream:
     def _put(self, local: np.ndarray) -> jax.Array:
         where = sharding(self._mesh, ("row",) + (None,) * (local.ndim - 1))
         return jax.make_array_from_process_local_data(where, local)
+
+
+def _mine(rows: np.ndarray) -> np.ndarray:
+    return np.array_split(rows, jax.process_count())[jax.process_index()]
+
+
+def _vocabulary(view: View) -> int:
+    return zarr.crc32(view.draft_ids)
+
+
+def _empty(batch: Batch) -> Batch:
+    return jax.tree.map(jnp.zeros_like, batch)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(batch: Batch, rows: Batch, slots: jax.Array) -> Batch:
+    """The batch with `rows` in these places; those of the number of rows are left out."""
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        # Rows may go to other chips, which only the compiler's own sharding does by itself.
+        def scatter(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[slots].set(new, mode="drop")
+
+        return jax.sharding.auto_axes(scatter, out_sharding=jax.typeof(old).sharding)(old, new)
+
+    return jax.tree.map(put, batch, rows)

@@ -18,7 +18,7 @@ from train.batch import Batch
 from train.evaluate import Evaluator
 from train.export import export
 from train.metrics import LENGTH, better
-from train.plan import Plan, frozen
+from train.plan import Plan
 from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
 
@@ -31,7 +31,7 @@ class Trainer:
 
     def __init__(self, plan: Plan):
         """A new head, or the newest saved state of the plan's folder. EyasError if that cannot be read."""
-        self._plan = plan
+        self.plan = self._plan = plan
         self._rate = optimizer.schedule(plan.config.learning_rate, plan.config.warmup, plan.steps)
         self._optimizer = plan.optimizer(self._rate)
         self._saved = Saved(plan.config.out)
@@ -39,9 +39,10 @@ class Trainer:
         self.last: dict[str, Any] = {"step": 0}
         self._state = self._begin()
         self.step = int(self._state.step)
+        self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
         self._lines = Lines(plan.config.out, self.step)
-        self._frozen = frozen(plan.store, plan.draft_ids, plan.config.teacher, plan.mesh, plan.dtype)
-        self._evaluator = self._make_evaluator()
+        self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
+        self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
         self._clock = time.monotonic()
@@ -81,11 +82,11 @@ class Trainer:
 
     def _make_evaluator(self) -> Evaluator | None:
         plan, c = self._plan, self._plan.config
-        if not len(plan.test_rows):
+        if not len(plan.source.test_rows):
             note("train: the store has no held-out rows, so best/ is the last head")
             return None
-        shape = (plan.store, plan.test_rows, plan.head, plan.draft_ids, plan.mesh, c.ttt_steps, c.batch_rows)
-        return Evaluator(*shape, plan.dtype, c.teacher)
+        shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
+        return Evaluator(*shape, c.teacher)
 
     def take(self, batch: Batch) -> None:
         """One step. EyasError once the loss of the step before turns out not to be finite."""
@@ -104,26 +105,31 @@ class Trainer:
         step = jax.jit(train_step(gradients, self._optimizer), donate_argnums=0)
         return step.lower(self._state, self._frozen, batch).compile()
 
-    def catch_up(self) -> None:
-        """The evaluation that is due at this step, if an earlier run was stopped just before it."""
-        if self._is_evaluated() and self.last["step"] < self.step:
-            self._evaluate()
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether this step is one after which the head is measured, and has not been measured yet."""
+        due = self.step % self._plan.eval_every == 0 or self.done
+        return self.step > self.last["step"] and due
 
-    def do_what_is_due(self) -> None:
-        """Evaluates, exports and saves, where this step is one of those after which that is done."""
-        if self._is_evaluated():
-            self._evaluate()
-        if self.step % self._plan.save_every == 0 or self.done:
-            self.save()
+    @property
+    def is_saved(self) -> bool:
+        """Whether this step is one after which the state is saved."""
+        return self.step % self._plan.save_every == 0 or self.done
 
-    def _is_evaluated(self) -> bool:
-        return self.step > 0 and (self.step % self._plan.eval_every == 0 or self.done)
+    @property
+    def measured(self) -> tuple[Evaluator, Any, Any]:
+        """What `score_all` takes."""
+        assert self.evaluator
+        return self.evaluator, self._state.params, self._frozen
 
     def save(self) -> None:
         """Begins to save the state; what is known of all steps up to it is in metrics.jsonl before."""
         self._read()
+        if self._kept == self.step:
+            return
         self._lines.flush()
         self._saved.save(self._state, self.best, self.last)
+        self._kept = self.step
 
     def finish(self) -> None:
         """Waits until everything is on disk. EyasError if the last loss is not finite."""
@@ -161,12 +167,14 @@ class Trainer:
             }
         )
 
-    def _evaluate(self) -> None:
-        """Measures the head, exports it to last/, and to best/ if it is the best so far."""
+    def keep(self, metrics: dict[str, Any]) -> None:
+        """Exports the head, of which an evaluation says this, to last/, and to best/ if none was better.
+
+        EyasError if the metrics or the loss of the last step are not finite.
+        """
         self._read()
-        found: dict[str, Any] = {"step": self.step}
-        if self._evaluator:
-            found |= self._evaluator(self._state.params, self._frozen, f"evaluate step {self.step}")
+        found: dict[str, Any] = {"step": self.step} | metrics
+        if metrics:
             if not math.isfinite(found[LENGTH] + sum(found["loss"])):
                 raise EyasError(
                     f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
@@ -194,7 +202,7 @@ class Trainer:
             facts |= {
                 f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
                 f"the same, temperature 1 with sampled drafts ({how})": found["length_sampled"],
-                "held-out rows": len(plan.test_rows),
+                "held-out rows": len(plan.source.test_rows),
                 "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
             }
         folder = storage.join(plan.config.out, name)

@@ -28,7 +28,8 @@ from dump.rounds import Discard, run_rounds
 from dump.target_files import target_files, with_sums, write_target
 from pipelines.bench import bucket, made
 from train import run as train
-from train.stream import Stream, Workload, order
+from train.order import order
+from train.stream import Stream, View, Workload
 
 _CONVERSATIONS = 1_500
 _DUMPED = 24  # rows of 512 tokens: a minute of forward passes on two cores
@@ -207,11 +208,11 @@ def streamed(place: str) -> dict[str, dict[str, Any]]:
     store = _random_store(url)
     workload = Workload(store, np.arange(_STREAMED), ttt_steps=7)
     wanted = order(np.arange(_STREAMED), 0, _STREAMED // 4, 4)
-    mesh = make_mesh()
-    stream = Stream(store, workload, workload.capacity(wanted, 1), mesh, "recompute", np.arange(8))
+    view = View(wanted, workload, workload.capacity(wanted.rows, 1), "recompute", np.arange(8))
+    stream = Stream(store, make_mesh(), [view])
     paths = [os.path.join(where, name) for where, _, names in os.walk(f"{url}/features") for name in names]
     raw = [_rate(lambda: _read_all(paths)) for _ in range(2)]
-    shuffled = [_rate(lambda: _stream_all(stream, wanted)) for _ in range(3)]
+    shuffled = [_rate(lambda: _stream_all(stream)) for _ in range(3)]
     raw += [_rate(lambda: _read_all(paths)) for _ in range(2)]
     verified = max(_rate(lambda: verify(url)["bytes"]) for _ in range(2))
     return {
@@ -253,9 +254,9 @@ def _read_all(paths: list[str]) -> int:
     return total
 
 
-def _stream_all(stream: Stream, wanted: np.ndarray) -> int:
+def _stream_all(stream: Stream) -> int:
     total = 0
-    for batch in stream.batches(wanted):
+    for ((_, batch),) in stream.batches():
         arrays = (batch.aux_hidden, batch.last_hidden, batch.argmax, batch.logsumexp)
         jax.block_until_ready(arrays)
         total += sum(x.nbytes for x in arrays)

@@ -23,7 +23,8 @@ from pipelines.bench import bucket
 from tests import tiny_llama
 from tests.dump import chats
 from tests.faulty_proxy import FAULTS, Sometimes, faulty
-from train.stream import Stream, Workload
+from train.order import listed
+from train.stream import Stream, View, Workload
 
 ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
@@ -53,9 +54,10 @@ def batch(url: str) -> list[np.ndarray]:
     store = Store.open(url)
     store.require_complete()
     rows = np.arange(store.rows)
-    workload, mesh = Workload(store, rows, ttt_steps=3), make_mesh()
-    stream = Stream(store, workload, workload.capacity(rows[None], 1), mesh, "recompute", np.arange(8))
-    return [np.asarray(x) for x in stream.load(rows) if x is not None]
+    workload, wanted = Workload(store, rows, ttt_steps=3), listed(rows[None])
+    view = View(wanted, workload, workload.capacity(wanted.rows, 1), "recompute", np.arange(8))
+    (((_, found),),) = Stream(store, make_mesh(), [view]).batches()
+    return [np.asarray(x) for x in found if x is not None]
 
 
 def round_trip(model: str, folder: str) -> None:

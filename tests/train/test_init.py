@@ -8,15 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
 from train import optimizer, sample
 from train.evaluate import Evaluator
 from train.heads.eagle3 import Eagle3
 from train.init import start
-from train.plan import frozen
 from train.sample import measure
+from train.source import Source
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 
@@ -38,9 +37,9 @@ def made(store, head, init, seed=0):
 
 def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
     """The made-up target's next state is a function of the current token, so a linear map comes near."""
-    mesh = make_mesh()
-    evaluator = Evaluator(store, store.split_rows("test"), head, IDS, mesh, 1, 4, jnp.float32)
-    taught = frozen(store, IDS, "recompute", mesh, jnp.float32)
+    source = Source(store.url)
+    evaluator = Evaluator(source, head, IDS, 1, 4, jnp.float32)
+    taught = source.frozen(IDS, "recompute", jnp.float32)
     acc = {i: evaluator(made(store, head, i), taught)["acc"][0] for i in ("fitted", "target", "normal")}
     assert acc["fitted"] > 0.2 > 2 * max(acc["target"], acc["normal"])
 
@@ -48,9 +47,9 @@ def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
 def test_a_fitted_head_is_as_sure_as_it_is_right(store, head):
     """Its loss rises when its logits shrink by half or double; values have full rank, as in the fit."""
     head = replace(head, num_kv_heads=small_store.H // head.head_dim)
-    mesh = make_mesh()
-    evaluator = Evaluator(store, store.split_rows("test"), head, IDS, mesh, 1, 4, jnp.float32)
-    taught = frozen(store, IDS, "recompute", mesh, jnp.float32)
+    source = Source(store.url)
+    evaluator = Evaluator(source, head, IDS, 1, 4, jnp.float32)
+    taught = source.frozen(IDS, "recompute", jnp.float32)
     fitted = made(store, head, "fitted")
 
     def loss(scale):

@@ -17,7 +17,7 @@ from common.errors import EyasError, MachineError
 from common.lock import locked
 from tests.train import small_store
 from tests.train.served import read_tensors
-from train import trainer
+from train import together, trainer
 from train.plan import make_plan
 from train.run import TrainConfig, run
 from train.state import Saved, claimed
@@ -129,12 +129,12 @@ def test_no_loss_goes_unseen_and_the_last_one_neither(config, tmp_path, monkeypa
 
 
 def test_a_head_that_scores_nan_is_exported_nowhere(config, tmp_path, monkeypatch):
-    evaluate = trainer.Evaluator.__call__
+    score_all = together.score_all
 
     def nan(*args):
-        return evaluate(*args) | {"loss": [float("nan")] * 2}
+        return [found | {"loss": [float("nan")] * 2} for found in score_all(*args)]
 
-    monkeypatch.setattr(trainer.Evaluator, "__call__", nan)
+    monkeypatch.setattr(together, "score_all", nan)
     with pytest.raises(EyasError, match=r"the head of step 3 has a loss of nan on held-out rows"):
         run(replace(config, out=str(tmp_path / "out")))
     assert not (tmp_path / "out/best").exists()

@@ -7,7 +7,8 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
-from train.stream import Stream, Workload, order, teaching_arrays
+from train.order import listed, order, share_of
+from train.stream import Stream, View, Workload, teaching_arrays
 
 STEPS = 3
 
@@ -19,29 +20,32 @@ def store(tmp_path_factory):
 
 def test_every_epoch_visits_every_row_once_in_an_order_of_its_own():
     rows = np.array([3, 5, 8, 9, 20])
-    wanted = order(rows, seed=1, steps=5, batch_rows=3).reshape(3, 5)
+    wanted = order(rows, seed=1, steps=5, batch_rows=3).rows.reshape(3, 5)
     assert (np.sort(wanted, axis=1) == rows).all()
     assert len({tuple(epoch) for epoch in wanted}) == 3
-    assert (order(rows, 2, 5, 3) != wanted.reshape(5, 3)).any()
+    assert (order(rows, 2, 5, 3).rows != wanted.reshape(5, 3)).any()
 
 
 def test_a_shorter_run_reads_the_same_batches():
     rows = np.arange(7)
-    np.testing.assert_array_equal(order(rows, 0, 3, 2), order(rows, 0, 30, 2)[:3])
+    np.testing.assert_array_equal(order(rows, 0, 3, 2).rows, order(rows, 0, 30, 2).rows[:3])
 
 
 def stream_of(store, rows, chips=1):
     mesh = make_mesh(chips)
     workload = Workload(store, store.split_rows("train"), STEPS)
-    wanted = np.asarray(rows).reshape(1, -1)
-    return Stream(
-        store, workload, workload.capacity(np.maximum(wanted, 0), mesh.size), mesh, "recompute", np.arange(4)
-    )
+    wanted = np.atleast_2d(rows)
+    capacity = workload.capacity(np.maximum(wanted, 0), mesh.size)
+    return Stream(store, mesh, [View(listed(wanted), workload, capacity, "recompute", np.arange(4))])
+
+
+def batches(stream):
+    return [batch for dealt in stream.batches() for _, batch in dealt]
 
 
 def test_a_batch_holds_the_rows_asked_for(store):
     rows = np.array([9, 0, 4, 1])
-    (batch,) = stream_of(store, rows).batches([rows])
+    (batch,) = batches(stream_of(store, rows))
     for name in ("tokens", "segment_ids", "positions", "aux_hidden", "last_hidden", "argmax", "logsumexp"):
         np.testing.assert_array_equal(getattr(batch, name), store.read([name], rows)[name])
     assert batch.draft_logits is None
@@ -50,7 +54,7 @@ def test_a_batch_holds_the_rows_asked_for(store):
 @pytest.mark.parametrize("chips", [1, 2])
 def test_the_workload_is_that_of_a_loop_over_positions(store, chips):
     rows = np.array([0, 1, 3, 4])
-    (batch,) = stream_of(store, rows, chips).batches([rows])
+    (batch,) = batches(stream_of(store, rows, chips))
     found = store.read(("segment_ids", "loss_mask"), rows)
     segments, mask = found["segment_ids"].reshape(chips, -1), found["loss_mask"].reshape(chips, -1)
     n, T = segments.shape[1], small_store.T
@@ -71,15 +75,15 @@ def test_the_workload_is_that_of_a_loop_over_positions(store, chips):
 
 def test_an_empty_row_counts_nothing(store):
     rows = np.array([0, -1])
-    (batch,) = stream_of(store, rows).batches([rows])
+    (batch,) = batches(stream_of(store, rows))
     assert (np.asarray(batch.segment_ids)[1] == 0).all()
     assert (np.asarray(batch.targets)[: int(batch.count[0])] < small_store.T).all()
 
 
 def test_batches_come_in_order_however_many_are_in_flight(store):
-    wanted = order(store.split_rows("train"), 0, 9, 1)
-    stream = stream_of(store, np.arange(1))
-    got = [np.asarray(batch.tokens) for batch in stream.batches(wanted)]
+    wanted = order(store.split_rows("train"), 0, 9, 1).rows
+    stream = stream_of(store, wanted)
+    got = [np.asarray(batch.tokens) for batch in batches(stream)]
     np.testing.assert_array_equal(
         np.stack(got), store.read(["tokens"], wanted.reshape(-1))["tokens"][:, None]
     )
@@ -90,7 +94,7 @@ def test_a_damaged_store_stops_the_stream(tmp_path):
     url = small_store.write_store(str(tmp_path / "store"), blocks=1)
     store = Store.open(url)
     with pytest.raises(EyasError, match="partial"):
-        list(stream_of(store, np.array([0, 9])).batches([np.array([0, 9])]))
+        batches(stream_of(store, np.array([0, 9])))
 
 
 def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
@@ -105,3 +109,47 @@ def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
         "draft_logits",
     }
     assert {"last_hidden", "last_scale"} < set(teaching_arrays(small, "recompute"))
+
+
+def test_a_share_of_the_rows_keeps_their_order_and_smaller_shares_lie_in_larger_ones():
+    rows = np.arange(0, 60, 2)
+    whole = order(rows, 3, steps=30, batch_rows=4)
+    for share, other in ((0.5, 0.8), (0.1, 0.5), (0.01, 0.1)):
+        inside, outer = share_of(rows, 3, share), share_of(rows, 3, other)
+        assert len(inside) == max(1, round(30 * share))
+        assert set(inside) <= set(outer)
+        part = order(rows, 3, 2 * len(inside), 2, share)
+        epochs = part.rows.reshape(-1, len(inside))
+        assert (np.sort(epochs, axis=1) == inside).all()
+        expected = whole.rows.ravel()[np.isin(whole.rows.ravel(), inside)]
+        n = min(len(expected), part.rows.size)
+        np.testing.assert_array_equal(part.rows.ravel()[:n], expected[:n])
+
+
+@pytest.mark.parametrize("first", [(0, 0, 0, 0), (2, 5, 0, 1), (9, 0, 1, 3)])
+@pytest.mark.parametrize("chips", [1, 2])
+def test_one_reading_gives_each_run_the_batches_that_it_has_alone(store, first, chips):
+    """Other lengths, shares, draft vocabularies and TTT steps; rows cross from one batch to the next."""
+    mesh, rows = make_mesh(chips), store.split_rows("train")
+    views = []
+    for steps, share, ids, ttt_steps in ((9, 1.0, 4, 3), (6, 0.5, 9, 1), (2, 0.2, 4, 3), (4, 1.0, 4, 2)):
+        wanted = order(rows, 1, steps, 4, share)
+        workload = Workload(store, rows, ttt_steps)
+        capacity = workload.capacity(wanted.rows, chips)
+        views.append(View(wanted, workload, capacity, "recompute", np.arange(ids)))
+    together = Stream(store, mesh, views)
+    reading = together.reading(first)
+    left = [view.order.places[start:].ravel() for view, start in zip(views, first, strict=True)]
+    read = sum((rows >= 0).sum() for rows, _ in reading)
+    assert read == len(np.unique(np.concatenate(left))), "nothing is read twice"
+    got = [[] for _ in views]
+    for dealt in together.batches(reading):
+        for number, batch in dealt:
+            got[number].append(batch)
+    for view, start, found in zip(views, first, got, strict=True):
+        alone = batches(Stream(store, mesh, [view]))[start:]
+        assert len(found) == len(alone)
+        for one, other in zip(found, alone, strict=True):
+            for name, x, y in zip(one._fields, one, other, strict=True):
+                np.testing.assert_array_equal(x, y, err_msg=name)
+                assert x is None or x.sharding == y.sharding

@@ -1,0 +1,116 @@
+"""Which rows every step takes, a function of seed and step alone, and how several runs share one reading.
+
+A step's rows do not depend on what was read before or on the number of processes, so resuming is free and a
+batch can be replayed. Dimensions: N rows of a split, B rows of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_SHARES = 2**63  # the number of an epoch that no run reaches
+
+
+class Order(NamedTuple):
+    """The rows of every step, int64 [steps, B], and their places: where they lie when the epochs of all rows
+    are written one after the other. A row of -1 is empty: it fills up a batch."""
+
+    rows: np.ndarray
+    places: np.ndarray
+
+
+def _permutation(n: int, seed: int, number: int) -> np.ndarray:
+    # Philox: numpy promises its stream for ever, unlike that of default_rng.
+    return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(n)
+
+
+def share_of(rows: np.ndarray, seed: int, share: float) -> np.ndarray:
+    """A share of the rows, ascending, one at least; a smaller share's rows are among a larger one's."""
+    count = max(1, round(share * len(rows)))
+    return rows if count >= len(rows) else np.sort(rows[_permutation(len(rows), seed, _SHARES)[:count]])
+
+
+def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int, share: float = 1.0) -> Order:
+    """Each epoch is a permutation of its own, and batches run on over its end, so that no row is left out.
+    Fewer steps give a prefix, and a share of the rows keeps the order of all."""
+    count, N = steps * batch_rows, len(rows)
+    inside = np.isin(rows, share_of(rows, seed, share))
+    epochs = []
+    for epoch in range(-(-count // int(inside.sum()))):
+        mixed = _permutation(N, seed, epoch)
+        at = np.flatnonzero(inside[mixed])
+        epochs.append((rows[mixed[at]], epoch * N + at))
+    return Order(*(np.concatenate(x)[:count].reshape(steps, batch_rows) for x in zip(*epochs, strict=True)))
+
+
+def listed(rows: np.ndarray) -> Order:
+    """The order of `rows` int64 [steps, B] as they stand."""
+    return Order(rows, np.arange(rows.size).reshape(rows.shape))
+
+
+class Part(NamedTuple):
+    """What a batch that was read is to one of the orders: rows of its batch of step `step`."""
+
+    order: int
+    step: int
+    slots: np.ndarray  # int32 [B]: where in that batch each row belongs; B where it does not
+    whole: bool  # it is that batch
+    complete: bool  # with it, that batch has all of its rows
+
+
+class Reading:
+    """What is read until every order has its steps from `first` on: (rows int64 [B], what they are to each
+    order), again and again. All orders have the same rows at the same places; none is read twice for one."""
+
+    def __init__(self, orders: Sequence[Order], first: Sequence[int]):
+        self._first = first
+        left = [Order(*(x[start:] for x in one)) for one, start in zip(orders, first, strict=True)]
+        read = _reading(left)
+        self._rows, self._located = read.rows, [_locate(read, one) for one in left]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[Part]]]:
+        at = [0] * len(self._located)
+        for t, rows in enumerate(self._rows):
+            parts = []
+            for number, (batch, row) in enumerate(self._located):
+                while at[number] < len(batch) and batch[at[number]].min() <= t:
+                    parts.append(_part(number, self._first[number], at[number], t, batch, row))
+                    if not parts[-1].complete:
+                        break
+                    at[number] += 1
+            yield rows, parts
+
+
+def _reading(left: Sequence[Order]) -> Order:
+    """What is read for all: the batches of one order if they hold everything, else all rows as they come."""
+    largest = max(left, key=lambda one: one.rows.size)
+    B = largest.rows.shape[1]
+    places, first = np.unique(np.concatenate([one.places.ravel() for one in left]), return_index=True)
+    if len(places) == largest.rows.size:
+        return largest
+    rows = np.concatenate([one.rows.ravel() for one in left])[first]
+    missing = -len(places) % B
+    rows = np.append(rows, np.full(missing, -1))
+    places = np.append(places, np.full(missing, np.iinfo(np.int64).max))
+    return Order(rows.reshape(-1, B), places.reshape(-1, B))
+
+
+def _locate(read: Order, wanted: Order) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the batch, row in it) at which each row of `wanted` is read, [steps, B] each."""
+    flat = read.places.ravel()
+    ascending = np.argsort(flat, kind="stable")
+    found = ascending[np.searchsorted(flat, wanted.places, sorter=ascending)]
+    return np.divmod(found, read.rows.shape[1])
+
+
+def _part(number: int, first: int, step: int, t: int, batch: np.ndarray, row: np.ndarray) -> Part:
+    B = batch.shape[1]
+    (here,) = np.nonzero(batch[step] == t)
+    slots = np.full(B, B, np.int32)
+    slots[row[step][here]] = here
+    whole = bool((slots == np.arange(B)).all())
+    return Part(number, first + step, slots, whole, bool((batch[step] <= t).all()))

@@ -1,0 +1,71 @@
+"""Trainers that take the batches of one stream: each reading of the store serves all of them."""
+
+from collections.abc import Callable, Sequence
+
+from common.errors import EyasError, MachineError
+from common.progress import Progress
+from common.stopping import Stop
+from train.evaluate import score_all
+from train.stream import Stream
+from train.trainer import Trainer
+
+
+def raise_it(trainer: Trainer, error: EyasError) -> None:
+    """For a run that is alone: its end is the end."""
+    raise error
+
+
+def train(
+    trainers: Sequence[Trainer],
+    label: str,
+    stop: Stop,
+    require_ours: Callable[[], None],
+    failed: Callable[[Trainer, EyasError], None],
+) -> float:
+    """Gives every trainer the batches that it has not had yet; returns the seconds that all waited for data.
+
+    A trainer whose head comes to nothing is given to `failed`, and the others go on, unless that raises. What
+    the machine does ends all. If asked to stop, all states are saved first.
+    """
+    live = list(trainers)
+
+    def each(action: Callable[[Trainer], None], of: Sequence[Trainer]) -> None:
+        for trainer in [one for one in of if one in live]:
+            try:
+                action(trainer)
+            except MachineError:
+                raise
+            except EyasError as error:
+                live.remove(trainer)
+                failed(trainer, error)
+
+    def evaluate() -> None:
+        due = [one for one in live if one.is_evaluated]
+        measured = [one.measured for one in due if one.evaluator]  # all or none: they have one source
+        found = score_all(measured, f"evaluate step {due[0].step}") if measured else [{}] * len(due)
+        metrics = dict(zip(due, found, strict=True))
+        each(lambda one: one.keep(metrics[one]), due)
+
+    source = trainers[0].plan.source
+    stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers])
+    reading = stream.reading([one.step for one in trainers])
+    tokens = trainers[0].plan.config.batch_rows * source.store.length
+    before = max(one.plan.steps for one in trainers) - len(reading)
+    evaluate()  # what a stopped run had not come to
+    with Progress(label, (before + len(reading)) * tokens, "tok", done=before * tokens) as progress:
+        for dealt in stream.batches(reading):
+            for number, batch in dealt:
+                each(lambda one, batch=batch: one.take(batch), [trainers[number]])
+            require_ours()  # before anything is saved
+            progress.update(tokens, live[0].status if live else "")
+            taken = [trainers[number] for number, _ in dealt]
+            if stop.asked and not all(one.done for one in live):
+                each(Trainer.save, live)
+                each(Trainer.finish, live)
+                stop.check()
+            evaluate()
+            each(Trainer.save, [one for one in taken if one.is_saved])
+            if not live:
+                break
+    each(Trainer.finish, live)
+    return stream.waited
