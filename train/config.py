@@ -70,6 +70,12 @@ class TrainConfig:
         None, "Steps between checkpoints.", least=1, otherwise="chosen so that they cost little"
     )
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
+    log_to: tuple[str, ...] | None = setting(
+        None,
+        "Tell a tracker as well; may be repeated.",
+        choices=("wandb", "tensorboard", "mlflow", "trackio"),
+        otherwise="metrics.jsonl alone",
+    )
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     def __post_init__(self) -> None:
