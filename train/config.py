@@ -38,10 +38,22 @@ class TrainConfig:
     draft_vocab: int | None = setting(
         None, "Size of the draft vocabulary.", least=1, otherwise="32000, or a smaller target's all"
     )
+    optimizer: str = setting(
+        "adamw", "What moves the weights; muon takes the block's matrices.", choices=("adamw", "muon")
+    )
     learning_rate: float = setting(1e-4, "Peak learning rate.", above=0)
     warmup: float = setting(0.02, "Share of the steps that warms up.", least=0, below=1)
+    schedule: str = setting(
+        "cosine",
+        "The rate after the warm-up; wsd: constant, and linear to 0 at the end.",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    cooldown: float = setting(0.2, "wsd: share of the steps that falls to 0.", above=0, most=1)
     weight_decay: float = setting(0.0, "Decoupled weight decay.", least=0)
     clip: float = setting(0.5, "Largest norm of the gradient.", above=0)
+    ema: float = setting(
+        0.0, "Decay of the average of the weights that is evaluated and exported; 0: none.", least=0, below=1
+    )
     betas: tuple[float, float] = setting(
         (0.9, 0.95), "How slowly AdamW forgets gradients and their squares.", least=0, below=1
     )
@@ -69,13 +81,13 @@ class TrainConfig:
     save_every: int | None = setting(
         None, "Steps between checkpoints.", least=1, otherwise="chosen so that they cost little"
     )
-    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
-    log_to: tuple[str, ...] | None = setting(
+    patience: int | None = setting(
         None,
-        "Tell a tracker as well; may be repeated.",
-        choices=("wandb", "tensorboard", "mlflow", "trackio"),
-        otherwise="metrics.jsonl alone",
+        "Evaluations in a row without a better acceptance length after which the run ends.",
+        least=1,
+        otherwise="all steps are done",
     )
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     def __post_init__(self) -> None:
@@ -85,6 +97,12 @@ class TrainConfig:
             raise ValueError(
                 f"teacher_temperature={self.teacher_temperature} does not go with loss={self.loss}; give 1, "
                 f"or one of the losses {', '.join(_TEMPERED)}"
+            )
+        self._require("cooldown", "schedule", "wsd")
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} are more than all steps; give shares "
+                "whose sum is at most 1"
             )
         self._require("lk_scale", "loss", "lk-lambda")
         self._require("lk_decay", "loss", "lk-lambda")

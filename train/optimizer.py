@@ -1,18 +1,37 @@
-"""AdamW over float32 masters: warm-up, cosine to zero, clipping by the norm of all gradients."""
+"""AdamW or Muon over float32 masters: clipped, on a schedule, with an average of the weights, and guarded.
 
+Everything is a transformation of optax; states are dicts by parameter or scalars, so that they can lie over a
+mesh as the parameters do.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+MOST_SKIPPED = 10  # steps in a row that may be skipped before a run ends
+_MUON_RMS = 0.2  # of a Muon update's entries, which is about AdamW's (arXiv 2502.16982): one rate suits both
 
 
-def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear over the first `warmup` share of `steps`, then a cosine to 0."""
+def schedule(
+    peak: float, warmup: float, steps: int, kind: str = "cosine", cooldown: float = 0.2
+) -> optax.Schedule:
+    """Learning rate by step: linear over the first `warmup` share of `steps`, then as `kind` says.
+
+    "cosine" and "linear" fall to 0, "constant" stays, "wsd" stays and falls linearly to 0 over the last
+    `cooldown` share (warm-up, stable, decay: arXiv 2404.06395).
+    """
     rising = max(1, round(warmup * steps))
-    return optax.schedules.warmup_cosine_decay_schedule(
-        peak / (rising + 1), peak, rising, max(steps, rising + 1)
-    )
+    first, end = peak / (rising + 1), max(steps, rising + 1)
+    if kind == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(first, peak, rising, end)
+    falling = {"constant": 0, "linear": end - rising, "wsd": max(1, round(cooldown * steps))}[kind]
+    later = optax.linear_schedule(peak, 0.0, falling) if falling else optax.constant_schedule(peak)
+    parts = [optax.linear_schedule(first, peak, rising), optax.constant_schedule(peak), later]
+    return optax.join_schedules(parts, [rising, end - falling])
 
 
 def make(
@@ -21,24 +40,63 @@ def make(
     betas: tuple[float, float],
     weight_decay: float,
     units: dict[str, Any] | None = None,
-) -> optax.GradientTransformation:
-    """clip by global norm -> AdamW; matrices decay, norms do not.
+    *,
+    muon: frozenset[str] = frozenset(),
+    still: frozenset[str] = frozenset(),
+    ema: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """clip by global norm -> AdamW or Muon -> decay of matrices, not norms -> rate -> average; guarded.
 
     `units` {name: [in]}: these matrices [out, in] are trained as if their inputs were divided by the units
-    and the matrix multiplied by them: gradients and updates are both divided.
+    and the matrix multiplied by them: gradients and updates are both divided. Muon trains the matrices
+    `muon`, AdamW the rest but for `still`, which stay as they are: they have no moments and count for no
+    norm. `ema` is the decay of the weights' average, 0: none is kept. `update` takes the `loss` too.
     """
+    units = units or {}
 
-    def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
+    def decaying(params: Any) -> dict[str, bool]:
+        return {name: x.ndim > 1 and name not in still for name, x in params.items()}
 
-    return optax.chain(
-        _divided_by(units or {}),
-        _clipped(clip),
-        optax.scale_by_adam(*betas),
-        _divided_by(units or {}),
-        optax.add_decayed_weights(weight_decay, matrices),
-        optax.scale_by_learning_rate(rate),
+    return _guarded(
+        optax.chain(
+            _without(still),
+            _divided_by(units),
+            _clipped(clip),
+            _direction(betas, muon, still),
+            _divided_by(units),
+            optax.add_decayed_weights(weight_decay, decaying),
+            optax.scale_by_learning_rate(rate),
+            *([_averaged(ema)] if ema else []),
+        )
     )
+
+
+def _direction(
+    betas: tuple[float, float], muon: frozenset[str], still: frozenset[str]
+) -> optax.GradientTransformation:
+    """Adam's, or by parameter Adam's, Muon's or none at all."""
+    adam = optax.scale_by_adam(*betas)
+    if not muon and not still:
+        return adam
+    numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=0)  # weights are [out, in]
+    orthogonal = scale_by_muon(weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: numbers, tree))
+    sized = _stateless(lambda tree: jax.tree.map(lambda x: x * _MUON_RMS * max(x.shape) ** 0.5, tree))
+
+    def kind(name: str) -> str:
+        return "still" if name in still else "muon" if name in muon else "adam"
+
+    return optax.partition(
+        {"adam": adam, "muon": optax.chain(orthogonal, sized), "still": optax.set_to_zero()},
+        lambda params: {name: kind(name) for name in params},
+    )
+
+
+def _stateless(update: Callable[[Any], Any]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: update(updates))
+
+
+def _without(names: frozenset[str]) -> optax.GradientTransformation:
+    return _stateless(lambda updates: updates | {name: jnp.zeros_like(updates[name]) for name in names})
 
 
 class Clipped(NamedTuple):
@@ -58,9 +116,15 @@ def _clipped(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: Clipped(jnp.float32(0)), update)
 
 
-def gradient_norm(state: Any, otherwise: jax.Array) -> jax.Array:
+def gradient_norm(state: Any, otherwise: Any = None) -> jax.Array:
     """The norm that clipping found in the step that gave this state; `otherwise` if nothing clips."""
     return optax.tree.get(state, "gradient_norm", otherwise)
+
+
+def skipped(state: Any) -> tuple[jax.Array, jax.Array]:
+    """How many steps were skipped: of all, and of the last ones in a row. None where nothing guards."""
+    none = jnp.int32(0)
+    return optax.tree.get(state, "skipped", none), optax.tree.get(state, "skipped_in_a_row", none)
 
 
 def _divided_by(units: dict[str, Any]) -> optax.GradientTransformation:
@@ -70,3 +134,66 @@ def _divided_by(units: dict[str, Any]) -> optax.GradientTransformation:
         return updates | {name: updates[name] / unit[None] for name, unit in units.items()}, units
 
     return optax.GradientTransformation(lambda _: jax.tree.map(jnp.asarray, units), divide)
+
+
+class Averaged(NamedTuple):
+    """State of the average: how many steps it holds, and the averaged weights."""
+
+    steps: jax.Array
+    average: Any
+
+
+def _averaged(decay: float) -> optax.GradientTransformation:
+    """Keeps the exponential moving average of the weights. Behind whatever else changes the updates.
+
+    The first steps weigh less: after t of them the decay is (1 + t) / (10 + t) at most, so that the average
+    of a short run is not that of its beginning.
+    """
+
+    def update(updates: Any, state: Averaged, params: Any) -> tuple[Any, Averaged]:
+        steps = state.steps.astype(jnp.float32)
+        by = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
+        moved = jax.tree.map(
+            lambda kept, x, change: kept + by * (x + change - kept), state.average, params, updates
+        )
+        return updates, Averaged(state.steps + 1, moved)
+
+    # A copy, because the parameters' own buffers are given away.
+    return optax.GradientTransformation(
+        lambda params: Averaged(jnp.int32(0), jax.tree.map(jnp.copy, params)), update
+    )
+
+
+def weights(state: Any, params: Any) -> Any:
+    """What is evaluated and exported: the average where one is kept, else `params`."""
+    return optax.tree.get(state, "average", params)
+
+
+class Guarded(NamedTuple):
+    """State of the guard: how many steps were skipped, of all and of the last in a row."""
+
+    inner: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leaves everything as it is where the loss or the norm of the gradients is not finite."""
+
+    def init(params: Any) -> Guarded:
+        return Guarded(inner.init(params), jnp.int32(0), jnp.int32(0))
+
+    def update(updates: Any, state: Guarded, params: Any = None, *, loss: Any = 0.0) -> tuple[Any, Guarded]:
+        found, new = inner.update(updates, state.inner, params)
+        norm = gradient_norm(new)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
+
+        kept = optax.tree.set(chosen(new, state.inner), gradient_norm=norm)
+        bad = 1 - good.astype(jnp.int32)
+        counts = state.skipped + bad, (state.skipped_in_a_row + bad) * bad
+        return chosen(found, jax.tree.map(jnp.zeros_like, found)), Guarded(kept, *counts)
+
+    return optax.GradientTransformationExtraArgs(init, update)

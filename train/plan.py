@@ -23,7 +23,7 @@ from common.mesh import sharding
 from common.params import shapes
 from common.storage import require_room
 from common.store import Store
-from train import logs, optimizer
+from train import optimizer
 from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
@@ -37,7 +37,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
-_FREE = ("out", "log_every", "log_to", "eval_every", "save_every", "dp")
+_FREE = ("out", "log_every", "eval_every", "save_every", "patience", "dp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
@@ -88,10 +88,11 @@ class Plan:
         return jax.device_put(made, sharding(self.mesh, ()))
 
     def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """AdamW, with the head's matrices in its units."""
+        """What trains the head, with the head's matrices in its units."""
         c = self.config
         units = self.head.units(self.sample)
-        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units)
+        muon = self.head.matrices() if c.optimizer == "muon" else frozenset()
+        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units, muon=muon, ema=c.ema)
 
 
 def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
@@ -100,7 +101,6 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     if storage.is_remote(config.out) and not config.out.startswith("gs://"):
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
-    logs.require(config.log_to or (), config.out)
     source = source or Source(config.store, config.dp)
     store, features = source.store, source.store.features
     teaching_arrays(store, config.teacher)
@@ -121,6 +121,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(
             f"{steps} steps of {config.batch_rows} rows are more than {_MOST_ROWS} rows; give fewer "
             "--steps or --epochs"
+        )
+    if config.patience is not None and not len(source.test_rows):
+        raise EyasError(
+            f"{config.store} has no held-out rows, by which patience={config.patience} could tell a better "
+            "head; leave it out, or prepare a store with holdout above 0"
         )
     wanted = order(source.train_rows, config.data_seed, steps, config.batch_rows, config.share)
     dtype = compute_dtype(config.dtype)

@@ -56,10 +56,10 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], 
     """Gives the trainer every batch that it has not had yet. If it is stopped, its state is saved."""
     first, tokens, began = trainer.step, plan.config.batch_rows * plan.store.length, time.monotonic()
     waited = together.train([trainer], "train", stop, require_ours, together.raise_it)
-    seconds, steps = time.monotonic() - began, plan.steps - first
+    seconds, steps = time.monotonic() - began, trainer.step - first
     return {
         "out": plan.config.out,
-        "steps": plan.steps,
+        "steps": trainer.step,
         "steps_before": first,
         "rows": steps * plan.config.batch_rows,
         "tokens": steps * tokens,

@@ -17,7 +17,7 @@ from train.heads import Head
 from train.losses import Loss, cross_entropy
 from train.metrics import Sums, shard_sums
 from train.objective import shard_counts, shard_loss, shard_scores
-from train.optimizer import gradient_norm
+from train.optimizer import gradient_norm, skipped
 
 _ROW = spec(("row",))
 _ALL = spec(())
@@ -33,12 +33,15 @@ class State(NamedTuple):
 
 class Metrics(NamedTuple):
     """Of one step: loss is the sum that is minimised; by TTT step [K] the loss, and the share that is right
-    of the targets in the draft vocabulary; the norm of all gradients, as clipping sees it."""
+    of the targets in the draft vocabulary; the norm of all gradients, as clipping sees it; how many steps
+    were skipped so far, because loss or norm were not finite, and how many of the last ones in a row."""
 
     loss: jax.Array
     loss_K: jax.Array
     acc_K: jax.Array
     gradient_norm: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
 def _over_mesh(mesh: Mesh, fn: Callable) -> Callable:
@@ -86,14 +89,16 @@ def train_step(
     gradients_of: Callable, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Frozen, Batch], tuple[State, Metrics]]:
     """One optimiser step; to be jitted with the state donated."""
+    with_loss = optax.with_extra_args_support(optimizer)
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
         (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it; our own code runs under "strict"
-            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            updates, moments = with_loss.update(gradients, state.optimizer, state.params, loss=loss)
             params = optax.apply_updates(state.params, updates)
             norm = gradient_norm(moments, optax.tree.norm(gradients))
-        return State(params, moments, state.step + 1), Metrics(loss, loss_K, acc_K, norm)
+        metrics = Metrics(loss, loss_K, acc_K, norm, *skipped(moments))
+        return State(params, moments, state.step + 1), metrics
 
     return step
 

@@ -46,12 +46,17 @@ def train(
         metrics = dict(zip(due, found, strict=True))
         each(lambda one: one.keep(metrics[one]), due)
 
+    def retire() -> None:
+        each(Trainer.finish, [one for one in live if one.done])
+        live[:] = [one for one in live if not one.done]
+
     source = trainers[0].plan.source
     stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers])
-    reading = stream.reading([one.step for one in trainers])
+    reading = stream.reading([one.plan.steps if one.done else one.step for one in trainers])
     tokens = trainers[0].plan.config.batch_rows * source.store.length
     before = max(one.plan.steps for one in trainers) - len(reading)
     evaluate()  # what a stopped run had not come to
+    retire()
     with Progress(label, (before + len(reading)) * tokens, "tok", done=before * tokens) as progress:
         for dealt in stream.batches(reading):
             for number, batch in dealt:
@@ -65,6 +70,7 @@ def train(
                 stop.check()
             evaluate()
             each(Trainer.save, [one for one in taken if one.is_saved])
+            retire()
             if not live:
                 break
     each(Trainer.finish, live)

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import storage
-from common.config import to_json
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import note
 from train import losses, optimizer
-from train.batch import Batch
+from train.batch import Batch, Params
 from train.evaluate import Evaluator
 from train.export import export
-from train.logs import Logs
 from train.metrics import LENGTH, better
 from train.plan import Plan
 from train.state import Lines, Saved
@@ -34,7 +32,8 @@ class Trainer:
     def __init__(self, plan: Plan):
         """A new head, or the newest saved state of the plan's folder. EyasError if that cannot be read."""
         self.plan = self._plan = plan
-        self._rate = optimizer.schedule(plan.config.learning_rate, plan.config.warmup, plan.steps)
+        c = plan.config
+        self._rate = optimizer.schedule(c.learning_rate, c.warmup, plan.steps, c.schedule, c.cooldown)
         self._optimizer = plan.optimizer(self._rate)
         self._saved = Saved(plan.config.out)
         self.best: dict[str, Any] | None = None
@@ -43,8 +42,6 @@ class Trainer:
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
         self._lines = Lines(plan.config.out, self.step)
-        told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
-        self._logs = Logs(() if self.done else plan.config.log_to or (), plan.config.out, told)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
@@ -56,14 +53,20 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._logs.close(self.done)
         self._lines.close()
         self._saved.close()
 
     @property
     def done(self) -> bool:
-        """Whether every step is."""
-        return self.step == self._plan.steps
+        """Whether every step is, or `patience` evaluations in a row found no better head."""
+        return self.step == self._plan.steps or self._stands_still
+
+    @property
+    def _stands_still(self) -> bool:
+        patience = self._plan.config.patience
+        if patience is None or self.best is None:
+            return False
+        return self.last["step"] - self.best["step"] >= patience * self._plan.eval_every
 
     @property
     def saved_step(self) -> int:
@@ -94,7 +97,7 @@ class Trainer:
         return Evaluator(*shape, c.teacher)
 
     def take(self, batch: Batch) -> None:
-        """One step. EyasError once the loss of the step before turns out not to be finite."""
+        """One step. EyasError once too many steps in a row turn out not to be finite."""
         if self._compiled is None:
             self._compiled = self._compile(batch)
         self._state, metrics = self._compiled(self._state, self._frozen, batch)
@@ -125,7 +128,7 @@ class Trainer:
     def measured(self) -> tuple[Evaluator, Any, Any]:
         """What `score_all` takes."""
         assert self.evaluator
-        return self.evaluator, self._state.params, self._frozen
+        return self.evaluator, self._weights(), self._frozen
 
     def save(self) -> None:
         """Begins to save the state; what is known of all steps up to it is in metrics.jsonl before."""
@@ -137,7 +140,7 @@ class Trainer:
         self._kept = self.step
 
     def finish(self) -> None:
-        """Waits until everything is on disk. EyasError if the last loss is not finite."""
+        """Waits until everything is on disk."""
         self._read()
         self._saved.finish()
 
@@ -147,20 +150,26 @@ class Trainer:
         if metrics is None:
             return
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-        for name, value in (("loss", loss), ("norm of the gradients", norm)):
-            if not math.isfinite(value):
-                raise EyasError(
-                    f"the {name} is {value} at step {self.step}; use a lower --learning-rate, or --dtype "
-                    "float32, in a new folder"
-                )
-        if self.step % self._plan.config.log_every == 0 or self.step == 1 or self.done:
+        if in_a_row := int(metrics.skipped_in_a_row):
+            self._skipped(in_a_row, loss, norm)
+        elif self.step % self._plan.config.log_every == 0 or self.step == 1 or self.done:
             self._log(metrics, loss, norm)
+
+    def _skipped(self, in_a_row: int, loss: float, norm: float) -> None:
+        """Says that this step changed nothing. EyasError after too many in a row."""
+        found = f"the loss is {loss}, the norm of the gradients {norm}"
+        if in_a_row == 1:
+            note(f"train: step {self.step} is skipped, because {found}")
+        if in_a_row >= optimizer.MOST_SKIPPED:
+            raise EyasError(
+                f"steps {self.step - in_a_row + 1} to {self.step} were all skipped: {found}; use a lower "
+                "--learning-rate or --clip, a longer --warmup, or --dtype float32, in a new folder"
+            )
 
     def _log(self, metrics: Metrics, loss: float, norm: float) -> None:
         acc = np.asarray(metrics.acc_K).tolist()
-        length = f", acceptance length {self.last[LENGTH]:.3f}" if LENGTH in self.last else ""
-        self.status = f"loss {loss:.3f}, acc_0 {acc[0]:.1%}{length}"
-        self._tell(
+        self.status = f"loss {loss:.3f}, first token right {acc[0]:.1%}"
+        self._lines.add(
             {
                 "step": self.step,
                 "tokens": self.step * self._plan.config.batch_rows * self._plan.store.length,
@@ -168,14 +177,11 @@ class Trainer:
                 "loss_k": np.asarray(metrics.loss_K).tolist(),
                 "acc_in_vocab_k": acc,
                 "gradient_norm": norm,
+                "skipped": int(metrics.skipped),
                 "learning_rate": float(self._rate(self.step - 1)),
                 "seconds": round(time.monotonic() - self._clock, 2),
             }
         )
-
-    def _tell(self, line: dict[str, Any]) -> None:
-        self._lines.add(line)
-        self._logs.add(line)
 
     def keep(self, metrics: dict[str, Any]) -> None:
         """Exports the head, of which an evaluation says this, to last/, and to best/ if none was better.
@@ -190,13 +196,19 @@ class Trainer:
                     f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
                     "lower --learning-rate, or --dtype float32, in a new folder"
                 )
-            self._tell({"step": self.step, "evaluation": found})
+            self._lines.add({"step": self.step, "evaluation": found})
             self._lines.flush()
         self.last = found
         self._export("last", found)
         if better(found, self.best):
             self.best = found
             self._export("best", found)
+        if self._stands_still:
+            note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
+
+    def _weights(self) -> Params:
+        """What is evaluated and exported."""
+        return optimizer.weights(self._state.optimizer, self._state.params)
 
     def _export(self, name: str, found: dict[str, Any]) -> None:
         plan, steps = self._plan, self._plan.config.ttt_steps
@@ -217,4 +229,4 @@ class Trainer:
             }
         folder = storage.join(plan.config.out, name)
         target = plan.store.target_config()
-        export(folder, self._state.params, plan.head, plan.draft_ids, target, metadata=facts)
+        export(folder, self._weights(), plan.head, plan.draft_ids, target, metadata=facts)

@@ -170,7 +170,7 @@ def read(url: str, points: int) -> Run:
         settings=_settings(experiment),
         planned=identity["steps"],
         step=reached,
-        state=_state(url, reached, identity["steps"]),
+        state=_state(url, reached >= identity["steps"] or _gave_up(heads, experiment["config"])),
         tokens=_last(tokens),
         seconds=_last(seconds),
         loss=_last(columns["loss"][:, 0]) if len(steps) else math.nan,
@@ -188,8 +188,16 @@ def _best(heads: list[Evaluation]) -> Evaluation | None:
     return max(known, key=lambda head: head.number(LENGTH), default=None)
 
 
-def _state(url: str, step: int, planned: int) -> str:
-    if step >= planned:
+def _gave_up(heads: list[Evaluation], config: dict[str, Any]) -> bool:
+    """Whether the run ended before its time, as `patience` says."""
+    best, patience = _best(heads), config.get("patience")
+    if best is None or type(patience) is not int:
+        return False
+    return sum(head.step > best.step for head in heads) >= patience
+
+
+def _state(url: str, done: bool) -> str:
+    if done:
         return "done"
     if storage.is_remote(url) and not url.startswith("gs://"):
         return "unfinished"

@@ -54,6 +54,10 @@ class Head(Protocol):
         """{parameter [out, in]: [in]}: the units in which the optimiser sees the inputs of a matrix."""
         ...
 
+    def matrices(self) -> frozenset[str]:
+        """The parameters [out, in] from hidden states to hidden states: what Muon may train."""
+        ...
+
     def rollout(
         self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
     ) -> list[jax.Array]:

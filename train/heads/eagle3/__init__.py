@@ -42,6 +42,9 @@ class Eagle3(sizes.Sizes):
     def units(self, sample: Sample) -> dict[str, np.ndarray]:
         return start.units(self, sample)
 
+    def matrices(self) -> frozenset[str]:
+        return sizes.matrices(self)
+
     def rollout(
         self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
     ) -> list[jax.Array]:

@@ -130,3 +130,8 @@ def parameters(c: Sizes) -> Declaration:
         "norm.weight": norm,
         "lm_head.weight": Param((c.draft_vocab_size, H), (None, None)),
     }
+
+
+def matrices(c: Sizes) -> frozenset[str]:
+    """The block's and `fc`, but not the output: a gradient of logits has a row for every token."""
+    return frozenset(name for name, p in parameters(c).items() if len(p.shape) == 2) - {"lm_head.weight"}
