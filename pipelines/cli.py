@@ -17,6 +17,7 @@ from pipelines import recipes
 from pipelines.exit_codes import Group
 from pipelines.options import options
 from train.config import EvaluateConfig, TrainConfig
+from train.serving_config import SERVERS
 
 EMBEDDED = recipes.EMBEDDED
 ON_A_POD = ("dump",)  # the same command on every host
@@ -212,7 +213,14 @@ def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
 @click.option("--head", required=True, help="A head's folder, such as EXP/best.")
 @click.option("--store", required=True, help="The store it was trained from: names its target.")
 @click.option("--out", required=True, help="The folder to write; made whole or not at all.")
-def export(head: str, store: str, out: str) -> None:
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    type=click.Choice(list(SERVERS)),
+    help="Refuse a head that this server cannot take; may be repeated.",
+)
+def export(head: str, store: str, out: str, servers: tuple[str, ...]) -> None:
     """Writes a head as a folder that SGLang, vLLM and EAGLE load, and checks it against its target.
 
     Example: eyas export --head runs/smollm2-135m/best --store stores/smollm2-135m --out heads/smollm2-135m
@@ -220,7 +228,7 @@ def export(head: str, store: str, out: str) -> None:
     from common.store import Store
     from pipelines.copy_head import copy_head
 
-    for line in copy_head(head, Store.open(store).target_config(), out):
+    for line in copy_head(head, Store.open(store).target_config(), out, servers):
         click.echo(line)
 
 

@@ -19,12 +19,15 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
-def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]:
+def check(
+    folder: str, target_config: dict[str, Any] | None = None, servers: tuple[str, ...] = ()
+) -> list[str]:
     """What was found, a line each; EyasError, in one line, for the first thing a server would stumble over.
 
     Compares names, shapes, dtypes and values of the tensors with config.json, d2t with t2d, and, when the
     target's config.json is given, sizes, RoPE and aux layers with the target's. A line that says `cannot`
-    names a server that does not take such a head.
+    names servers that do not take such a head; it is an EyasError where it is one of `servers`, keys of
+    serving_config.SERVERS.
     """
     _check_files(folder)
     path = join(folder, "config.json")
@@ -36,7 +39,13 @@ def check(folder: str, target_config: dict[str, Any] | None = None) -> list[str]
     facts = [*_check_weights(folder, head, config["torch_dtype"]), *head.facts()]
     if target_config is not None:
         facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
-    return facts + head.limits()
+    for limit in head.limits():
+        if wanted := [name for name in limit.servers if name in servers]:
+            raise EyasError(
+                f"{folder}: {limit._replace(servers=tuple(wanted)).sentence()}; train a head without it, "
+                "or serve it elsewhere"
+            )
+    return facts + [limit.sentence() for limit in head.limits()]
 
 
 def _check_files(folder: str) -> None:
@@ -53,7 +62,8 @@ def _check_files(folder: str) -> None:
 
 def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
     path = join(folder, WEIGHTS)
-    expected = head.parameters()
+    declared_as = head.parameters()
+    expected = {name: declared_as[source] for name, source in head.tensors().items()}
     types = dict.fromkeys(expected, _DTYPES[dtype])
     N, V = head.draft_vocab_size, head.vocab_size
     if N < V:
@@ -72,6 +82,11 @@ def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
                 if not np.isfinite(file.get_tensor(name)).all():
                     raise EyasError(
                         f"{path}: {name} has values that are not finite; export another checkpoint"
+                    )
+            for name, source in head.tensors().items():
+                if name != source and not np.array_equal(file.get_tensor(name), file.get_tensor(source)):
+                    raise EyasError(
+                        f"{path}: {name} is not {source}, as which servers read it; export it again"
                     )
             if N < V:
                 _check_maps(path, file.get_tensor("d2t"), file.get_tensor("t2d"))

@@ -39,7 +39,8 @@ def export(
         raise EyasError(f"dtype {dtype!r} cannot be served; choose one of {', '.join(DTYPES)}")
     declared.check(head.parameters(), dict(params), "the head")
     head.require_fit(target_config, "the head")
-    tensors = {name: _cast(name, params[name], dtype) for name in head.parameters()}
+    cast = {name: _cast(name, params[name], dtype) for name in head.parameters()}
+    tensors = {name: cast[source] for name, source in head.tensors().items()}
     if head.draft_vocab_size < head.vocab_size:
         tensors["d2t"], tensors["t2d"] = vocabulary_maps(draft_ids, head)
     config = head.serving_config(target_config, dtype)

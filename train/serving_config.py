@@ -5,14 +5,35 @@ SafeAILab/EAGLE `eagle/model/{configs,cnets,ea_model}.py`, transformers 4 and 5 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.aux_layers import is_default
 from common.errors import EyasError
 
 DTYPES = ("bfloat16", "float16", "float32")
+SERVERS = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "sglang-jax": "sglang-jax",
+    "tpu-inference": "tpu-inference",
+    "eagle": "EAGLE's own code",
+}
 AUX_KEY = "eagle_aux_hidden_state_layer_ids"
+_AUX_COUNT = "num_aux_hidden_states"  # by which servers size the projection; 3 where it is missing
+_USUAL_AUX = 3
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Limit(NamedTuple):
+    """Something about a head that these servers, keys of SERVERS, cannot take."""
+
+    what: str
+    servers: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """Which servers cannot take what."""
+        *names, last = [SERVERS[name] for name in self.servers]
+        return f"{', '.join(names) + ' and ' if names else ''}{last} cannot take {self.what}"
 
 
 def token_ids(target: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -36,7 +57,8 @@ def aux_keys(aux_layers: tuple[int, ...], num_target_layers: int) -> dict[str, A
     """Names the aux layers where they are not the default: vLLM counts h_k, SGLang the layer that made it."""
     if is_default(aux_layers, num_target_layers):
         return {}
-    return {AUX_KEY: list(aux_layers), "eagle_config": {AUX_KEY: [k - 1 for k in aux_layers]}}
+    found = {AUX_KEY: list(aux_layers), "eagle_config": {AUX_KEY: [k - 1 for k in aux_layers]}}
+    return found if len(aux_layers) == _USUAL_AUX else found | {_AUX_COUNT: len(aux_layers)}
 
 
 def check_fields(
@@ -45,9 +67,11 @@ def check_fields(
     fixed: Mapping[str, Any],
     sizes: Mapping[str, str],
     numbers: Mapping[str, str],
+    flags: Mapping[str, str],
 ) -> None:
     """EyasError unless config.json has what servers need: `fixed` values, positive integers under the keys of
-    `sizes`, positive numbers under those of `numbers`, and the rest in its types."""
+    `sizes`, positive numbers under those of `numbers`, true or false under those of `flags`, and the rest in
+    its types."""
     if "auto_map" in config:
         raise EyasError(f"{path} asks for remote code (auto_map); remove the key")
 
@@ -62,6 +86,8 @@ def check_fields(
         require(name, "a positive integer", lambda x: type(x) is int and x > 0)
     for name in numbers:
         require(name, "a positive number", lambda x: type(x) in (int, float) and x > 0)
+    for name in flags:
+        require(name, "true or false", lambda x: type(x) is bool)
     require("torch_dtype", f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
     require("rope_scaling", "null or an object with rope_type", _is_scaling)
     for name in _TOKENS:
@@ -94,5 +120,10 @@ def read_aux_layers(path: str, config: dict[str, Any]) -> tuple[int, ...] | None
         raise EyasError(
             f"{path}: eagle_config.{AUX_KEY} is {nested_ids}, expected {[k - 1 for k in ids]} beside "
             f"{AUX_KEY} {ids} (SGLang counts from the layer before); export the head again"
+        )
+    if config.get(_AUX_COUNT, _USUAL_AUX) != len(ids):
+        raise EyasError(
+            f"{path}: {_AUX_COUNT} is {config.get(_AUX_COUNT, 'missing')}, expected {len(ids)}, as many as "
+            f"{AUX_KEY}; export the head again"
         )
     return tuple(ids)

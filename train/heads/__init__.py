@@ -14,12 +14,14 @@ from common.params import Declaration
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import Eagle3
 from train.sample import Sample, Weights
+from train.serving_config import Limit
 
 
 class Head(Protocol):
     """The sizes of a head; its parameters are a flat dict. All methods are pure."""
 
     architecture: ClassVar[str]  # what names this kind in config.json's `architectures`
+    options: ClassVar[tuple[str, ...]]  # the fields of the training's configuration that are this kind's
     hidden_size: int
     vocab_size: int  # of the target
     draft_vocab_size: int
@@ -28,13 +30,9 @@ class Head(Protocol):
 
     @classmethod
     def for_target(
-        cls,
-        target: dict[str, Any],
-        draft_vocab_size: int,
-        aux_layers: tuple[int, ...],
-        ffn: int | None = None,
+        cls, target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], **options: Any
     ) -> Self:
-        """The head that fits a target, whose text's config.json is `target`."""
+        """The head that fits a target, whose text's config.json is `target`; see `options`."""
         ...
 
     @classmethod
@@ -43,7 +41,7 @@ class Head(Protocol):
         ...
 
     def parameters(self) -> Declaration:
-        """Every trained parameter."""
+        """Every parameter; `still` are not trained."""
         ...
 
     def start(self, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
@@ -64,6 +62,14 @@ class Head(Protocol):
         """Of each step, the states [C, H] of the live indices that `output` turns into logits."""
         ...
 
+    def tensors(self) -> dict[str, str]:
+        """{name in an exported file: parameter}; servers may want one under several names."""
+        ...
+
+    def still(self) -> frozenset[str]:
+        """The parameters that are not trained."""
+        ...
+
     def output(self, params: Params) -> jax.Array:
         """The matrix [D, H] from a rollout's states to logits."""
         ...
@@ -80,8 +86,8 @@ class Head(Protocol):
         """What a check says of it beside its tensors, a line each."""
         ...
 
-    def limits(self) -> list[str]:
-        """Which servers cannot load this head, and why: one sentence each."""
+    def limits(self) -> list[Limit]:
+        """What of this head which servers would refuse, or read as something else."""
         ...
 
     def require_fit(self, target: dict[str, Any], where: str) -> None:

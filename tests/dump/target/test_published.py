@@ -97,7 +97,7 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
     LlamaConfig.from_dict(storage.read_json(f"{tmp_path}/head.json"))  # as servers do: it refuses some sizes
-    assert not [limit for limit in head.limits() if "vLLM" in limit]
+    assert not [limit for limit in head.limits() if "vllm" in limit.servers]
     assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
 
     count = sum(math.prod(p.shape) for p in head.parameters().values())

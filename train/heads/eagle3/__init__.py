@@ -11,6 +11,7 @@ from common.params import Declaration
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import card, rollout, serving, sizes, start
 from train.sample import Sample, Weights
+from train.serving_config import Limit
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,13 @@ class Eagle3(sizes.Sizes):
     """See train/heads: Head."""
 
     architecture: ClassVar[str] = serving.ARCHITECTURE
+    options: ClassVar[tuple[str, ...]] = sizes.OPTIONS
 
     @classmethod
     def for_target(
-        cls,
-        target: dict[str, Any],
-        draft_vocab_size: int,
-        aux_layers: tuple[int, ...],
-        ffn: int | None = None,
+        cls, target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], **options: Any
     ) -> Self:
-        return cls(**sizes.for_target(target, draft_vocab_size, aux_layers, ffn))
+        return cls(**sizes.for_target(target, draft_vocab_size, aux_layers, **options))
 
     @classmethod
     def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
@@ -50,6 +48,12 @@ class Eagle3(sizes.Sizes):
     ) -> list[jax.Array]:
         return rollout.rollout(self, params, frozen, batch, steps, dtype)
 
+    def tensors(self) -> dict[str, str]:
+        return serving.tensors(self)
+
+    def still(self) -> frozenset[str]:
+        return sizes.still(self)
+
     def output(self, params: Params) -> jax.Array:
         return params["lm_head.weight"]
 
@@ -62,9 +66,9 @@ class Eagle3(sizes.Sizes):
     def facts(self) -> list[str]:
         return serving.facts(self)
 
-    def limits(self) -> list[str]:
+    def limits(self) -> list[Limit]:
         return serving.limits(self)
 
     def require_fit(self, target: dict[str, Any], where: str) -> None:
-        wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, self.ffn)
+        wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, ffn=self.ffn)
         serving.require_fit(self, wanted, where)

@@ -14,9 +14,9 @@ tags:
 ---
 # EAGLE3 draft head for {target}
 
-One transformer block that reads three hidden states of {target} (h_k: the residual stream that enters layer
+{depth} that reads {count} hidden states of {target} (h_k: the residual stream that enters layer
 k; here k = {layers}) and proposes its next tokens, which the target then checks: the answers stay the
-target's own, and come sooner.
+target's own, and come sooner.{variant}
 
 | Hidden size | Heads (key/value) | Feed-forward | Draft vocabulary | RoPE |
 |---|---|---|---|---|
@@ -45,9 +45,13 @@ By Eyas, from a store of the frozen target's features.
 def model_card(head: Sizes, metadata: Mapping[str, Any]) -> str:
     """Markdown. `metadata["target"]` names the target; every entry becomes a row of the last section."""
     scaling = canonical_rope(head.rope)
+    variant = [name for name in ("fc_norm", "norm_output", "norm_before_residual") if getattr(head, name)]
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in metadata.items()]
     return _CARD.format(
         target=_cell(metadata.get("target", "its target")),
+        depth=f"A stack of {head.layers} transformer blocks" if head.layers > 1 else "One transformer block",
+        count=len(head.aux_layers),
+        variant=f" Unlike the paper's head it has {' and '.join(variant)}." if variant else "",
         layers=", ".join(map(str, head.aux_layers)),
         hidden=head.hidden_size,
         heads=head.num_heads,
@@ -57,7 +61,7 @@ def model_card(head: Sizes, metadata: Mapping[str, Any]) -> str:
         draft=f"{head.draft_vocab_size:,}",
         vocab=f"{head.vocab_size:,}",
         rope=f"theta {head.rope_theta:g}" + (f", {scaling['rope_type']} scaling" if scaling else ""),
-        limits="".join(f"\n- {limit}.\n" for limit in serving.limits(head)),
+        limits="".join(f"\n- {limit.sentence()}.\n" for limit in serving.limits(head)),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 

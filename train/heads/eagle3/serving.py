@@ -1,27 +1,42 @@
-"""The config.json of an EAGLE3 head, written and read, and which servers load which head."""
+"""The config.json of an EAGLE3 head, written and read, and which servers load which head.
+
+Read off the servers' own loaders: vLLM 0.32 and SGLang `models/llama_eagle3.py`, sglang-jax
+`models/llama_eagle3.py`, tpu-inference `models/jax/llama_eagle3.py`, SafeAILab/EAGLE `eagle/model/cnets.py`.
+"""
 
 from typing import Any, TypeVar
 
 from common.aux_layers import default_aux_layers, is_default
 from common.errors import EyasError
-from train.heads.eagle3.sizes import Sizes
-from train.serving_config import aux_keys, canonical_rope, check_fields, read_aux_layers, token_ids
+from train.heads.eagle3.sizes import Sizes, layer_name, parameters
+from train.serving_config import (
+    Limit,
+    aux_keys,
+    canonical_rope,
+    check_fields,
+    read_aux_layers,
+    token_ids,
+)
 
 Kind = TypeVar("Kind", bound=Sizes)
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _FIXED = {
     "architectures": [ARCHITECTURE],
     "model_type": "llama",
-    "num_hidden_layers": 1,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
-    "norm_before_residual": False,  # written out: its default differs between the layouts that vLLM reads
+}
+_FLAGS = {
+    "norm_before_residual": "norm_before_residual",  # its default differs between the layouts that vLLM reads
+    "fc_norm": "fc_norm",
+    "norm_output": "norm_output",
 }
 _SIZES = {  # the key in config.json: the field of Sizes
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
@@ -41,7 +56,7 @@ def write(head: Sizes, target: dict[str, Any], dtype: str) -> dict[str, Any]:
     """
     return {
         **_FIXED,
-        **{name: getattr(head, field) for name, field in (_SIZES | _NUMBERS).items()},
+        **{name: getattr(head, field) for name, field in (_SIZES | _NUMBERS | _FLAGS).items()},
         "rope_scaling": canonical_rope(head.rope),
         "torch_dtype": dtype,
         **token_ids(target, head.vocab_size),
@@ -54,11 +69,11 @@ def read(kind: type[Kind], path: str, config: dict[str, Any], num_target_layers:
 
     EyasError for a field that a server needs and that is missing, of another type or of another value.
     """
-    check_fields(path, config, _FIXED, _SIZES, _NUMBERS)
+    check_fields(path, config, _FIXED, _SIZES, _NUMBERS, _FLAGS)
     aux_layers = read_aux_layers(path, config) or default_aux_layers(num_target_layers)
     try:
         return kind(
-            **{field: config[name] for name, field in (_SIZES | _NUMBERS).items()},
+            **{field: config[name] for name, field in (_SIZES | _NUMBERS | _FLAGS).items()},
             target_hidden_size=config["hidden_size"],
             rope=config["rope_scaling"],
             aux_layers=aux_layers,
@@ -78,27 +93,40 @@ def facts(head: Sizes) -> list[str]:
     ]
 
 
-def limits(head: Sizes) -> list[str]:
-    """Which servers cannot load this head, and why: one sentence each, [] when all can."""
-    found = []
-    if not is_default(head.aux_layers, head.num_target_layers):
-        found.append(f"sglang-jax and EAGLE's own code cannot take aux layers {list(head.aux_layers)}")
-    if len(head.aux_layers) != 3:
-        found.append(f"SGLang cannot take {len(head.aux_layers)} aux layers, only three")
-    if head.hidden_size % head.num_heads:
-        found.append(
-            f"vLLM and SGLang cannot take {head.num_heads} heads at hidden_size {head.hidden_size}: "
-            "transformers 5 refuses a Llama whose heads do not divide it"
-        )
-    if head.head_dim * head.num_heads != head.hidden_size:
-        found.append(
-            f"EAGLE's own code cannot take heads of {head.head_dim}: it divides hidden_size "
-            f"{head.hidden_size} by {head.num_heads} heads"
-        )
-    scaling = canonical_rope(head.rope)
-    if scaling:
-        found.append(f"EAGLE's own code cannot take {scaling['rope_type']} RoPE scaling in this form")
-    return found
+def limits(head: Sizes) -> list[Limit]:
+    """What of this head a server would refuse, or read as something else."""
+    heads, scaling = head.num_heads, canonical_rope(head.rope) or {}
+    custom = not is_default(head.aux_layers, head.num_target_layers)
+    uneven, wide = head.hidden_size % heads > 0, head.head_dim * heads != head.hidden_size
+    plain = ("sglang-jax", "tpu-inference", "eagle")  # which know the head of the paper alone
+    known = [
+        (custom, f"aux layers {list(head.aux_layers)}", plain),
+        (head.fc_norm, "fc_norm, which they do not read", plain),
+        (head.norm_output, "norm_output, which they do not read", plain),
+        (head.norm_before_residual, "norm_before_residual, which they do not read", ("sglang", *plain)),
+        (head.layers > 1, f"{head.layers} layers, only one", plain),
+        (
+            uneven,
+            f"{heads} heads at hidden_size {head.hidden_size}: transformers 5 refuses a Llama whose heads do "
+            "not divide it",
+            ("vllm", "sglang"),
+        ),
+        (
+            wide,
+            f"heads of {head.head_dim}: it divides hidden_size {head.hidden_size} by {heads} heads",
+            ("eagle",),
+        ),
+        (bool(scaling), f"{scaling.get('rope_type')} RoPE scaling in this form", ("eagle",)),
+    ]
+    return [Limit(what, servers) for holds, what, servers in known if holds]
+
+
+def tensors(head: Sizes) -> dict[str, str]:
+    """{name in model.safetensors: parameter}. vLLM norms what enters a later layer by its `input_layernorm`,
+    SGLang by its `hidden_norm`: each finds it under its own name, and never looks at the other."""
+    later = [layer_name(number) for number in range(1, head.layers)]
+    both = {f"{name}.hidden_norm.weight": f"{name}.input_layernorm.weight" for name in later}
+    return {name: name for name in parameters(head)} | both
 
 
 def require_fit(head: Sizes, wanted: Sizes, where: str) -> None:

@@ -1,7 +1,8 @@
-"""The sizes of an EAGLE3 head: a transformer block between the target's hidden states and a draft vocabulary.
+"""The sizes of an EAGLE3 head: transformer layers between the target's hidden states and a draft vocabulary.
 
 Parameters are named and laid out as the servers' checkpoints have them: linear weights are [out, in].
-Source: EAGLE-3 (arXiv 2503.01840) and SafeAILab/EAGLE `eagle/model/cnets.py`.
+Sources: EAGLE-3 (arXiv 2503.01840) and SafeAILab/EAGLE `eagle/model/cnets.py`; EAGLE-3.1 (arXiv 2605.09992)
+for `fc_norm` and `norm_output`; vLLM `models/llama_eagle3.py` for `norm_before_residual` and several layers.
 
 Dimensions: H hidden size, A aux states, F feed-forward width, D draft vocabulary.
 """
@@ -13,12 +14,20 @@ from typing import Any
 from common.errors import EyasError
 from common.params import Declaration, Param
 
+OPTIONS = ("ffn", "layers", "fc_norm", "norm_output", "norm_before_residual", "lm_head")
+_COUNTS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn", "draft_vocab_size", "layers")
 _LATENT_HEAD_DIM, _LATENT_KV_HEADS = 128, 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a head. `aux_layers` are in h_k terms: h_k is the residual stream that enters layer k."""
+    """Sizes of a head. `aux_layers` are in h_k terms: h_k is the residual stream that enters layer k.
+
+    The first of `layers` takes embedding and state beside each other, later ones are plain Llama layers.
+    `fc_norm`: each aux state is normed before `fc`. `norm_output`: the next step takes the state behind the
+    final norm, not before it. `norm_before_residual`: what the first layer adds to is the normed state.
+    `lm_head` is trained ("own"), or stays as the target's lm_head ("frozen") or embedding ("tied") has it.
+    """
 
     hidden_size: int
     target_hidden_size: int
@@ -34,9 +43,14 @@ class Sizes:
     max_position: int
     aux_layers: tuple[int, ...]
     num_target_layers: int
+    layers: int = 1
+    fc_norm: bool = False
+    norm_output: bool = False
+    norm_before_residual: bool = False
+    lm_head: str = "own"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn", "draft_vocab_size"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -58,9 +72,14 @@ class Sizes:
 
 
 def for_target(
-    target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], ffn: int | None
+    target: dict[str, Any],
+    draft_vocab_size: int,
+    aux_layers: tuple[int, ...],
+    ffn: int | None = None,
+    **variant: Any,
 ) -> dict[str, Any]:
-    """The sizes that fit a target: a Llama block of the target's sizes. `target` is its text's config.json.
+    """The sizes that fit a target: a Llama block of the target's sizes. `target` is its text's config.json,
+    `variant` the fields of `Sizes` that have a default.
 
     A target with latent attention has no heads that a Llama block could have: the head's are 128 wide. Its
     YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way. Where
@@ -94,6 +113,7 @@ def for_target(
         max_position=target.get("max_position_embeddings", 2048),
         aux_layers=tuple(aux_layers),
         num_target_layers=target["num_hidden_layers"],
+        **variant,
     )
 
 
@@ -111,27 +131,44 @@ def _rope(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
 
 
 def parameters(c: Sizes) -> Declaration:
-    """Every trained parameter; the embedding is the target's and frozen."""
+    """Every parameter; the embedding is the target's and frozen."""
+    H, norm = c.hidden_size, Param((c.hidden_size,), (None,), "ones")
+    aux = Param((c.target_hidden_size,), (None,), "ones")
+    found = {"fc.weight": Param((H, len(c.aux_layers) * c.target_hidden_size), (None, None))}
+    if c.fc_norm:
+        found |= {f"fc_norm.{number}.weight": aux for number in range(len(c.aux_layers))}
+    found |= {"midlayer.hidden_norm.weight": norm} | _layer(c, layer_name(0), 2 * H)
+    for number in range(1, c.layers):
+        found |= _layer(c, layer_name(number), H)
+    return found | {"norm.weight": norm, "lm_head.weight": Param((c.draft_vocab_size, H), (None, None))}
+
+
+def layer_name(number: int) -> str:
+    """What the names of a layer's parameters begin with."""
+    return f"layers.{number}" if number else "midlayer"
+
+
+def _layer(c: Sizes, name: str, inputs: int) -> Declaration:
     H, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = "midlayer"
     norm = Param((H,), (None,), "ones")
     return {
-        "fc.weight": Param((H, len(c.aux_layers) * c.target_hidden_size), (None, None)),
-        f"{layer}.hidden_norm.weight": norm,
-        f"{layer}.input_layernorm.weight": norm,
-        f"{layer}.self_attn.q_proj.weight": Param((q, 2 * H), (None, None)),
-        f"{layer}.self_attn.k_proj.weight": Param((kv, 2 * H), (None, None)),
-        f"{layer}.self_attn.v_proj.weight": Param((kv, 2 * H), (None, None)),
-        f"{layer}.self_attn.o_proj.weight": Param((H, q), (None, None)),
-        f"{layer}.post_attention_layernorm.weight": norm,
-        f"{layer}.mlp.gate_proj.weight": Param((c.ffn, H), (None, None)),
-        f"{layer}.mlp.up_proj.weight": Param((c.ffn, H), (None, None)),
-        f"{layer}.mlp.down_proj.weight": Param((H, c.ffn), (None, None)),
-        "norm.weight": norm,
-        "lm_head.weight": Param((c.draft_vocab_size, H), (None, None)),
+        f"{name}.input_layernorm.weight": norm,
+        f"{name}.self_attn.q_proj.weight": Param((q, inputs), (None, None)),
+        f"{name}.self_attn.k_proj.weight": Param((kv, inputs), (None, None)),
+        f"{name}.self_attn.v_proj.weight": Param((kv, inputs), (None, None)),
+        f"{name}.self_attn.o_proj.weight": Param((H, q), (None, None)),
+        f"{name}.post_attention_layernorm.weight": norm,
+        f"{name}.mlp.gate_proj.weight": Param((c.ffn, H), (None, None)),
+        f"{name}.mlp.up_proj.weight": Param((c.ffn, H), (None, None)),
+        f"{name}.mlp.down_proj.weight": Param((H, c.ffn), (None, None)),
     }
 
 
 def matrices(c: Sizes) -> frozenset[str]:
-    """The block's and `fc`, but not the output: a gradient of logits has a row for every token."""
+    """The layers' and `fc`, but not the output: a gradient of logits has a row for every token."""
     return frozenset(name for name, p in parameters(c).items() if len(p.shape) == 2) - {"lm_head.weight"}
+
+
+def still(c: Sizes) -> frozenset[str]:
+    """The parameters that are not trained."""
+    return frozenset() if c.lm_head == "own" else frozenset({"lm_head.weight"})
