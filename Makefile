@@ -9,12 +9,15 @@ EXP ?= runs/$(notdir $(MODEL))
 HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
 RUNS ?= runs
+ENDPOINT ?= http://localhost:8000/v1
+SERVED ?= $(MODEL)
+ANSWERS ?= answers/$(notdir $(MODEL)).jsonl
 ARGS ?=
 TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow prepare dump train compare report eval export bench targets lint lock clean
+.PHONY: help demo test test-slow regenerate prepare dump train compare report eval export bench targets lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +33,10 @@ test: $(READY) ## the tests
 
 test-slow: $(READY) ## also the tests that take minutes or download
 	@.venv/bin/python -m pytest -m 'slow or not slow' $(ARGS)
+
+regenerate: $(READY) ## the target's own answers to DATA by the servers ENDPOINT -> ANSWERS
+	@$(EYAS) regenerate $(foreach d,$(DATA),--data '$(d)') $(foreach e,$(ENDPOINT),--endpoint '$(e)') \
+	  --served-model '$(SERVED)' --out '$(ANSWERS)' $(ARGS)
 
 prepare: $(READY) ## DATA -> packed rows in STORE
 	@$(EYAS) prepare --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data '$(d)') $(ARGS)

@@ -31,30 +31,43 @@ def locked(folder: str) -> Iterator[Callable[[], None]]:
         with lease.leased(storage.join(folder, FILE)) as check:
             yield check
         return
-    path = os.path.join(storage.local_path(folder), FILE)
-    with library_errors(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        with library_errors(path):
-            _take(handle, folder)
+    with _held(os.path.join(storage.local_path(folder), FILE), folder, "folder"):
         yield lambda: None  # the system keeps it
+
+
+@contextmanager
+def locked_file(path: str) -> Iterator[None]:
+    """Like `locked`, of a single local file, by a file `.NAME.lock` beside it."""
+    folder, name = os.path.split(path)
+    with _held(os.path.join(folder, f".{name}{FILE}"), path, "file"):
+        yield
+
+
+@contextmanager
+def _held(lock: str, place: str, kind: str) -> Iterator[None]:
+    with library_errors(lock):
+        os.makedirs(os.path.dirname(lock), exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        with library_errors(lock):
+            _take(handle, place, kind)
+        yield
     finally:
         os.close(handle)
 
 
-def _take(handle: int, folder: str) -> None:
+def _take(handle: int, place: str, kind: str) -> None:
     try:
         _try(handle)
     except BlockingIOError:
         holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
         raise EyasError(
-            f"{folder} is in use by {holder}; wait until it ends, or name another folder"
+            f"{place} is in use by {holder}; wait until it ends, or name another {kind}"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        note(f"{folder} is on a file system without locks: let no other process work in it")
+        note(f"{place} is on a file system without locks: let no other process work in it")
         return
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -11,7 +11,7 @@ import posixpath
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -150,17 +150,23 @@ def write_bytes(url: str, data: bytes) -> None:
             fs.pipe_file(path, data)
         return
     with library_errors(url):
-        _write_local(local_path(url), data)
+        _write_local(local_path(url), (data,))
 
 
-def _write_local(path: str, data: bytes) -> None:
+def write_pieces(url: str, pieces: Iterable[bytes]) -> None:
+    """Like `write_bytes`, of a local file that need not be in memory as a whole."""
+    with library_errors(url):
+        _write_local(local_path(url), pieces)
+
+
+def _write_local(path: str, pieces: Iterable[bytes]) -> None:
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             _lock(handle)  # until the file has its name
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(handle)
             os.chmod(temporary, 0o644)

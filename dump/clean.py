@@ -240,5 +240,8 @@ def repaired(text: str) -> str:
 
 
 def _repaired_json(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Definitions or calls as plain JSON; what a table holds besides, a date say, becomes text."""
-    return json.loads(repaired(json.dumps(values, ensure_ascii=False, default=str))) if values else []
+    """Definitions or calls as plain JSON; what is held besides, a date or NaN say, becomes text."""
+    if not values:
+        return []
+    text = repaired(json.dumps(values, ensure_ascii=False, default=str))
+    return json.loads(text, parse_constant=str)

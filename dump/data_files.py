@@ -28,7 +28,10 @@ from common.library_errors import library_errors
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
 TABLE_KINDS = (".parquet", ".arrow", ".feather")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DESCRIPTIONS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
+    ".settings.json",  # beside regenerated answers
+)
 _BUFFER = 1 << 18
 
 Advance = Callable[[int], None]  # told how many more bytes have been read
@@ -85,7 +88,7 @@ def _find(path: str) -> list[str]:
 
 def _is_data(path: str, root: str) -> bool:
     parts = path[len(root) :].strip("/").split("/")
-    if any(part.startswith(".") for part in parts) or parts[-1] in _DESCRIPTIONS:
+    if any(part.startswith(".") for part in parts) or parts[-1].endswith(_DESCRIPTIONS):
         return False
     try:
         return bool(kind_of(path))

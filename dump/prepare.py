@@ -212,7 +212,7 @@ def _read(config: PrepareConfig, chat: Chat, sources: Sources, spill: Spill) -> 
     total = config.max_conversations or math.inf
     wanted = limits(len(config.data), config.take, config.mix, total)
     with Progress("read and tokenise", sources.bytes, "B") as bar:
-        conversations = sources.conversations(cleaner, bar.update, wanted, math.inf if config.mix else total)
+        conversations = sources.conversations(cleaner, bar.update, math.inf if config.mix else total, wanted)
         batches = _batches(conversations)
         encoded = encode_all(chat, config.model, batches, config.length)
         with closing(conversations), closing(batches), closing(encoded):

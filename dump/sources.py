@@ -26,12 +26,12 @@ class Sources:
         self.bytes = sum(file.bytes for file in self.files)
 
     def conversations(
-        self, cleaner: Cleaner, advance: Advance, limits: list[float], total: float
+        self, cleaner: Cleaner, advance: Advance, total: float, limits: list[float] | None = None
     ) -> Iterator[Conversation]:
-        """The cleaned conversations: at most `limits` of each source, and `total`. `source` of each is the
+        """The cleaned conversations: at most `total`, and `limits` of each source. `source` of each is the
         number of its file. EyasError where a file cannot be read on."""
         first = 0
-        for files, limit in zip(self._of_each, limits, strict=True):
+        for files, limit in zip(self._of_each, limits or [math.inf] * len(self._of_each), strict=True):
             with closing(_read(files, first, cleaner, advance, min(limit, total))) as found:
                 for conversation in found:
                     total -= 1

@@ -201,10 +201,12 @@ def _calls(value: Any) -> Iterator[dict[str, Any]]:
             raise MalformedError("dropped_malformed")
         arguments = first(call, "arguments", "parameters")
         if isinstance(arguments, str):
-            arguments = parsed(arguments) if arguments.strip() else {}
-        if arguments is not None and not isinstance(arguments, dict):
+            arguments = parsed(arguments) if arguments.strip() not in ("", "null") else {}
+        elif arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
             raise MalformedError("dropped_malformed")
-        yield {"name": name, "arguments": arguments or {}}
+        yield {"name": name, "arguments": arguments}
 
 
 def parsed(text: str) -> Any:

@@ -16,6 +16,7 @@ from dump.config import DumpConfig, PrepareConfig
 from pipelines import recipes
 from pipelines.exit_codes import Group
 from pipelines.options import options
+from pipelines.regenerate.config import RegenerateConfig
 from train.config import EvaluateConfig, TrainConfig
 from train.serving_config import SERVERS
 
@@ -37,7 +38,7 @@ def fetch(config: Any, cache: str) -> Any:
     """The configuration with its model and data fetched to `cache`: paths in place of names."""
     from pipelines import embedded
 
-    found = {"model": recipes.folder(config.model, cache)}
+    found = {"model": recipes.folder(config.model, cache)} if hasattr(config, "model") else {}
     if hasattr(config, "data"):
         found["data"] = tuple(
             embedded.fetch_conversations(cache) if d == EMBEDDED else d for d in config.data
@@ -118,6 +119,34 @@ def demo(cache: str, out: str) -> None:
     from pipelines import demo as whole_way
 
     click.echo(whole_way.run(whole_way.DemoConfig(out=out, cache=cache)))
+
+
+@main.command()
+@data_option
+@click.option(
+    "--endpoint",
+    multiple=True,
+    required=True,
+    help="The address of a server that answers as OpenAI's chat completions do, http://HOST:8000/v1; may be "
+    "repeated. Keys are given by the environment: EYAS_API_KEY, or EYAS_API_KEY_2 of the second one.",
+)
+@click.option("--served-model", required=True, help="The target's name at the endpoints.")
+@click.option("--out", required=True, help="The .jsonl file of answers, for --data of prepare.")
+@options(RegenerateConfig)
+@click.pass_obj
+def regenerate(cache: str, data: tuple[str, ...], **given: Any) -> None:
+    """Keeps the user's turns of conversations and has the target answer them, through servers that run it.
+
+    Heads that learn from the target's own words have more drafts accepted. Tools are told to the server as
+    they are defined; an answer that calls one ends its conversation.
+
+    Example: eyas regenerate --data chats.jsonl --endpoint http://localhost:8000/v1 --served-model qwen3-8b
+    --out answers.jsonl
+    """
+    from pipelines.regenerate.run import run
+
+    config = configure(RegenerateConfig, None, "", given | {"data": data or (EMBEDDED,)})
+    show(run(fetch(config, cache)))
 
 
 @main.command()

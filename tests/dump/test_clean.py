@@ -181,9 +181,19 @@ def test_calls_of_tools_are_the_same_whatever_they_are_called(turns):
 
 
 Z = {"role": "assistant", "content": "Noon."}
+BAD = '{"name": "f", "arguments": "{no JSON"}'
 
 
-@pytest.mark.parametrize("call", ["no JSON", '{"arguments": {}}', '{"name": "f", "arguments": [1]}', "7"])
+def test_what_is_no_json_in_a_definition_becomes_text():
+    tool = json.loads('{"name": "f", "parameters": {"least": NaN, "most": Infinity}}')
+    record = {"messages": [{"role": "user", "content": "?"}, Z], "tools": [tool]}
+    (found,) = Cleaner().clean(record, 0, "f.json").tools
+    assert found["function"]["parameters"] == {"least": "NaN", "most": "Infinity"}
+
+
+@pytest.mark.parametrize(
+    "call", ["no JSON", '{"arguments": {}}', '{"name": "f", "arguments": [1]}', "7", BAD]
+)
 def test_calls_that_cannot_be_read_are_malformed(call):
     _, counts = clean(Q, ("function_call", call), A)
     assert counts == {"dropped_malformed": 1}

@@ -24,6 +24,7 @@ from common.errors import EyasError, MachineError
 from common.stopping import Stopped
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli
+from pipelines.regenerate.config import RegenerateConfig
 from pipelines.same_target import require_same_target
 from tests.dump import chats, tiny
 from train.config import EvaluateConfig, TrainConfig
@@ -61,7 +62,13 @@ def test_every_verb_has_a_help_with_words_for_every_option(verb):
     assert all(option.help for option in options), "what is no option is told of in the text above"
 
 
-CONFIGURATIONS = {"prepare": PrepareConfig, "dump": DumpConfig, "train": TrainConfig, "eval": EvaluateConfig}
+CONFIGURATIONS = {
+    "regenerate": RegenerateConfig,
+    "prepare": PrepareConfig,
+    "dump": DumpConfig,
+    "train": TrainConfig,
+    "eval": EvaluateConfig,
+}
 
 
 @pytest.mark.parametrize("verb", CONFIGURATIONS)

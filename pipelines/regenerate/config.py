@@ -1,0 +1,106 @@
+"""What can be chosen about regenerating answers."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from common.config import check, setting
+
+_OURS = ("messages", "model", "max_tokens", "n", "seed", "stream", "temperature", "tools", "top_k", "top_p")
+
+
+@dataclass(frozen=True)
+class RegenerateConfig:
+    """Which questions to ask whom. `data`: files or URLs; `endpoint`: base URLs of servers that answer as
+    OpenAI's chat completions do; `served_model`: its name there; `out`: a local .jsonl file."""
+
+    data: tuple[str, ...]
+    endpoint: tuple[str, ...]
+    served_model: str
+    out: str
+    max_tokens: int = setting(4096, "Most tokens of an answer, its reasoning included.", least=1)
+    truncated: str = setting(
+        "drop",
+        "What becomes of an answer that has more; in either case its conversation ends there.",
+        choices=("drop", "keep"),
+    )
+    temperature: float | None = setting(None, "0 is greedy.", least=0, otherwise="the server's")
+    top_p: float | None = setting(
+        None, "Sample from the likeliest tokens of this mass.", above=0, most=1, otherwise="the server's"
+    )
+    top_k: int | None = setting(
+        None, "Sample from so many tokens; vLLM and SGLang know it.", least=1, otherwise="the server's"
+    )
+    extra: str | None = setting(
+        None,
+        'More fields of every request, as JSON: {"chat_template_kwargs": {"enable_thinking": false}}.',
+        otherwise="none",
+    )
+    seed: int = setting(0, "Gives each answer its own seed, which the server is told.", least=0)
+    max_conversations: int | None = setting(
+        None, "Stop reading after so many conversations.", least=1, otherwise="all"
+    )
+    concurrency: int = setting(64, "Requests in flight at each endpoint.", least=1, most=4096)
+    timeout: float = setting(600.0, "Seconds for an answer to be complete.", above=0)
+    patience: float = setting(
+        900.0, "Seconds that an endpoint may fail, or ask to wait, before it is given up.", above=0
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("data", "endpoint"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value or [0]):
+                raise ValueError(f"{name} must be a tuple of at least one text")
+        for number, url in enumerate(self.endpoint, 1):
+            _require_plain(url, number)
+        if len({completions_url(url) for url in self.endpoint}) < len(self.endpoint):
+            raise ValueError("an endpoint is named twice; --concurrency asks one more at a time")
+        if not self.out.endswith((".jsonl", ".ndjson")):
+            raise ValueError(f"out={self.out!r} must be a file whose name ends in .jsonl")
+        if "://" in self.out.removeprefix("file://"):
+            raise ValueError(
+                f"out={self.out!r} must be a local file, which grows by lines; copy it when it is complete"
+            )
+        self.fields()
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of every request but messages, tools and seed."""
+        given = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+        plain = {"model": self.served_model} | {k: v for k, v in given.items() if v is not None}
+        return plain | self._extra()
+
+    def _extra(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.extra or "{}", parse_constant=lambda name: [][0])
+        except (ValueError, IndexError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"extra={self.extra!r} must be an object of JSON")
+        ours = [name for name in _OURS if name in value]
+        if ours:
+            raise ValueError(f"extra={self.extra!r} must not have {ours[0]}, which has an option or is set")
+        return value
+
+
+def completions_url(url: str) -> str:
+    """Where an endpoint is asked: `/v1` where its URL has no path."""
+    base = url.rstrip("/").removesuffix("/chat/completions")
+    return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
+
+
+def _require_plain(url: str, number: int) -> None:
+    """ValueError unless `url` is an http address; it may hold a secret, so it is not told."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        raise ValueError(f"endpoint {number} must be an address such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError(
+            f"endpoint {number} must be an address without user, password, ? and #; a key is given by the "
+            "environment variable EYAS_API_KEY"
+        )
