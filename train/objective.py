@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from common.codec import decode
 from train.batch import Batch, Frozen, Params, pick
@@ -16,18 +17,18 @@ from train.losses import Loss
 from train.targets import ahead, drafting_index, permute, slots, valid_targets
 
 
-def at_targets(z_KCH: list[jax.Array], batch: Batch, valid_MK: jax.Array) -> jax.Array:
+def at_targets(z_KCH: jax.Array, batch: Batch, valid_MK: jax.Array) -> jax.Array:
     """z [M, K, H] of the index that predicts each target at each step; zeros where that is not valid."""
-    C, M, n = batch.live.shape[0], batch.targets.shape[0], batch.tokens.size
-    slot, target_slot = slots(batch.live, n), slots(batch.targets, n)
-    index_MK = drafting_index(batch.targets, len(z_KCH))
-    states = []
-    for step, z_CH in enumerate(z_KCH):
-        index = jnp.where(valid_MK[:, step], slot.at[index_MK[:, step]].get(mode="clip"), C)
-        reader = target_slot.at[batch.live + ahead(step)].get(mode="fill", fill_value=M)
-        is_read = valid_MK[:, step].at[reader].get(mode="fill", fill_value=False)
-        states.append(permute(z_CH, index, jnp.where(is_read, reader, M)))
-    return jnp.stack(states, 1)
+    K, C, H = z_KCH.shape
+    M, n, step_K = len(batch.targets), batch.tokens.size, np.arange(K, dtype=np.int32)
+    index_MK = slots(batch.live, n).at[drafting_index(batch.targets, K)].get(mode="clip")
+    place_MK = jnp.where(valid_MK, C * step_K[None] + index_MK, K * C)
+    reader_KC = (
+        slots(batch.targets, n).at[batch.live[None] + ahead(step_K)[:, None]].get(mode="fill", fill_value=M)
+    )
+    is_read = valid_MK.T.at[step_K[:, None], reader_KC].get(mode="fill", fill_value=False)
+    inverse_KC = jnp.where(is_read, K * reader_KC + step_K[:, None], M * K)
+    return permute(z_KCH.reshape(K * C, H), place_MK.reshape(-1), inverse_KC.reshape(-1)).reshape(M, K, H)
 
 
 def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:

@@ -14,6 +14,7 @@ Dimensions: R and B rows, T positions, n = B * T, C live indices, M targets, K s
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ from train.batch import Batch
 CHUNK = 128  # capacities are multiples of this, and the loss takes so many targets at once: a matmul's tile
 
 
-def ahead(step: int) -> int:
-    """How far an index's target is ahead of it at TTT step `step`."""
+def ahead(step: Any) -> Any:
+    """How far an index's target is ahead of it at a TTT step, or at each of several."""
     return 1 + step
 
 

@@ -56,10 +56,8 @@ class Head(Protocol):
         """The parameters [out, in] from hidden states to hidden states: what Muon may train."""
         ...
 
-    def rollout(
-        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
-    ) -> list[jax.Array]:
-        """Of each step, the states [C, H] of the live indices that `output` turns into logits."""
+    def rollout(self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
+        """The states [K, C, H] of the live indices that `output` turns into logits."""
         ...
 
     def tensors(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ import numpy as np
 from common.layers import linear, rms_norm
 from tests.train.on_device import f32, parameters_of
 from tests.train.problem import problem
-from train.heads.eagle3.rollout import block, weights
+from train.heads.eagle3.rollout import block, keys_values, weights
 
 
 def attend(q_TNd, keys, values, seen_TS):
@@ -29,9 +29,7 @@ def test_two_steps_of_the_block_are_the_references():
     own: list = []
     expected = p.logits(2)
 
-    def read(q, k, v):
-        G = c.num_heads // c.num_kv_heads
-        own.append([jnp.repeat(x, G, 1) for x in (k, v)])
+    def read(q):
         first, *later = own
         keys, values = (
             jnp.concatenate(
@@ -43,7 +41,9 @@ def test_two_steps_of_the_block_are_the_references():
 
     for step in range(2):
         token = jnp.roll(token_TX, -1 - step, 0)
-        state, z, _ = block(c, w, token, state, positions + step, read)
-        logits = linear(z, f32(p.params["lm_head.weight"]))
+        made = keys_values(c, w, token, state, positions + step)
+        own.append([jnp.repeat(x, c.num_heads // c.num_kv_heads, 1) for x in made])
+        state = block(c, w, token, state, positions + step, read)
+        logits = linear(rms_norm(state, w["norm"], c.rms_eps), f32(p.params["lm_head.weight"]))
         inside = T - 1 - step  # whose token is in the document; they see no index behind them
         np.testing.assert_allclose(logits[:inside], expected[step, 0, :inside], rtol=1e-4, atol=1e-4)

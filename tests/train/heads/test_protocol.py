@@ -32,7 +32,7 @@ class Linear:
     def rollout(self, params, frozen, batch, steps, dtype):
         aux = batch.aux_hidden.reshape(batch.tokens.size, -1)
         x = aux.at[batch.live].get(mode="fill", fill_value=0).astype(dtype)
-        return [linear(x, params[f"steps.{k}"].astype(dtype)) for k in range(steps)]
+        return jnp.stack([linear(x, params[f"steps.{k}"].astype(dtype)) for k in range(steps)])
 
     def output(self, params):
         return jnp.eye(self.draft_vocab_size)
