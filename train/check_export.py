@@ -11,6 +11,7 @@ from common import params as declared
 from common.errors import EyasError
 from common.params import Param
 from common.storage import as_local, join, list_names, read_json
+from train.draft_maps import check_maps
 from train.heads import Head, read_serving_config
 
 WEIGHTS = "model.safetensors"
@@ -89,7 +90,7 @@ def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
                         f"{path}: {name} is not {source}, as which servers read it; export it again"
                     )
             if N < V:
-                _check_maps(path, file.get_tensor("d2t"), file.get_tensor("t2d"))
+                check_maps(path, file.get_tensor("d2t"), file.get_tensor("t2d"), V)
     except FileNotFoundError:
         raise EyasError(f"{path} is missing; check the path") from None
     except SafetensorError as error:
@@ -99,15 +100,3 @@ def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
         f"{WEIGHTS}: {len(expected)} tensors, {count:,} parameters, {dtype}, all finite",
         f"draft vocabulary: {N:,} of {V:,} tokens" + (", d2t and t2d agree" if N < V else ""),
     ]
-
-
-def _check_maps(path: str, d2t_N: np.ndarray, t2d_V: np.ndarray) -> None:
-    """EyasError unless d2t's offsets give ascending ids, and just those that t2d marks."""
-    N, V = len(d2t_N), len(t2d_V)
-    ids = d2t_N + np.arange(N)
-    if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= V:
-        raise EyasError(
-            f"{path}: d2t + [0..{N - 1}] are no ascending ids below {V} (d2t holds offsets); export it again"
-        )
-    if t2d_V.sum() != N or not np.array_equal(np.flatnonzero(t2d_V), ids):
-        raise EyasError(f"{path}: t2d marks {int(t2d_V.sum())} ids, not the {N} of d2t; export it again")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from common.config import DEFAULT_DTYPE, DTYPES, check, setting
 
+STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
 _TEMPERED = ("cross-entropy", "forward-kl", "reverse-kl")  # which a teacher's temperature changes as meant
 
@@ -59,8 +60,8 @@ class TrainConfig:
     )
     init: str = setting(
         "fitted",
-        "Start: a regression, the target's lm_head, noise.",
-        choices=("fitted", "target", "normal"),
+        "Start: a regression (fitted), the target's lm_head (target), noise (normal), or the folder of a "
+        "head of any trainer, whose sizes and draft vocabulary are kept.",
     )
     compat: str | None = setting(
         None,
@@ -89,6 +90,11 @@ class TrainConfig:
     )
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
     dp: int = setting(1, "Chips along the batch.", least=1)
+
+    @property
+    def init_folder(self) -> str | None:
+        """The folder of the head that training begins with, None if that is a new one."""
+        return None if self.init in STARTS else self.init
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,7 +1,4 @@
-"""A trained head as the portable folder that SGLang, sglang-jax, EAGLE and vLLM load.
-
-Dimensions: N draft vocabulary, V target vocabulary.
-"""
+"""A trained head as the portable folder that SGLang, sglang-jax, EAGLE and vLLM load."""
 
 import json
 from collections.abc import Mapping
@@ -14,8 +11,21 @@ from safetensors.numpy import save
 from common import params as declared
 from common.errors import EyasError
 from common.storage import is_remote, local_path, write_folder
+from common.store import Store, tensor_file
+from train.draft_maps import vocabulary_maps
 from train.heads import Head
 from train.serving_config import DTYPES
+
+TRAINED_FOR = "trained_for"  # a key of config.json that no server looks at
+
+
+def target_identity(store: Store) -> dict[str, str]:
+    """The name of a store's target, and the sum of the embedding that its heads take from it."""
+    features = store.features
+    return {
+        "target": features["target"]["name"],
+        "embed_tokens": features["target_files"][tensor_file("embed_tokens")],
+    }
 
 
 def export(
@@ -26,12 +36,14 @@ def export(
     target_config: dict[str, Any],
     dtype: str = "bfloat16",
     metadata: Mapping[str, Any] | None = None,
+    trained_for: Mapping[str, str] | None = None,
 ) -> str:
     """Writes config.json, model.safetensors and README.md whole or not at all; returns the path or URL.
 
     `params` is {name: [out, in] array} as `head.parameters()` declares it; `draft_ids` the target ids of the
     draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
-    the model card tells of the head (target, store, step, acceptance length). EyasError, before anything is
+    the model card tells of the head (target, store, step, acceptance length); `trained_for` what
+    `target_identity` says, by which a warm start knows the target again. EyasError, before anything is
     written, for arrays that are not this head's or not finite, a head that does not fit the target, and a
     folder that is not an earlier export.
     """
@@ -42,8 +54,10 @@ def export(
     cast = {name: _cast(name, params[name], dtype) for name in head.parameters()}
     tensors = {name: cast[source] for name, source in head.tensors().items()}
     if head.draft_vocab_size < head.vocab_size:
-        tensors["d2t"], tensors["t2d"] = vocabulary_maps(draft_ids, head)
+        tensors["d2t"], tensors["t2d"] = vocabulary_maps(draft_ids, head.draft_vocab_size, head.vocab_size)
     config = head.serving_config(target_config, dtype)
+    if trained_for:
+        config[TRAINED_FOR] = dict(trained_for)
     write_folder(
         folder,
         {
@@ -54,24 +68,6 @@ def export(
         },
     )
     return folder if is_remote(folder) else local_path(folder)
-
-
-def vocabulary_maps(draft_ids: np.ndarray, head: Head) -> tuple[np.ndarray, np.ndarray]:
-    """(d2t int64 [N], t2d bool [V]): d2t[i] is the *offset* target id - i, t2d marks the draft vocabulary.
-
-    Only a draft vocabulary smaller than the target's has maps: vLLM refuses them in a full one. EyasError
-    unless `draft_ids` are N ascending ids below V.
-    """
-    ids = np.asarray(draft_ids, np.int64)
-    N, V = head.draft_vocab_size, head.vocab_size
-    if ids.shape != (N,) or (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= V:
-        raise EyasError(
-            f"the draft vocabulary has shape {list(ids.shape)}, expected {N} ascending ids below {V}; "
-            "take the ids that the head was trained with"
-        )
-    t2d = np.zeros(V, np.bool_)
-    t2d[ids] = True
-    return ids - np.arange(N), t2d
 
 
 def _cast(name: str, value: Any, dtype: str) -> np.ndarray:

@@ -32,6 +32,7 @@ from train.order import Order, order
 from train.sample import Sample
 from train.source import Source
 from train.stream import View, teaching_arrays
+from train.warm_start import Published, open_published
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
@@ -57,6 +58,7 @@ class Plan:
     counted: int
     eval_every: int
     save_every: int
+    published: Published | None
     identity: dict[str, Any]
 
     @property
@@ -82,8 +84,10 @@ class Plan:
         return self.source.sample(c.data_seed, c.share, self.head.rms_eps, c.init == "fitted")
 
     def initial(self) -> Params:
-        """The untrained head, on every chip."""
+        """The untrained head, or the published one, on every chip."""
         c = self.config
+        if self.published:
+            return jax.device_put(self.published.weights(), sharding(self.mesh, ()))
         made = start(self.head, self.store, self.sample, self.draft_ids, c.init, c.seed)
         return jax.device_put(made, sharding(self.mesh, ()))
 
@@ -102,11 +106,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
     source = source or Source(config.store, config.dp)
-    store, features = source.store, source.store.features
+    store = source.store
     teaching_arrays(store, config.teacher)
-    draft_ids = _draft_ids(config, store, config.teacher)
-    aux_layers = tuple(features["aux_layers"])
-    head = HEADS["eagle3"].for_target(store.target_config(), len(draft_ids), aux_layers, config.ffn)
+    published = open_published(config.init_folder, store) if config.init_folder else None
+    draft_ids = _draft_ids(config, store, published)
+    head = _head(config, store, len(draft_ids), published)
     _check_room(config, head)
     rows = source.rows(config.data_seed, config.share)
     workload = source.workload(config.ttt_steps, config.compat)
@@ -144,7 +148,9 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         counted=counted,
         eval_every=config.eval_every or pace,
         save_every=config.save_every or -(-steps // 20),
-        identity=_identity(config, store, head, draft_ids, steps, dtype),
+        published=published,
+        identity=_identity(config, store, head, draft_ids, steps, dtype)
+        | ({"init": published.sums} if published else {}),
     )
 
 
@@ -157,18 +163,44 @@ def _check_room(config: TrainConfig, head: Head) -> None:
     require_room(config.out, need, "checkpoints and heads", "name a folder on another disk")
 
 
-def _draft_ids(config: TrainConfig, store: Store, teacher: str) -> np.ndarray:
-    """The draft vocabulary, int32 ascending: the stored logits' if they teach, else the most frequent."""
+def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -> np.ndarray:
+    """The draft vocabulary, int32 ascending: the published head's, or the stored logits' if they teach, else
+    the most frequent."""
     V = store.features["target"]["vocab_size"]
-    stored = store.draft_ids() if teacher == "stored" else None
-    if stored is None:
+    stored = store.draft_ids() if config.teacher == "stored" else None
+    ids, whose = (published.draft_ids, published.folder) if published else (stored, store.url)
+    if ids is None:
         return most_frequent(store.token_counts(), config.draft_vocab or min(_DRAFT_VOCAB, V))
-    if config.draft_vocab not in (None, len(stored)):
+    if config.draft_vocab not in (None, len(ids)):
         raise EyasError(
-            f"draft_vocab={config.draft_vocab}, but {store.url} has logits of {len(stored)} tokens; leave "
-            "draft_vocab out, or use --teacher recompute"
+            f"draft_vocab={config.draft_vocab}, but {whose} has logits of {len(ids)} tokens; leave it out, "
+            "or use --teacher recompute and a new head"
         )
-    return stored
+    if stored is not None and not np.array_equal(stored, ids):
+        raise EyasError(
+            f"the draft vocabulary of {whose} is not that of the logits in {store.url}; use --teacher "
+            "recompute"
+        )
+    return ids
+
+
+def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: Published | None) -> Head:
+    """The head to train: a new one, or the published one with what may differ of it."""
+    stored = tuple(store.features["aux_layers"])
+    if published is None:
+        kind, target = HEADS["eagle3"], store.target_config()
+        return kind.for_target(target, draft_vocab_size, stored, ffn=config.ffn)
+    head = published.head
+    if config.ffn not in (None, head.ffn):
+        raise EyasError(
+            f"ffn={config.ffn}, but {published.folder} has {head.ffn}; leave it out, or begin with a new head"
+        )
+    if head.aux_layers != stored:
+        raise EyasError(
+            f"{published.folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
+            f"{list(stored)}; dump a store with --aux-layers like the head's"
+        )
+    return head
 
 
 def _identity(

@@ -106,7 +106,8 @@ class Stream:
         self._store, self._mesh, self._views = store, mesh, views
         arrays = [name for view in views for name in teaching_arrays(store, view.teacher)]
         self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
-        self._vocabularies = {_vocabulary(view): view.draft_ids for view in views if view.teacher == "stored"}
+        by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
+        self._vocabularies = {_vocabulary(view): view.draft_ids for view in by_vocabulary}
         self.waited = 0.0
 
     def reading(self, first: Sequence[int] | None = None) -> Reading:
@@ -143,7 +144,7 @@ class Stream:
             view = self._views[part.order]
             names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
             rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names}}
-            if view.teacher == "stored":
+            if view.teacher == "stored" and read.drafts:
                 rows["draft_logits"] = read.drafts[_vocabulary(view)]
             batch = Batch(**dict.fromkeys(Batch._fields) | rows)
             if not part.whole:

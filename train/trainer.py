@@ -16,7 +16,7 @@ from common.progress import note
 from train import losses, optimizer
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
-from train.export import export
+from train.export import export, target_identity
 from train.metrics import LENGTH, better
 from train.plan import Plan
 from train.state import Lines, Saved
@@ -229,4 +229,5 @@ class Trainer:
             }
         folder = storage.join(plan.config.out, name)
         target = plan.store.target_config()
-        export(folder, self._weights(), plan.head, plan.draft_ids, target, metadata=facts)
+        origin = target_identity(plan.store)
+        export(folder, self._weights(), plan.head, plan.draft_ids, target, metadata=facts, trained_for=origin)

@@ -244,6 +244,7 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
         teacher="stored",
         draft_vocab=8,
     )
+    refused(config, tmp_path, "name fitted, target, normal, or a head's folder", init="zeros")
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
     with pytest.raises(EyasError, match="no local folder nor in a gs:// bucket"):
         run(replace(config, out="s3://bucket/run"))
@@ -258,7 +259,7 @@ def test_impossible_options_name_the_field():
     for changed, match in (
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"batch_rows": 3, "dp": 2}, "batch_rows=3 must be a multiple of dp=2"),
-        ({"init": "zeros"}, "use one of fitted, target, normal"),
+        ({"init": ""}, "init=''"),
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"ttt_steps": 0}, "ttt_steps=0"),
     ):

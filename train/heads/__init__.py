@@ -3,7 +3,7 @@
 Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import jax
@@ -38,6 +38,21 @@ class Head(Protocol):
     @classmethod
     def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
         """The head that the config.json at `path` describes. EyasError for a field that a server misreads."""
+        ...
+
+    @classmethod
+    def is_published(cls, config: dict[str, Any]) -> bool:
+        """Whether a config.json, of whatever trainer, is of a head of this kind."""
+        ...
+
+    @classmethod
+    def from_published(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
+        """The head of such a config.json. EyasError for what it has and heads of this kind have not."""
+        ...
+
+    def sources(self, found: Iterable[str], path: str) -> dict[str, str]:
+        """{parameter: its name among the tensors `found` of a published head at `path`}. EyasError for the
+        first that is missing or unknown."""
         ...
 
     def parameters(self) -> Declaration:

@@ -1,6 +1,6 @@
 """The EAGLE3 draft head (arXiv 2503.01840), behind the protocol of train/heads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import card, rollout, serving, sizes, start
+from train.heads.eagle3 import card, published, rollout, serving, sizes, start
 from train.sample import Sample, Weights
 from train.serving_config import Limit
 
@@ -30,6 +30,17 @@ class Eagle3(sizes.Sizes):
     @classmethod
     def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
         return serving.read(cls, path, config, num_target_layers)
+
+    @classmethod
+    def is_published(cls, config: dict[str, Any]) -> bool:
+        return published.is_published(config)
+
+    @classmethod
+    def from_published(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
+        return cls(**published.read(path, config, num_target_layers))
+
+    def sources(self, found: Iterable[str], path: str) -> dict[str, str]:
+        return published.sources(self, found, path)
 
     def parameters(self) -> Declaration:
         return sizes.parameters(self)

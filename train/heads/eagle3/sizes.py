@@ -97,7 +97,7 @@ def for_target(
     heads = math.gcd(hidden, heads)
     kv_heads = math.gcd(heads, kv_heads)
     head_dim += head_dim % 2  # odd where the target rotates a part of it
-    rope, theta = _rope(target)
+    rope, theta = rope_of(target)
     return dict(
         hidden_size=hidden,
         target_hidden_size=hidden,
@@ -117,7 +117,7 @@ def for_target(
     )
 
 
-def _rope(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
+def rope_of(target: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
     """(scaling or None, theta), from the new or the old fields; of the global layers where there are two.
 
     The head rotates all of its dimensions, also where the target rotates a part of its own.

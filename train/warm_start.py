@@ -1,0 +1,116 @@
+"""A published head, read from its safetensors, to be trained on.
+
+Dimensions: N draft vocabulary, V target vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common import storage, zarr
+from common.config import digest
+from common.errors import EyasError
+from common.safetensors import FLOATS, Checkpoint
+from common.store import Store
+from train.draft_maps import check_maps
+from train.export import TRAINED_FOR, target_identity
+from train.heads import HEADS, Head
+
+_EMBEDDING = ("embed_tokens.weight", "model.embed_tokens.weight")
+_COMPARED = 16  # rows of an embedding, spread over the vocabulary
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checked head in `folder`. `draft_ids` int32 [N] ascending; `sums` tell its content from any other."""
+
+    folder: str
+    head: Head
+    draft_ids: np.ndarray
+    sums: dict[str, Any]
+    _tensors: Checkpoint
+    _sources: dict[str, str]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """{parameter: float32 array}. EyasError for one that is not finite."""
+        return {name: self._read(name) for name in self.head.parameters()}
+
+    def _read(self, name: str) -> np.ndarray:
+        found = self._tensors.read(self._sources[name]).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise EyasError(f"{self.folder}: {self._sources[name]} has values that are not finite")
+        return found
+
+
+def open_published(folder: str, store: Store) -> Published:
+    """EyasError, by the name of what differs, for a folder without such a head, and one of another target."""
+    place = storage.join(folder, "config.json")
+    if not storage.exists(place):
+        raise EyasError(
+            f"init={folder} holds no config.json; name fitted, target, normal, or a head's folder"
+        )
+    config, target = storage.read_object(place), store.target_config()
+    head = _head(place, config, target["num_hidden_layers"])
+    _require_target(place, config, store)
+    head.require_fit(target, folder)
+    tensors = Checkpoint.open(folder)
+    sources = head.sources(tensors.tensors, folder)
+    for name, declared in head.parameters().items():
+        tensors.require(sources[name], declared.shape, FLOATS)
+    _require_embedding(folder, tensors, store)
+    ids = _draft_ids(folder, tensors, head)
+    sums = {name: zarr.crc32(tensors.read(source)) for name, source in sources.items()}
+    return Published(folder, head, ids, {"config": digest(config), "tensors": sums}, tensors, sources)
+
+
+def _head(place: str, config: dict[str, Any], num_target_layers: int) -> Head:
+    for kind in HEADS.values():
+        if kind.is_published(config):
+            try:
+                return kind.from_published(place, config, num_target_layers)
+            except ValueError as error:
+                raise EyasError(f"{place}: {error}; give another head") from error
+    raise EyasError(
+        f"{place}: architectures is {config.get('architectures')!r}, of no kind of head that can be trained "
+        f"on; known are {', '.join(HEADS)}"
+    )
+
+
+def _require_target(place: str, config: dict[str, Any], store: Store) -> None:
+    """EyasError if the head says itself that it was trained for another target."""
+    known, its = config.get(TRAINED_FOR), target_identity(store)
+    if isinstance(known, dict) and known.get("embed_tokens") != its["embed_tokens"]:
+        raise EyasError(
+            f"{place} was trained for {known.get('target')}, but {store.url} holds features of "
+            f"{its['target']}; give a store of the same target, or another head"
+        )
+
+
+def _require_embedding(folder: str, tensors: Checkpoint, store: Store) -> None:
+    """EyasError if the head brings an embedding along that is not its target's, to bfloat16's precision."""
+    name = next((name for name in _EMBEDDING if name in tensors.tensors), None)
+    if name is None:
+        return
+    its = store.target_tensor("embed_tokens")
+    tensors.require(name, its.shape, FLOATS)
+    for row in np.unique(np.linspace(0, len(its) - 1, _COMPARED, dtype=int)):
+        ours = tensors.read(name, (slice(row, row + 1),)).astype(np.float32)
+        if not np.allclose(ours, its[row : row + 1].astype(np.float32), rtol=2**-7, atol=1e-6):
+            raise EyasError(
+                f"{folder}: row {row} of its {name} is not that of {target_identity(store)['target']}, the "
+                f"target of {store.url}; give a store of the head's target"
+            )
+
+
+def _draft_ids(folder: str, tensors: Checkpoint, head: Head) -> np.ndarray:
+    N, V = head.draft_vocab_size, head.vocab_size
+    if "d2t" not in tensors.tensors:
+        if N < V:
+            raise EyasError(f"{folder} lacks d2t, the map of its {N} of {V} tokens; fetch the head again")
+        return np.arange(N, dtype=np.int32)
+    d2t_N = tensors.read("d2t").astype(np.int64)
+    t2d_V = tensors.read("t2d").astype(bool) if "t2d" in tensors.tensors else None
+    if d2t_N.shape != (N,):
+        raise EyasError(f"{folder}: d2t has shape {list(d2t_N.shape)}, expected [{N}]; fetch the head again")
+    return check_maps(folder, d2t_N, t2d_V, V).astype(np.int32)
