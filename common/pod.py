@@ -240,6 +240,9 @@ def leave(code: int) -> None:
 def _describe(error: BaseException) -> dict[str, Any]:
     if number := _signal_of(error):
         return {"text": STOPPED, "code": exit_code(number), "signal": number}
+    from common import device_errors  # of jax, which is there where there is a pod
+
+    error = device_errors.explained(error, "compute less at a time, or on more chips") or error
     known = isinstance(error, EyasError)
     text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
     return {"text": text, "code": error.exit_code if known else MachineError.exit_code, "signal": 0}

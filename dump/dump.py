@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import pod, storage
+from common.device_errors import device_errors
 from common.errors import EyasError, MachineError
 from common.progress import note
 from common.stopping import Stop
@@ -29,6 +30,8 @@ from dump.target_files import target_files, with_sums, write_target
 
 __all__ = ["DumpConfig", "run"]
 
+_SMALLER = "compute less at a time (--chip-tokens, --batch-rows), or on more chips (--dp, --tp)"
+
 
 def run(config: DumpConfig) -> dict[str, Any]:
     """Dumps the features of `config.model` for the rows of `config.store`, or what is missing of them.
@@ -42,7 +45,8 @@ def run(config: DumpConfig) -> dict[str, Any]:
         note(f"dump: checking {config.model} and {config.store}")
         plan = make_plan(config)
         note(_announce(plan))
-        _run(plan, check)
+        with device_errors(_SMALLER):
+            _run(plan, check)
     seconds = time.monotonic() - start
     tokens = sum(len(plan.rows_of(block)) for block in plan.blocks) * plan.store.length
     part, parts = config.part()

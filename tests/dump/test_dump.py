@@ -167,6 +167,15 @@ def test_forward_passes_can_be_timed_without_writing(config):
     assert contents(config.store) == before
 
 
+def test_memory_that_does_not_suffice_is_one_line_and_nothing_is_begun(config, monkeypatch):
+    before = contents(config.store)
+    too_much = lambda *_: jax.block_until_ready(jnp.zeros((2**44,), jnp.uint8))  # noqa: E731
+    monkeypatch.setattr("dump.prefill.Program.compile", too_much)
+    with pytest.raises(EyasError, match=r"memory of the chips .* \(--chip-tokens, --batch-rows\)"):
+        run(config)
+    assert contents(config.store) == before
+
+
 def script(config: DumpConfig) -> list[str]:
     """The command itself, not faster than a test can follow."""
     code = (
