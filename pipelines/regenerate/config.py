@@ -7,7 +7,10 @@ from urllib.parse import urlsplit
 
 from common.config import check, setting
 
-_OURS = ("messages", "model", "max_tokens", "n", "seed", "stream", "temperature", "tools", "top_k", "top_p")
+_OURS = (
+    *("messages", "model", "max_tokens", "n", "seed", "stream", "stream_options", "temperature"),
+    *("tools", "top_k", "top_p"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class RegenerateConfig:
         None, "Stop reading after so many conversations.", least=1, otherwise="all"
     )
     concurrency: int = setting(64, "Requests in flight at each endpoint.", least=1, most=4096)
+    stream: bool = setting(
+        False, "Have answers sent piece by piece: for gateways that cut what is silent for a minute."
+    )
     timeout: float = setting(600.0, "Seconds for an answer to be complete.", above=0)
     patience: float = setting(
         900.0, "Seconds that an endpoint may fail, or ask to wait, before it is given up.", above=0

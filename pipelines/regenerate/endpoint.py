@@ -22,18 +22,24 @@ from common.errors import EyasError
 from common.library_errors import reason
 from common.progress import note
 from pipelines.regenerate.answerer import Answer, GoneError, Messages, RejectedError, TryAgainError
-from pipelines.regenerate.config import completions_url
-from pipelines.regenerate.reply import RubbishError, read_problem, read_reply
+from pipelines.regenerate.config import RegenerateConfig, completions_url
+from pipelines.regenerate.reply import RubbishError, read_problem, read_reply, read_stream
 
 KEY = "EYAS_API_KEY"  # of all endpoints; EYAS_API_KEY_2: of the second one
 _FIRST, _LONGEST = 1.0, 60.0  # seconds of back-off
 _STAGGER = 5.0  # seconds between requests to a server that is not known to work
 _CONNECT = 30.0  # seconds
-_REFUSALS = 8  # requests in a row that a server which has answered none may refuse
+_RUBBISH = 8  # replies of a server that has answered nothing, until it is taken for one of another kind
 _TOLD_AGAIN = 60.0  # seconds between two notes of one server
 _LARGEST = 64 << 20  # bytes of a reply
+_PLAIN = [{"role": "user", "content": "Hello"}]
 _REJECTED = (400, 413, 422)
 _PASSING = (408, 409, 425, 429)
+_ADVICE = {
+    401: f"give its key in {KEY}",
+    403: f"give a key that may in {KEY}",
+    404: "check the address, which often ends in /v1, and --served-model",
+}
 
 
 def key_of(number: int) -> str | None:
@@ -48,19 +54,23 @@ def key_of(number: int) -> str | None:
 class Endpoint:
     """An `Answerer`; its connections are open within `async with`."""
 
-    def __init__(
-        self, url: str, key: str | None, fields: dict[str, Any], width: int, timeout: float, patience: float
-    ) -> None:
-        self.name, self.width = url.rstrip("/"), width
-        self._url, self._key, self._fields = completions_url(url), key, fields
-        self._timeout, self._patience = timeout, patience
+    def __init__(self, url: str, key: str | None, config: RegenerateConfig) -> None:
+        self.name, self.width = url.rstrip("/"), config.concurrency
+        self._url, self._key = completions_url(url), key
+        how = (
+            {"stream": True, "stream_options": {"include_usage": True}}
+            if config.stream
+            else {"stream": False}
+        )
+        self._fields = config.fields() | how
+        self._timeout, self._patience = config.timeout, config.patience
         self._works = asyncio.Event()
         self._next = 0.0  # when, of the monotonic clock, the next request begins while it does not work
         self._resume = 0.0  # when it lets itself be asked again
         self._delay, self._delayed = 0.0, 0.0  # seconds of back-off, and when they were set
         self._failing: float | None = None  # since when
         self._told = -_TOLD_AGAIN
-        self._answered = self._refused = self._in_flight = 0
+        self._answered = self._rubbish = 0
         self._gone: GoneError | None = None
 
     async def __aenter__(self) -> Self:
@@ -99,33 +109,29 @@ class Endpoint:
 
     async def answer(self, messages: Messages, tools: list[dict[str, Any]], seed: int) -> Answer:
         """Asks once."""
-        request = self._fields | {"messages": messages, "seed": seed, "stream": False}
+        request = self._fields | {"messages": messages, "seed": seed} | ({"tools": tools} if tools else {})
         began, before = time.monotonic(), self._answered
-        self._in_flight += 1
         try:
-            status, headers, body = await self._post(request | ({"tools": tools} if tools else {}))
-        except (aiohttp.ClientSSLError, aiohttp.InvalidURL) as error:
-            raise self._give_up(self._clean(reason(error)), mistake=True) from None
-        except TimeoutError as error:
-            late = isinstance(error, aiohttp.ConnectionTimeoutError)
-            text = f"no connection in {_CONNECT:g}" if late else f"no answer in {self._timeout:g}"
-            raise self._failed(f"{text} seconds", began, before) from None
-        except aiohttp.ClientPayloadError:
-            raise self._failed("the reply was cut off or is damaged", began, before) from None
-        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
-            raise self._failed(self._clean(reason(error)), began, before) from None
+            status, headers, body = await self._post(request)
+            if status == 200:
+                found = (read_stream if _is_stream(headers) else read_reply)(body)
+                self._answered += 1
+                self._is_up()
+                return found
         except RubbishError as error:
-            raise self._refusal(str(error)) or self._failed(str(error), began, before) from None
-        finally:
-            self._in_flight -= 1
-        if status == 200:
-            try:
-                found = read_reply(body)
-            except RubbishError as error:
-                raise self._refusal(str(error)) or self._failed(str(error), began, before) from None
-            self._succeeded()
-            return found
-        raise self._problem(status, headers, self._clean(read_problem(body)), began, before)
+            raise self._not_an_answer(str(error), began, before) from None
+        except (aiohttp.ClientSSLError, aiohttp.InvalidURL) as error:
+            raise self._give_up(self._told_by(reason(error)), mistake=True) from None
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
+            raise self._failed(self._reason(error), began, before) from None
+        text = self._told_by(read_problem(body))
+        said = f"{status}: {text}" if text else f"status {status}"
+        if status in _REJECTED:
+            await self._require_plain_answer(request, said)
+            raise RejectedError(said)
+        if status in _PASSING or (status >= 500 and status not in (501, 505)):
+            raise self._failed(said, began, before, _seconds(headers.get("Retry-After")))
+        raise self._give_up(f"{said}; {_ADVICE.get(status, 'check the address')}", mistake=True)
 
     async def _post(self, request: dict[str, Any]) -> tuple[int, Any, bytes]:
         data = json.dumps(request).encode()
@@ -138,41 +144,23 @@ class Endpoint:
                     raise RubbishError(f"the reply has more than {_LARGEST >> 20} MiB")
             return response.status, response.headers, bytes(body)
 
-    def _succeeded(self) -> None:
-        self._answered += 1
+    async def _require_plain_answer(self, request: dict[str, Any], said: str) -> None:
+        """Whether a rejection is due to the question or to the server; GoneError if it answers nothing."""
+        if request["messages"] is _PLAIN:
+            raise self._give_up(f"it rejects a plain question too ({said})", mistake=True)
+        if not self._answered:
+            await self.answer(_PLAIN, [], 0)
         self._is_up()
 
     def _is_up(self) -> None:
         self._failing, self._delay = None, 0.0
         self._works.set()
 
-    def _problem(self, status: int, headers: Any, text: str, began: float, before: int) -> Exception:
-        """What a status other than 200 means."""
-        said = f"{status}: {text}" if text else f"status {status}"
-        if status in _REJECTED:
-            refusal = self._refusal(said)
-            if refusal:
-                return refusal
-            if not self._answered:  # is it the question, or the server?
-                self._next = time.monotonic()
-                return TryAgainError(said, alone=False)
-            self._is_up()
-            return RejectedError(said)
-        if status in _PASSING or (status >= 500 and status not in (501, 505)):
-            return self._failed(said, began, before, _seconds(headers.get("Retry-After")))
-        advice = {
-            401: f"; give its key in {KEY}",
-            403: f"; give a key that may in {KEY}",
-            404: "; check the address, which often ends in /v1, and --served-model",
-        }
-        return self._give_up(said + advice.get(status, "; check the address"), mistake=True)
-
-    def _refusal(self, said: str) -> GoneError | None:
-        """Counts one, of a server that has answered nothing; GoneError if it has refused too many."""
-        self._refused += not self._answered
-        if self._refused < _REFUSALS or self._answered or self._in_flight > 1:
-            return None
-        return self._give_up(f"it has refused all of {self._refused} requests ({said})", mistake=True)
+    def _not_an_answer(self, said: str, began: float, before: int) -> Exception:
+        self._rubbish += 1
+        if self._rubbish >= _RUBBISH and not self._answered:
+            return self._give_up(f"none of {self._rubbish} replies was an answer ({said})", mistake=True)
+        return self._failed(said, began, before)
 
     def _failed(self, said: str, began: float, before: int, wait: float | None = None) -> Exception:
         """What is to be raised for a failure that may pass."""
@@ -201,20 +189,31 @@ class Endpoint:
             self._works.set()  # wakes who waits
         return self._gone
 
-    def _clean(self, text: str) -> str:
-        """Without the key, which some servers repeat."""
-        return text.replace(self._key, "(the key)") if self._key else text
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return f"no connection in {_CONNECT:g} seconds"
+        if isinstance(error, TimeoutError):
+            return f"no whole answer in {self._timeout:g} seconds (--timeout)"
+        if isinstance(error, aiohttp.ClientPayloadError):
+            return "the reply was cut off or is damaged"
+        return self._told_by(reason(error))
+
+    def _told_by(self, text: str) -> str:
+        """What a server says, on one short line, without the key, which some repeat."""
+        text = text.replace(self._key, "(the key)") if self._key else text
+        return " ".join(text.split())[:200]
+
+
+def _is_stream(headers: Any) -> bool:
+    return headers.get("Content-Type", "").lower().startswith("text/event-stream")
 
 
 def _seconds(text: str | None) -> float | None:
     """What a Retry-After asks for: seconds, or a date."""
     if text is None:
         return None
-    try:
+    with suppress(ValueError):
         return max(0.0, min(float(text), 1e9))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, OverflowError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError, TypeError):
-        return None
+    return None

@@ -12,7 +12,8 @@ _CALLED = ("tool_calls", "function_call")
 _CUT = ("length", "max_tokens")
 _HELD_BACK = "content_filter"
 _CALLS = ("tool_calls", "function_call")
-_FIELDS = ("content", "reasoning_content", "reasoning", *_CALLS)  # as they are given
+_TEXTS = ("content", "reasoning_content", "reasoning")
+_FIELDS = (*_TEXTS, *_CALLS)  # as they are given
 
 
 class RubbishError(ValueError):
@@ -21,20 +22,40 @@ class RubbishError(ValueError):
 
 def read_reply(body: bytes) -> Answer:
     """The answer of a chat completion. RubbishError if it is none, or was broken off."""
-    try:
-        value = strict_json.parse(body, "the reply")
-    except EyasError:
-        raise RubbishError("the reply is not JSON") from None
-    choices = value.get("choices") if isinstance(value, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
-        raise RubbishError("the reply has no choice with a message")
-    finish = choice.get("finish_reason")
-    if finish not in (*_ENDED, *_CALLED, *_CUT, _HELD_BACK):
-        known = isinstance(finish, str) and finish.isidentifier()
-        raise RubbishError(f"the reply ended by {finish[:30] if known else 'no known reason'}")
-    return _answer(message, finish, _tokens(value))
+    value = _parsed(body)
+    choice = _choice(value)
+    if not isinstance(choice.get("message"), dict):
+        raise RubbishError("the reply has no message")
+    return _judged(choice["message"], choice.get("finish_reason"), _tokens(value))
+
+
+def read_stream(body: bytes) -> Answer:
+    """The same of one that came as events, whose deltas are put together."""
+    texts: dict[str, list[str]] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    finish, usage = None, None
+    for line in body.splitlines():
+        if not line.startswith(b"data:"):
+            continue
+        if line[5:].strip() == b"[DONE]":
+            break
+        event = _parsed(line[5:])
+        usage = event.get("usage") or usage
+        if event.get("choices") == []:  # an event of usage alone
+            continue
+        choice = _choice(event)
+        finish = choice.get("finish_reason") or finish
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            raise RubbishError("an event has no delta")
+        for name in (*_TEXTS, "refusal"):
+            if isinstance(delta.get(name), str):
+                texts.setdefault(name, []).append(delta[name])
+        _add_calls(calls, delta.get("tool_calls"))
+    message: dict[str, Any] = {name: "".join(parts) for name, parts in texts.items()}
+    if calls:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return _judged(message, finish, _tokens({"usage": usage}))
 
 
 def read_problem(body: bytes) -> str:
@@ -46,7 +67,45 @@ def read_problem(body: bytes) -> str:
     for name in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(name) is not None:
             value = value[name]
-    return " ".join(value.split())[:200] if isinstance(value, str) else ""
+    return value if isinstance(value, str) else ""
+
+
+def _add_calls(calls: dict[int, dict[str, Any]], deltas: Any) -> None:
+    """Adds to each call, by its index, what is said of it: its name once, its arguments piece by piece."""
+    for delta in deltas if isinstance(deltas, list) else []:
+        said = delta.get("function") if isinstance(delta, dict) else None
+        index = delta.get("index") if isinstance(delta, dict) else None
+        if not isinstance(said, dict) or type(index) is not int:
+            raise RubbishError("an event calls a tool in a way of its own")
+        call = calls.setdefault(index, {"type": "function", "function": {"name": "", "arguments": ""}})
+        call |= {"id": delta["id"]} if isinstance(delta.get("id"), str) else {}
+        for name in ("name", "arguments"):
+            if isinstance(said.get(name), str):
+                call["function"][name] += said[name]
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        value = strict_json.parse(data, "the reply")
+    except EyasError:
+        raise RubbishError("the reply is not JSON") from None
+    if not isinstance(value, dict):
+        raise RubbishError("the reply is no object")
+    return value
+
+
+def _choice(value: dict[str, Any]) -> dict[str, Any]:
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise RubbishError("the reply has no choice")
+    return choices[0]
+
+
+def _judged(message: dict[str, Any], finish: Any, tokens: int) -> Answer:
+    if finish not in (*_ENDED, *_CALLED, *_CUT, _HELD_BACK):
+        known = isinstance(finish, str) and finish.isidentifier()
+        raise RubbishError(f"the reply ended by {finish[:30] if known else 'no known reason'}")
+    return _answer(message, finish, tokens)
 
 
 def _answer(message: dict[str, Any], finish: str, tokens: int) -> Answer:

@@ -104,9 +104,7 @@ async def _asked(
     work = Work(left, done, config.seed, config.truncated == "keep")
     async with AsyncExitStack() as open_endpoints:
         endpoints = [
-            await open_endpoints.enter_async_context(
-                Endpoint(url, key, config.fields(), config.concurrency, config.timeout, config.patience)
-            )
+            await open_endpoints.enter_async_context(Endpoint(url, key, config))
             for url, key in zip(config.endpoint, keys, strict=True)
         ]
         await work.run(endpoints, tick)

@@ -113,7 +113,8 @@ def chat_server(choose: Choose = lambda request: None) -> Iterator[Server]:
             choice = good(request)
             whole = {"choices": [choice], "usage": {"completion_tokens": 5}}
             if way in ANSWERS:
-                return self._send(200, _json(ANSWERS[way](choice) | {"usage": {"completion_tokens": 5}}))
+                whole = ANSWERS[way](choice) | {"usage": {"completion_tokens": 5}}
+                way = None
             if way in RUBBISH:
                 return self._send(200, _json(RUBBISH[way](choice)))
             if way in RAW:
@@ -133,6 +134,8 @@ def chat_server(choose: Choose = lambda request: None) -> Iterator[Server]:
                 self._send(200, _json(whole), {"Content-Encoding": "gzip"})
             elif way == "huge":
                 self._send(200, b" " * (3 << 20) + _json(whole))
+            elif request["stream"]:
+                self._send(200, events(whole), {"Content-Type": "text/event-stream; charset=utf-8"}, way)
             else:
                 self._send(200, _json(whole), way=way)
 
@@ -146,8 +149,9 @@ def chat_server(choose: Choose = lambda request: None) -> Iterator[Server]:
                 self.wfile.write(body[: len(body) // 2])
                 self.close_connection = True
             elif way in ("slow", "drip"):
-                for start in range(0, len(body), 20):
-                    self.wfile.write(body[start : start + 20])
+                step = len(body) // 8
+                for start in range(0, len(body), step):
+                    self.wfile.write(body[start : start + step])
                     if server.over.wait(0.2 if way == "slow" else 0.01):
                         break
             else:
@@ -172,6 +176,26 @@ def chat_server(choose: Choose = lambda request: None) -> Iterator[Server]:
         server.over.set()
         listening.shutdown()
         listening.server_close()
+
+
+def events(whole: dict[str, Any]) -> bytes:
+    """A completion as a server streams it: an event a few characters, the calls in two, usage at the end."""
+    (choice,) = whole["choices"]
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    for name in ("reasoning_content", "reasoning", "content", "refusal"):
+        text = choice["message"].get(name)
+        text = text[0]["text"] if isinstance(text, list) else text or ""
+        deltas += [{name: text[start : start + 3]} for start in range(0, len(text), 3)]
+    for call in choice["message"].get("tool_calls", []):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        first = {"index": 0, "id": call["id"], "type": "function", "function": {"name": name}}
+        more = [{"index": 0, "function": {"arguments": part}} for part in (arguments[:4], arguments[4:])]
+        deltas += [{"tool_calls": [part]} for part in (first, *more)]
+    parts = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    parts.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    parts.append({"choices": [], "usage": whole["usage"]})
+    lines = [": ping", *(f"data: {json.dumps(part)}" for part in parts), "data: [DONE]"]
+    return "".join(f"{line}\n\n" for line in lines).encode()
 
 
 def _json(value: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Regenerating answers: what is asked and written, and that no server's failure loses or doubles any."""
 
+import email.utils
 import errno
 import json
 import os
@@ -153,12 +154,14 @@ def test_no_more_requests_are_in_flight_than_wanted(config):
         ("reasoning", False, "answered", {"reasoning_content": "so it is", "reasoning": "so it is"}),
     ],
 )
-def test_what_an_answer_is_decides_about_its_conversation(config, way, keep, outcome, more):
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_answer_is_decides_about_its_conversation(config, way, keep, outcome, more, stream):
     assert way in ANSWERS
     turns = user("a?"), old(), user("b?"), old(), user("c?")
     with chat_server(lambda request: way if len(request["messages"]) == 3 else None) as server:
-        found = ask(only_one(config, *turns), server, truncated="keep" if keep else "drop")
+        found = ask(only_one(config, *turns), server, truncated="keep" if keep else "drop", stream=stream)
     assert found["outcomes"] == {outcome: 1}
+    assert found["tokens"] == 5 * len(server.requests)
     (line,) = lines(config)
     assert line["outcome"] == outcome
     first, second = user("a?"), user("b?")
@@ -227,8 +230,9 @@ def test_whatever_a_server_does_now_and_then_nothing_is_lost_or_doubled(
     assert record(config)["complete"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("way", FAULTS)
-def test_each_fault_alone_is_tried_again(config, way, monkeypatch):
+def test_each_fault_alone_is_tried_again(config, way, stream, monkeypatch):
     monkeypatch.setattr(endpoint, "_LARGEST", 1 << 20)
     count = Counter()
 
@@ -237,7 +241,7 @@ def test_each_fault_alone_is_tried_again(config, way, monkeypatch):
         return way if count[request["messages"][-1]["content"]] == 1 else None
 
     with chat_server(choose) as server:
-        found = ask(only_one(config, user("a?"), old(), user("b?")), server, timeout=0.4)
+        found = ask(only_one(config, user("a?"), old(), user("b?")), server, timeout=0.4, stream=stream)
     assert found["outcomes"] == {"answered": 1}
     assert count == ({"a?": 1, "b?": 1} if way == "drip" else {"a?": 2, "b?": 2})
 
@@ -280,8 +284,8 @@ def test_a_server_that_fails_for_good_is_named_and_the_others_go_on(config, expe
         ("401", EyasError, "401: bad None; give its key in EYAS_API_KEY.*; mend that"),
         ("404", EyasError, "404: .*check the address"),
         ("301", EyasError, "301: .*check the address"),
-        ("400", EyasError, "it has refused all of 8 requests .400: bad None"),
-        ("html", EyasError, "it has refused all of 8 requests .the reply is not JSON"),
+        ("400", EyasError, "it rejects a plain question too .400: bad None"),
+        ("html", EyasError, "none of 8 replies was an answer .the reply is not JSON"),
         ("500", RestartError, r"nothing answered for \d seconds .500: bad None.*asks them again"),
         ("close", RestartError, r"nothing answered for \d seconds"),
         ("429 3600", RestartError, "it asks to wait 3600 seconds, longer than --patience"),
@@ -296,6 +300,36 @@ def test_where_all_servers_fail_the_one_line_says_why_and_nothing_is_recorded(co
         assert lines(config) == []
         server.choose = lambda request: None
         assert ask(config, server)["outcomes"] == {"answered": 20}
+
+
+def test_a_first_conversation_that_is_rejected_is_told_from_a_server_that_rejects_all(config):
+    with chat_server(lambda r: None if r["messages"][-1]["content"] == "Hello" else "413") as server:
+        assert ask(config, server)["outcomes"] == {"rejected": 20}
+    with chat_server(lambda r: "413" if "question 0.0?" in str(r["messages"]) else None) as server:
+        config = replace(config, out=config.out + ".2.jsonl")
+        assert ask(config, server)["outcomes"] == {"answered": 19, "rejected": 1}
+        assert len(server.requests) == 2 + sum(1 + n % 3 for n in range(1, 20)), "and a plain question"
+
+
+def test_a_stream_gives_the_same_answers(config, expected):
+    with chat_server() as server:
+        assert ask(config, server, stream=True)["tokens"] == 5 * len(server.requests)
+        assert server.requests[0]["stream_options"] == {"include_usage": True}
+    told = [line | {"messages": []} for line in lines(config)]
+    assert told == [json.loads(line) | {"messages": []} for line in expected.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (None, None), ("7", 7), ("0.5", 0.5), ("-3", 0), ("1e99", 1e9), ("nan", 0), ("soon", None),
+        ("", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("Thu, 99 Jan", None),
+    ],
+)  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(text, seconds):
+    assert endpoint._seconds(text) == seconds
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 25 < endpoint._seconds(soon) < 31
 
 
 def test_no_server_at_all(config):

@@ -1,13 +1,14 @@
 """Whatever a server replies is an answer that prepare can read, or none; never a crash."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump.clean import Cleaner
-from pipelines.regenerate.reply import RubbishError, read_problem, read_reply
+from pipelines.regenerate.reply import RubbishError, read_problem, read_reply, read_stream
 from pipelines.regenerate.talk import Talk
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -55,6 +56,20 @@ def test_any_json_is_an_answer_that_can_be_read_or_rubbish(value):
 @given(REPLIES)
 def test_a_thousand_replies(value):
     check(value)
+
+
+EVENTS = st.fixed_dictionaries(
+    {"choices": st.lists(st.fixed_dictionaries({"delta": MESSAGES, "finish_reason": REASONS}), max_size=1)},
+    optional={"usage": VALUES},
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(EVENTS | VALUES, max_size=4))
+def test_any_events_are_an_answer_or_rubbish(values):
+    body = b"".join(b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
+    with suppress(RubbishError):
+        assert isinstance(read_stream(body).message["content"], str)
 
 
 def check(value):
