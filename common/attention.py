@@ -86,8 +86,7 @@ def _backward(form, saved, cotangents):
     # d logits = p * (d p - sum(out * d out) + d lse)
     shift = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     shift = shift if g_lse is None else shift - g_lse
-    rows = q, k, v, segments, lse, g_out, shift
-    dq, dk, dv = jax.lax.map(lambda row: _row_back(form, *row), rows)
+    dq, dk, dv = _pulled_back(form, q, k, v, segments, lse, g_out, shift)
     d_sinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(jnp.float32)[None, None] - lse)
@@ -96,6 +95,20 @@ def _backward(form, saved, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _pulled_back(form: _Form, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The cotangents of q, k and v, by the platform's best way."""
+
+    def blockwise(*arrays):
+        return jax.lax.map(lambda row: _row_back(form, *row), arrays)
+
+    def kernel(*arrays):
+        return splash.pull_back(*arrays, form.scale, form.window, form.softcap)
+
+    if not splash.serves(arrays[0]):
+        return blockwise(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=blockwise)
 
 
 def _in_blocks(x_TNd: jax.Array, J: int) -> jax.Array:

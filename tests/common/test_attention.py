@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common import attention
+from tests.common.plain_attention import plain
 
 B, T, N, J, KEY, VALUE = 2, 43, 6, 2, 8, 6
 SCALE = 0.4
@@ -14,21 +15,6 @@ SCALE = 0.4
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 8)
-
-
-def plain(q, k, v, segments, scale, window=None, sinks=None, softcap=None):
-    """(out, logsumexp) with all T x T logits."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
-    s = jnp.einsum("btnd,bsnd->bnts", q, k, precision="highest") * scale
-    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-    apart = np.arange(s.shape[-1])[:, None] - np.arange(s.shape[-1])[None]
-    seen = (apart >= 0) & (apart < (window or 10**6))
-    s = jnp.where((segments[:, None, :, None] == segments[:, None, None]) & seen[None, None], s, -jnp.inf)
-    if sinks is not None:
-        s = jnp.concatenate([s, jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))], -1)
-    p = jax.nn.softmax(s, -1)[..., : k.shape[1]]
-    lse = jax.nn.logsumexp(s, -1).transpose(0, 2, 1)
-    return jnp.einsum("bnts,bsne->btne", p, v, precision="highest"), lse
 
 
 def inputs(seed=0):
