@@ -221,6 +221,42 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
     show(stage.run(config))
 
 
+@main.command()
+@click.argument("file", metavar="FILE.toml")
+@model_option
+@store_option
+@click.option("--out", help="The folder or gs:// prefix of the runs (default: runs/FILE).")
+@click.option(
+    "--at-once",
+    type=click.IntRange(1),
+    help="Train so many heads at a time: less memory, and more readings of the store (default: all).",
+)
+@plots_option
+def sweep(file: str, model: str, store: str, out: str | None, at_once: int | None, plots: bool) -> None:
+    """Trains several heads from one stream of the store, as FILE.toml says, and compares them.
+
+    The file has common [settings], [[experiments]] with a name and what differs, and a [grid] of lists whose
+    combinations are experiments too; keys are the options of `eyas train` with _ for -. Each head comes out
+    as `eyas train` would make it. The same command continues, and trains what was added to the file.
+
+    Example: eyas sweep rates.toml --store stores/qwen3-8b --model qwen3-8b
+    """
+    from pipelines import compare as comparison
+    from pipelines import sweep as stage
+    from pipelines.same_target import require_same_target
+    from train import sweep as training
+
+    recipe = recipes.find(model)
+    place = out or stage.default_out(file)
+    configs = stage.read(file, store, place, recipe.train if recipe else {})
+    require_same_target(store, model, recipe)
+    found = training.run(configs, place, at_once)
+    _show_runs(comparison.CompareConfig((place,), f"{place}/compare.html", plots=plots), False)
+    if found["failed"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found["failed"].items())
+        raise EyasError(f"{len(found['failed'])} of {len(configs)} heads failed; {reasons}")
+
+
 @main.command("eval")
 @click.option("--head", required=True, help="A head's folder, such as EXP/best.")
 @store_option

@@ -52,9 +52,9 @@ def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     EyasError if another process is at work there, or the folder holds another experiment or anything else.
     """
     out = plan.config.out
-    _require_own(plan)
+    require_own(plan)
     with locked(out) as require_ours:
-        if not _require_own(plan):
+        if not require_own(plan):
             names = ("eyas", "jax", "jaxlib", "optax", "numpy")
             storage.write_json(
                 storage.join(out, FILE),
@@ -67,7 +67,7 @@ def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
         yield require_ours
 
 
-def _require_own(plan: Plan) -> bool:
+def require_own(plan: Plan) -> bool:
     """Whether the folder has this plan's experiment already. EyasError if it has anything else."""
     out = plan.config.out
     place = storage.join(out, FILE)
@@ -174,6 +174,22 @@ class Saved:
         if damaged:
             raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
         return state, noted["best"], noted["last"]
+
+    def noted(self) -> tuple[int, dict[str, Any] | None, dict[str, Any]] | None:
+        """(step, best, last) of the newest state, of which nothing else is read; None if there is none."""
+        step = self.step()
+        if step is None:
+            return None
+        place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
+        args = ocp.args.Composite(noted=ocp.args.JsonRestore())
+        try:
+            found = dict(self._manager.restore(step, args=args).items())["noted"]
+        except Exception as error:
+            if is_refusal(error):
+                raise explained(error, place) from error
+            raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
+        noted = schema.check(_Noted, found, f"{place}/noted", advice)
+        return step, noted["best"], noted["last"]
 
     def _read(self, step: int | None, like: State, where: jax.sharding.Sharding) -> Any:
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)

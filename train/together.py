@@ -6,6 +6,7 @@ from common.errors import EyasError, MachineError
 from common.progress import Progress
 from common.stopping import Stop
 from train.evaluate import score_all
+from train.metrics import LENGTH
 from train.stream import Stream
 from train.trainer import Trainer
 
@@ -13,6 +14,14 @@ from train.trainer import Trainer
 def raise_it(trainer: Trainer, error: EyasError) -> None:
     """For a run that is alone: its end is the end."""
     raise error
+
+
+def _status(live: Sequence[Trainer]) -> str:
+    """How it goes: of one head, or of the best of several."""
+    if not live:
+        return ""
+    best = max(live, key=lambda one: (one.best or {}).get(LENGTH, 0.0))
+    return best.status if len(live) == 1 else f"{len(live)} heads, {best.name} is best: {best.status}"
 
 
 def train(
@@ -62,7 +71,7 @@ def train(
             for number, batch in dealt:
                 each(lambda one, batch=batch: one.take(batch), [trainers[number]])
             require_ours()  # before anything is saved
-            progress.update(tokens, live[0].status if live else "")
+            progress.update(tokens, _status(live))
             taken = [trainers[number] for number, _ in dealt]
             if stop.asked and not all(one.done for one in live):
                 each(Trainer.save, live)

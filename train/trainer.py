@@ -1,6 +1,7 @@
 """One head in training: it takes batches one by one, wherever they come from, and keeps its folder."""
 
 import math
+import posixpath
 import time
 from collections.abc import Callable
 from typing import Any, Self
@@ -21,6 +22,18 @@ from train.metrics import LENGTH, better
 from train.plan import Plan
 from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
+
+
+def is_done(plan: Plan) -> bool:
+    """Whether the run of this plan is at its end, as its newest state says. EyasError if that is damaged."""
+    if not storage.list_names(storage.join(plan.config.out, "state")):
+        return False
+    saved = Saved(plan.config.out)
+    try:
+        found = saved.noted()
+    finally:
+        saved.close()
+    return found is not None and found[0] == plan.steps
 
 
 class Trainer:
@@ -67,6 +80,11 @@ class Trainer:
         if patience is None or self.best is None:
             return False
         return self.last["step"] - self.best["step"] >= patience * self._plan.eval_every
+
+    @property
+    def name(self) -> str:
+        """The last part of its folder's."""
+        return posixpath.basename(self._plan.config.out.rstrip("/"))
 
     @property
     def saved_step(self) -> int:

@@ -1,0 +1,101 @@
+"""A sweep's file: what it says is what is trained, and a mistake in it is one line that names it."""
+
+import os
+import re
+
+import pytest
+
+from common.errors import EyasError
+from pipelines.sweep import default_out, read
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "rates.toml").write_text(text)
+        return str(tmp_path / "rates.toml")
+
+    return write
+
+
+def test_settings_experiments_and_a_grid(file):
+    url = file(
+        """
+        [settings]
+        steps = 20
+        learning_rate = 3e-4
+        betas = [0.9, 0.99]
+        [[experiments]]
+        name = "k9"
+        ttt_steps = 9
+        [[experiments]]
+        name = "plain"
+        [grid]
+        learning_rate = [1e-4, 2e-4]
+        seed = [0, 1]
+        """
+    )
+    found = read(url, "stores/x", "runs/rates/", {"draft_vocab": 100, "steps": 7})
+    assert list(found) == ["k9", "plain"] + [
+        f"learning_rate={rate},seed={seed}" for rate in ("0.0001", "0.0002") for seed in (0, 1)
+    ]
+    assert {(c.steps, c.betas, c.store, c.draft_vocab) for c in found.values()} == {
+        (20, (0.9, 0.99), "stores/x", 100)
+    }
+    assert (found["k9"].ttt_steps, found["k9"].learning_rate) == (9, 3e-4)
+    assert found["plain"].out == "runs/rates/plain"
+    last = found["learning_rate=0.0002,seed=1"]
+    assert (last.learning_rate, last.seed, last.ttt_steps) == (2e-4, 1, 7)
+    assert default_out(url) == "runs/rates"
+
+
+ONE = '[[experiments]]\nname = "a"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[settings", "rates.toml is not TOML: "),
+        ("\x00", "rates.toml is not TOML: "),
+        ("", "has no experiments; add"),
+        ("[setings]\nsteps = 3", "setings is unknown; did you mean settings?"),
+        ("steps = 3", "steps is unknown"),
+        (
+            "[settings]\nlearnig_rate = 1e-4",
+            "[settings]: learnig_rate is unknown; did you mean learning_rate?",
+        ),
+        ("[settings]\nlearning-rate = 1e-4", "learning-rate is unknown; did you mean learning_rate?"),
+        ("[settings]\nout = 'x'", "out is unknown"),
+        ("settings = 3", "settings must be a table; write [settings]"),
+        ("[experiments]\nname = 'a'", "write [[experiments]] above each"),
+        ("[[experiments]]\nsteps = 3", "experiment 1: name=None must be text that can be a folder"),
+        ("[[experiments]]\nname = '../a'", "experiment ../a: name='../a' must be text that can be a folder"),
+        ("[[experiments]]\nname = '.hidden'", "not beginning with a sign"),
+        (ONE + ONE, "experiment a: two have this name"),
+        (ONE + "ttt_step = 3", "experiment a: ttt_step is unknown; did you mean ttt_steps?"),
+        (ONE + "ttt_steps = '3'", "experiment a: ttt_steps='3' must be a whole number"),
+        (ONE + "ttt_steps = 0", "experiment a: ttt_steps=0 must be a whole number of at least 1"),
+        (ONE + "seed = true", "experiment a: seed=True must be a whole number"),
+        (ONE + "learning_rate = nan", "experiment a: learning_rate=nan must be a number"),
+        (ONE + "init = 'fited'", "experiment a: init='fited' is unknown; use one of fitted"),
+        (ONE + "batch_rows = 8", "experiment a: batch_rows is of the stream that all share; move it"),
+        ("[grid]\nseed = 3", "[grid]: seed must be a list of values"),
+        ("[grid]\nseed = []", "[grid]: seed must be a list of values"),
+        ("[grid]\nsed = [1]", "[grid]: sed is unknown; did you mean seed?"),
+        ("[grid]\nseed = [1, 1]", "experiment seed=1: two have this name"),
+        ("[grid]\ndp = [1, 2]", "experiment dp=1: dp is of the stream"),
+        ("[grid]\ninit = ['a b']", "init=a b cannot be a folder's name"),
+        ("[grid]\nseed = [" + "1," * 1001 + "]", "two have this name"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(file, text, said):
+    with pytest.raises(EyasError, match=re.escape(said)) as refused:
+        read(file(text), "s", "o", {})
+    assert "\n" not in str(refused.value)
+    assert "rates.toml" in str(refused.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(EyasError, match=r"none.toml is missing; check the path"):
+        read(str(tmp_path / "none.toml"), "s", "o", {})
+    assert os.listdir(tmp_path) == []

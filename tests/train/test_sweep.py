@@ -1,0 +1,192 @@
+"""Several heads from one stream: each is the head that it would be alone, whatever becomes of the others."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common import storage
+from common.errors import EyasError
+from common.lock import locked
+from common.store import Store
+from tests.train import small_store
+from tests.train.served import read_tensors
+from train import sweep, together
+from train.config import TrainConfig
+from train.run import run
+from train.sweep import FAILED
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sweep")
+    return TrainConfig(
+        store=small_store.write_store(str(place / "store")),
+        out=str(place / "alone"),
+        steps=6,
+        batch_rows=4,
+        ttt_steps=2,
+        draft_vocab=32,
+        learning_rate=3e-2,
+        log_every=1,
+        eval_every=3,
+        save_every=2,
+        init="normal",
+    )
+
+
+def configs_of(common, out, **different):
+    return {name: replace(common, out=f"{out}/{name}", **own) for name, own in different.items()}
+
+
+TWO = {"slow": {"learning_rate": 1e-3, "seed": 5}, "half": {"share": 0.5, "steps": 4, "draft_vocab": 40}}
+
+
+@pytest.fixture(scope="module")
+def alone(common, tmp_path_factory):
+    """The folder of what each of the two gives by itself."""
+    out = str(tmp_path_factory.mktemp("alone"))
+    for config in configs_of(common, out, **TWO).values():
+        run(config)
+    return out
+
+
+def lines_of(folder):
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
+        return [{n: x for n, x in json.loads(line).items() if n != "seconds"} for line in file]
+
+
+def assert_same(found, expected):
+    """The same weights to the bit, and the same metrics."""
+    for name in ("best", "last"):
+        weights = read_tensors(f"{expected}/{name}/model.safetensors")
+        for tensor, weight in read_tensors(f"{found}/{name}/model.safetensors").items():
+            np.testing.assert_array_equal(weight, weights[tensor], err_msg=f"{found} {name} {tensor}")
+    assert lines_of(found) == lines_of(expected)
+
+
+def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone, tmp_path, monkeypatch):
+    read, reading = [], Store.read
+
+    def counted(self, names, rows):
+        if "aux_hidden" in names:
+            read.extend(np.asarray(rows).tolist())
+        return reading(self, names, rows)
+
+    monkeypatch.setattr(Store, "read", counted)
+    out = str(tmp_path / "out")
+    found = sweep.run(configs_of(common, out, **TWO), out)
+    assert (found["done"], found["failed"]) == (["slow", "half"], {})
+    for name in TWO:
+        assert_same(f"{out}/{name}", f"{alone}/{name}")
+    split = Store.open(common.store).split_rows
+    trained = [row for row in read if row in split("train")]
+    sampled = 2 * len(split("train"))  # at most, for units: of all rows and of half
+    assert len(trained) <= 6 * 4 + sampled
+
+
+def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "out")
+    configs, take = configs_of(common, out, **TWO), Trainer.take
+
+    def signalled(self, batch):
+        if self.name == "slow" and self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", signalled)
+        with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step 1 or later"):
+            sweep.run(configs, out)
+    sweep.run(configs, out)
+    for name in TWO:
+        assert_same(f"{out}/{name}", f"{alone}/{name}")
+    before = {name: os.stat(f"{out}/{name}/last/model.safetensors").st_mtime_ns for name in TWO}
+    capsys.readouterr()
+    more = configs | configs_of(common, out, added={"seed": 7, "steps": 1})
+    assert sweep.run(more, out)["done"] == ["slow", "half", "added"]
+    assert "sweep: 1 of 3 heads to train, 0 failed before" in capsys.readouterr().err
+    for name, time in before.items():
+        assert os.stat(f"{out}/{name}/last/model.safetensors").st_mtime_ns == time
+    assert lines_of(f"{out}/added")[0]["step"] == 1
+
+
+def test_one_that_comes_to_nothing_ends_alone_and_says_why(common, alone, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    configs = configs_of(common, out, bad={}, **TWO)
+    take = Trainer.take
+
+    def fails(self, batch):
+        take(self, batch)
+        if self.name == "bad" and self.step == 2:
+            raise EyasError("the loss is nan at step 2; use a lower --learning-rate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", fails)
+        found = sweep.run(configs, out)
+    assert found["failed"] == {"bad": "the loss is nan at step 2; use a lower --learning-rate"}
+    assert found["done"] == ["slow", "half"]
+    for name in TWO:
+        assert_same(f"{out}/{name}", f"{alone}/{name}")
+    assert storage.read_json(f"{out}/bad/{FAILED}")["step"] == 2
+    assert sweep.run(configs, out)["failed"] == found["failed"], "it is left alone"
+    os.remove(f"{out}/bad/{FAILED}")
+    assert sweep.run(configs, out)["failed"] == {}
+
+
+def test_what_cannot_be_is_refused_by_the_experiments_name_and_nothing_is_written(common, tmp_path):
+    out = str(tmp_path / "out")
+    for own, match in (
+        ({"draft_vocab": 65}, "experiment b: .*the target has 64"),
+        ({"teacher": "stored"}, "experiment b: .*no logits to teach with"),
+    ):
+        with pytest.raises(EyasError, match=match):
+            sweep.run(configs_of(common, out, a={}, b=own), out)
+    assert not os.path.exists(out)
+    run(replace(common, steps=1, out=f"{out}/b"))
+    with pytest.raises(EyasError, match=r"b holds another experiment: .*seed: 0 there, 1 here"):
+        sweep.run(configs_of(common, out, a={}, b={"seed": 1, "steps": 1}), out)
+    assert os.listdir(out) == ["b"]
+    with pytest.raises(EyasError, match="is a run and no folder of runs"):
+        sweep.run(configs_of(common, f"{out}/b", a={}), f"{out}/b")
+    with locked(f"{out}/b"), pytest.raises(EyasError, match="in use by"):
+        sweep.run(configs_of(common, out, b={"steps": 1}, c={}), out)
+
+
+def test_the_machines_failure_ends_all(common, tmp_path, monkeypatch):
+    """A full disk is no experiment's fault."""
+    from common.errors import MachineError
+
+    def full(self):
+        raise MachineError("the disk is full")
+
+    monkeypatch.setattr(together.Trainer, "save", full)
+    out = str(tmp_path / "out")
+    with pytest.raises(MachineError, match="the disk is full"):
+        sweep.run(configs_of(common, out, a={"steps": 1}, b={"steps": 1}), out)
+    assert not os.path.exists(f"{out}/a/{FAILED}")
+
+
+@pytest.mark.slow
+def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
+    different = {
+        "same": {},
+        "seed": {"seed": 3},
+        "rate": {"learning_rate": 1e-3, "warmup": 0.5},
+        "steps": {"ttt_steps": 4, "decay": 0.5},
+        "vocabulary": {"draft_vocab": 50},
+        "small": {"ffn": 32},
+        "fitted": {"init": "fitted"},
+        "fifth": {"share": 0.2, "steps": 2},
+        "long": {"steps": 11},
+        "mask": {"compat": "specforge"},
+    }
+    out, by_itself = str(tmp_path / "out"), str(tmp_path / "alone")
+    assert sweep.run(configs_of(common, out, **different), out, at_once=7)["failed"] == {}
+    for name, config in configs_of(common, by_itself, **different).items():
+        run(config)
+        assert_same(f"{out}/{name}", f"{by_itself}/{name}")

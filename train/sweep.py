@@ -1,0 +1,124 @@
+"""Several heads from one stream: every batch is read, checked and put on the devices once, for all."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from common import schema, storage
+from common.errors import EyasError, MachineError
+from common.lock import locked
+from common.progress import note
+from common.schema import Count, TypedDict
+from common.stopping import Stop
+from common.storage import require_room
+from train import together
+from train.config import TrainConfig
+from train.plan import FILE as EXPERIMENT
+from train.plan import Plan, make_plan, room
+from train.source import Source
+from train.state import claimed, require_own
+from train.trainer import Trainer, is_done
+
+FAILED = "failed.json"  # in the folder of a run that came to nothing, and why
+
+
+class _Failed(TypedDict):
+    step: Count
+    reason: str
+
+
+def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -> dict[str, Any]:
+    """Trains the heads {name: configuration}, which share a stream, into their folders, or continues.
+
+    Each comes out as `train.run` would make it. Those that are done are left alone, and so are those that
+    failed, until their failed.json is deleted. `at_once`: so many heads are trained at a time, None: all.
+
+    Returns {"out", "done", "failed": {name: reason}, "seconds", "stall"}. EyasError for whatever is wrong,
+    before anything is computed or written where it can be known before, and after Ctrl-C or SIGTERM, which
+    save all states.
+    """
+    start, first = time.monotonic(), next(iter(configs.values()))
+    note(f"sweep: checking {first.store}")
+    source = Source(first.store, first.dp)
+    plans = {name: _plan(name, config, source) for name, config in configs.items()}
+    _require_place(plans, out)
+    with locked(out) as require_ours, ExitStack() as held, Stop() as stop:
+        checks = [require_ours, *(held.enter_context(claimed(plan)) for plan in plans.values())]
+        failed = {name: reason for name, plan in plans.items() if (reason := _failed_before(plan))}
+        left = {name: plan for name, plan in plans.items() if name not in failed and not is_done(plan)}
+        note(f"sweep: {len(left)} of {len(plans)} heads to train, {len(failed)} failed before")
+        waited, names, size = 0.0, list(left), at_once or len(left)
+        for group in (names[at : at + size] for at in range(0, len(names), size or 1)):
+            waited += _train({name: left[name] for name in group}, stop, checks, failed)
+    seconds = time.monotonic() - start
+    return {
+        "out": out,
+        "done": [name for name in plans if name not in failed],
+        "failed": failed,
+        "seconds": round(seconds, 3),
+        "stall": round(waited / seconds, 4),
+    }
+
+
+def _plan(name: str, config: TrainConfig, source: Source) -> Plan:
+    try:
+        return make_plan(config, source)
+    except MachineError:
+        raise
+    except EyasError as error:
+        raise EyasError(f"experiment {name}: {error}") from None
+
+
+def _require_place(plans: dict[str, Plan], out: str) -> None:
+    """EyasError, with nothing written, if `out` is no place for these heads."""
+    if storage.exists(storage.join(out, EXPERIMENT)):
+        raise EyasError(f"{out} is a run and no folder of runs; name another one")
+    new = [plan for plan in plans.values() if not require_own(plan)]
+    need = sum(room(plan.head) for plan in new)
+    require_room(out, need, f"checkpoints and {len(new)} heads", "name a folder on another disk")
+
+
+def _failed_before(plan: Plan) -> str | None:
+    place = storage.join(plan.config.out, FAILED)
+    if not storage.exists(place):
+        return None
+    found = schema.read(_Failed, place, "delete it to try again")
+    note(f"sweep: {plan.config.out} failed at step {found['step']}; delete its {FAILED} to try again")
+    return found["reason"]
+
+
+def _train(
+    plans: dict[str, Plan], stop: Stop, checks: Sequence[Callable[[], None]], failed: dict[str, str]
+) -> float:
+    """Trains these heads together; the seconds that all waited for data. `failed` takes reasons by name."""
+    names = {plan.config.out: name for name, plan in plans.items()}
+
+    def fail(plan: Plan, step: int, error: EyasError) -> None:
+        name = names[plan.config.out]
+        failed[name] = str(error)
+        note(f"sweep: {name} ends after step {step}, the others go on: {error}")
+        storage.write_json(storage.join(plan.config.out, FAILED), _Failed(step=step, reason=str(error)))
+
+    with ExitStack() as held:
+        trainers = []
+        for plan in plans.values():
+            try:
+                trainers.append(held.enter_context(Trainer(plan)))
+            except MachineError:
+                raise
+            except EyasError as error:  # a damaged state, say
+                fail(plan, 0, error)
+        try:
+            return together.train(
+                trainers,
+                "sweep",
+                stop,
+                lambda: [check() for check in checks],
+                lambda trainer, error: fail(trainer.plan, trainer.step, error),
+            )
+        except KeyboardInterrupt:
+            saved = min((trainer.saved_step for trainer in trainers), default=0)
+            raise EyasError(
+                f"sweep stopped; every head is saved at step {saved} or later: continue with the same command"
+            ) from None
