@@ -14,13 +14,15 @@ from typing import Any
 import tensorstore as ts
 
 from common import stopping, storage
+from common.errors import EyasError
 from common.library_errors import library_errors
 
 _QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
 INDICES = "cache_pool#indices"  # what of arrays is kept in memory: the indices of shards, never chunks
 _INDEX_BYTES = 64 << 20
 _LOOK_SECONDS = 0.5  # between two looks whether who waits is asked to stop
-_GCS = re.compile(r"gs://([^/]+)(.*)")
+_BUCKET = re.compile(r"(gs|gcs|s3)://([^/]+)/?(.*)")
+_DRIVERS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
 @functools.cache
@@ -50,13 +52,17 @@ def result(future: ts.Future) -> Any:
     return future.result()
 
 
-def folder(url: str) -> dict | str:
-    """The key-value store of a folder: a local path, or a URL that TensorStore knows (gs://, s3://)."""
-    if found := _GCS.fullmatch(url):
+def folder(url: str) -> dict:
+    """The key-value store of a folder: a local path, or gs:// or s3://BUCKET/PREFIX. EyasError for others.
+
+    Objects have the names that fsspec gives them, by which files are read.
+    """
+    if found := _BUCKET.fullmatch(url.rstrip("/")):
         # Not the URL itself, in which `%` and a few other characters mean something else.
-        return {"driver": "gcs", "bucket": found[1], "path": f"{found[2].strip('/')}/"}
+        path = f"{found[3]}/" if found[3] else ""
+        return {"driver": _DRIVERS[found[1]], "bucket": found[2], "path": path}
     if storage.is_remote(url):
-        return f"{url.rstrip('/')}/"
+        raise EyasError(f"{url}: arrays are not kept there; name a local folder, or gs://BUCKET/FOLDER")
     # Mapped files save one of three copies: 1.5 times the rate of pread, measured on 2 cores with the files
     # in the page cache. Shards appear by rename and never change, so a mapping cannot lose its file's end.
     path = f"{storage.local_path(url).rstrip('/')}/"

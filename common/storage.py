@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import posixpath
+import re
 import shutil
 import stat
 import tempfile
@@ -25,6 +26,7 @@ from common.progress import note
 
 _PARTIAL = ".partial"  # how the name of a file that is being written ends
 _TIMEOUT = 30.0  # seconds for a server to connect, or to go on answering; gcsfs tries six times
+_ONE_SLASH = re.compile(r"(gs|gcs|s3|hf|https?|file):/(?!/)")
 _JSON_BYTES = 200_000_000  # beyond any file that a model or a store has
 
 
@@ -34,7 +36,12 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """The path of a local URL, with `~` expanded and no `..` or `//`, which TensorStore does not take."""
+    """The path of a local URL, with `~` expanded and no `..` or `//`, which TensorStore does not take.
+
+    EyasError for gs:/BUCKET, which would be a folder here.
+    """
+    if mistyped := _ONE_SLASH.match(url):
+        raise EyasError(f"{url} has one slash behind {mistyped[1]}: and needs two; write {mistyped[1]}://…")
     path = os.path.expanduser(url.removeprefix("file://"))
     # Behind a link, `..` is the parent of what it points to.
     return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
@@ -60,7 +67,8 @@ def exists(url: str) -> bool:
 def filesystem(url: str) -> tuple[Any, str]:
     """(fsspec's file system, the path in it) of a path or URL; requests that hang end after a while.
 
-    EyasError for a pipe or a device, of which a read may never end, and where fsspec lacks a package.
+    EyasError for a pipe or a device, of which a read may never end, for a scheme that fsspec does not know,
+    and where it lacks a package.
     """
     if not is_remote(url):
         _require_no_device(url)
@@ -77,6 +85,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise EyasError(f"{url} needs a package that is not here ({error}); or name a local copy") from None
+    except ValueError as error:
+        raise EyasError(f"{url} cannot be opened ({error}); name a path, or gs://BUCKET/FOLDER") from None
 
 
 def _require_no_device(url: str) -> None:

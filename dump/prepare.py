@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from common import schema, storage
+from common import kvstore, schema, storage
 from common.config import differences, to_json
 from common.errors import EyasError
 from common.manifest import INDEX, MANIFEST, ROW_SUMS, read_manifest
@@ -74,6 +74,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     A store that already holds the same configuration and data is left alone. EyasError, with nothing
     written, for unusable data or model, and for a store or folder that holds something else.
     """
+    kvstore.folder(config.store)  # refused at once where arrays are not kept
     vocab_size = read_vocab_size(config.model)
     chat = Chat.load(config.model)
     sources = Sources(config.data)

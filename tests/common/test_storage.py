@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fsspec.registry import known_implementations
 
-from common import lock, storage, zarr
+from common import kvstore, lock, storage, zarr
 from common.errors import EyasError, MachineError
 from common.storage import write_folder
 from dump.conversations import DataFile
@@ -345,3 +345,22 @@ def test_a_kind_of_place_whose_package_is_missing_is_one_line(monkeypatch, call)
 def test_a_url_without_a_bucket_is_told_before_the_network_is_asked(url):
     with pytest.raises(EyasError, match="names no bucket"):
         storage.read_bytes(url)
+
+
+@pytest.mark.parametrize("url", ["gs:/bucket/x", "hf:/datasets/a/b", "https:/example.org/x"])
+def test_a_url_with_one_slash_is_no_folder_here(url):
+    for use in (storage.exists, storage.list_names, storage.read_bytes, kvstore.folder):
+        with pytest.raises(EyasError, match="has one slash behind"):
+            use(url)
+
+
+def test_a_scheme_that_is_unknown_is_a_mistake_of_who_wrote_it():
+    with pytest.raises(EyasError, match="Protocol not known: GS") as found:
+        storage.exists("GS://bucket/x")
+    assert found.value.exit_code == 2
+
+
+@pytest.mark.parametrize("url", ["memory://a/b", "hf://datasets/a/b", "https://example.org/a"])
+def test_where_arrays_are_not_kept_is_refused(url):
+    with pytest.raises(EyasError, match="arrays are not kept there"):
+        kvstore.folder(url)

@@ -50,6 +50,22 @@ def files_on_condition() -> None:
     assert storage.read_bytes(place) == b"new"
 
 
+def both_clients_name_objects_alike() -> None:
+    """Arrays and conditional files go through TensorStore, other files through gcsfs."""
+    odd = ("", "/", "/a", "//a", "/a//b", "/a/../b", "/a b", "/a%20b", "/a#b?c=d", "/a*[b]", "/ü", "/a|b:c@d")
+    for scheme, prefixes in (("gs", odd), ("gcs", ("", "/a"))):
+        for number, prefix in enumerate(prefixes):
+            url, data = f"{scheme}://bucket{prefix}", f"{scheme}{number}".encode()
+            place = f"{url.rstrip('/')}/x{number}{scheme}"
+            assert kvstore.create_file(place, data)
+            assert storage.read_bytes(place) == data
+            assert f"x{number}{scheme}" in storage.list_names(url)
+            storage.write_bytes(place, b"new")
+            assert kvstore.replace_file(place, b"new", b"newer")
+            zarr.open_array(f"{url}/y", zarr.describe((3,), np.dtype(np.int32)), create=True)
+            assert storage.exists(f"{url.rstrip('/')}/y/zarr.json")
+
+
 def others_are_seen() -> None:
     """What was listed once is not remembered: another process may have written or deleted since."""
     storage.write_bytes(f"{URL}/commits/000000.json", b"{}")
@@ -151,7 +167,15 @@ def dumps_at_once() -> None:
 
 @pytest.mark.parametrize(
     "what",
-    [files_on_condition, others_are_seen, few_requests, damaged_on_the_way, prepares_at_once, dumps_at_once],
+    [
+        files_on_condition,
+        both_clients_name_objects_alike,
+        others_are_seen,
+        few_requests,
+        damaged_on_the_way,
+        prepares_at_once,
+        dumps_at_once,
+    ],
 )
 def test_in_a_bucket(what):
     with serving(Bucket()) as port:
