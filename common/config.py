@@ -45,7 +45,7 @@ class Setting:
             fixed = None if items[-1] is Ellipsis else len(items)
             if isinstance(value, tuple) and value and len(value) == (fixed or len(value)):
                 return next(filter(None, (self.problem(item, items[0]) for item in value)), "")
-            return f"must be {fixed or 'some'} numbers"
+            return f"must be {fixed or 'some'} {'names' if items[0] is str else 'numbers'}"
         if self.choices:
             return "" if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
         if kind in (int, float):

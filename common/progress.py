@@ -1,8 +1,8 @@
-"""Progress a person can follow: a bar on a terminal, plain lines elsewhere."""
+"""Progress a person can follow: one updating line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
-from typing import Self
+from typing import ClassVar, Self
 
 from tqdm import tqdm
 
@@ -28,8 +28,11 @@ def note(text: str) -> None:
 class Progress:
     """A bar with rate and time left; where stderr is no terminal, a plain line every 5 seconds.
 
-    Use as a context manager. `total` and the steps of `update` are in `unit`s.
+    Use as a context manager. `total` and the steps of `update` are in `unit`s. What goes on inside of another
+    one, an evaluation while training say, takes that one's line and gives it back at its end.
     """
+
+    _bars: ClassVar[list[tqdm]] = []  # of the progresses that go on, the outermost first
 
     def __init__(self, label: str, total: int | None, unit: str, done: int = 0):
         self._label, self._total, self._unit = label, total, unit
@@ -37,16 +40,28 @@ class Progress:
         self._text = ""
         self._start = time.monotonic()
         self._printed = self._start
-        terminal = _shown and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=label, file=sys.stderr)
-            if terminal
-            else None
+        self._bar = self._make_bar() if _shown and sys.stderr.isatty() else None
+
+    def _make_bar(self) -> tqdm:
+        for outer in self._bars:
+            outer.clear()
+        return tqdm(
+            total=self._total,
+            initial=self._done,
+            unit=self._unit,
+            unit_scale=True,
+            desc=self._label,
+            file=sys.stderr,
+            dynamic_ncols=True,  # a line that wraps is no longer one
+            position=0,
+            leave=not self._bars,
         )
 
     def __enter__(self) -> Self:
         if self._bar is None:
             self._line()
+        else:
+            self._bars.append(self._bar)
         return self
 
     def update(self, steps: int, text: str = "") -> None:
@@ -79,6 +94,9 @@ class Progress:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._bar is not None:
+            self._bars.remove(self._bar)
             self._bar.close()
+            for outer in self._bars[-1:]:
+                outer.refresh()
         elif kind is None:
             self._line()

@@ -46,10 +46,15 @@ def _option(knob: Knob, default: str) -> Callable:
         return click.option(both, default=None, is_flag=True, help=text)
     if isinstance(value, tuple):
         value = ",".join(str(number) for number in value)
+    several = {"multiple": True, "callback": _given} if knob.kind == tuple[str, ...] else {}
     text = knob.setting.otherwise if value is None else f"{value:g}" if knob.kind is float else value
     return click.option(
-        flag, type=_kind(knob), default=None, help=f"{knob.setting.help} ({default.format(text)})"
+        flag, type=_kind(knob), default=None, help=f"{knob.setting.help} ({default.format(text)})", **several
     )
+
+
+def _given(_ctx: Any, _param: Any, values: tuple[str, ...]) -> tuple[str, ...] | None:
+    return values or None
 
 
 def _kind(knob: Knob) -> click.ParamType:

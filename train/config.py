@@ -89,6 +89,12 @@ class TrainConfig:
         otherwise="all steps are done",
     )
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
+    log_to: tuple[str, ...] | None = setting(
+        None,
+        "Tell a tracker as well; may be repeated.",
+        choices=("wandb", "tensorboard", "mlflow", "trackio"),
+        otherwise="metrics.jsonl alone",
+    )
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     @property

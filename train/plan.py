@@ -23,7 +23,7 @@ from common.mesh import sharding
 from common.params import shapes
 from common.storage import require_room
 from common.store import Store
-from train import optimizer
+from train import logs, optimizer
 from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
@@ -38,7 +38,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
-_FREE = ("out", "log_every", "eval_every", "save_every", "patience", "dp")
+_FREE = ("out", "log_every", "log_to", "eval_every", "save_every", "patience", "dp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
@@ -105,6 +105,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     if storage.is_remote(config.out) and not config.out.startswith("gs://"):
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
+    logs.require(config.log_to or (), config.out)
     source = source or Source(config.store, config.dp)
     store = source.store
     teaching_arrays(store, config.teacher)

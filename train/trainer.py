@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import storage
+from common.config import to_json
 from common.errors import EyasError
 from common.mesh import sharding
 from common.progress import note
@@ -18,6 +19,7 @@ from train import losses, optimizer
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
 from train.export import export, target_identity
+from train.logs import Logs
 from train.metrics import LENGTH, better
 from train.plan import Plan
 from train.state import Lines, Saved
@@ -55,6 +57,8 @@ class Trainer:
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
         self._lines = Lines(plan.config.out, self.step)
+        told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
+        self._logs = Logs(() if self.done else plan.config.log_to or (), plan.config.out, told)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
@@ -66,6 +70,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._logs.close(self.done)
         self._lines.close()
         self._saved.close()
 
@@ -186,8 +191,9 @@ class Trainer:
 
     def _log(self, metrics: Metrics, loss: float, norm: float) -> None:
         acc = np.asarray(metrics.acc_K).tolist()
-        self.status = f"loss {loss:.3f}, first token right {acc[0]:.1%}"
-        self._lines.add(
+        length = f", acceptance length {self.last[LENGTH]:.3f}" if LENGTH in self.last else ""
+        self.status = f"loss {loss:.3f}, acc_0 {acc[0]:.1%}{length}"
+        self._tell(
             {
                 "step": self.step,
                 "tokens": self.step * self._plan.config.batch_rows * self._plan.store.length,
@@ -200,6 +206,10 @@ class Trainer:
                 "seconds": round(time.monotonic() - self._clock, 2),
             }
         )
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self._lines.add(line)
+        self._logs.add(line)
 
     def keep(self, metrics: dict[str, Any]) -> None:
         """Exports the head, of which an evaluation says this, to last/, and to best/ if none was better.
@@ -214,7 +224,7 @@ class Trainer:
                     f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
                     "lower --learning-rate, or --dtype float32, in a new folder"
                 )
-            self._lines.add({"step": self.step, "evaluation": found})
+            self._tell({"step": self.step, "evaluation": found})
             self._lines.flush()
         self.last = found
         self._export("last", found)
