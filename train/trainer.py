@@ -35,7 +35,14 @@ def is_done(plan: Plan) -> bool:
         found = saved.noted()
     finally:
         saved.close()
-    return found is not None and found[0] == plan.steps
+    return found is not None and _ends(plan, *found)
+
+
+def _ends(plan: Plan, step: int, best: dict[str, Any] | None, last: dict[str, Any]) -> bool:
+    """Whether every step is done, or `patience` evaluations in a row found no better head."""
+    patience = plan.config.patience
+    stands_still = patience and best and last["step"] - best["step"] >= patience * plan.eval_every
+    return step == plan.steps or bool(stands_still)
 
 
 class Trainer:
@@ -77,14 +84,7 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether every step is, or `patience` evaluations in a row found no better head."""
-        return self.step == self._plan.steps or self._stands_still
-
-    @property
-    def _stands_still(self) -> bool:
-        patience = self._plan.config.patience
-        if patience is None or self.best is None:
-            return False
-        return self.last["step"] - self.best["step"] >= patience * self._plan.eval_every
+        return _ends(self._plan, self.step, self.best, self.last)
 
     @property
     def name(self) -> str:
@@ -231,7 +231,7 @@ class Trainer:
         if better(found, self.best):
             self.best = found
             self._export("best", found)
-        if self._stands_still:
+        if self.done and self.step < self._plan.steps:
             note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
 
     def _weights(self) -> Params:

@@ -62,7 +62,7 @@ ONE = '[[experiments]]\nname = "a"\n'
         ("steps = 3", "steps is unknown"),
         (
             "[settings]\nlearnig_rate = 1e-4",
-            "[settings]: learnig_rate is unknown; did you mean learning_rate?",
+            "[settings]: learnig_rate is unknown; did you mean",
         ),
         ("[settings]\nlearning-rate = 1e-4", "learning-rate is unknown; did you mean learning_rate?"),
         ("[settings]\nout = 'x'", "out is unknown"),
