@@ -184,10 +184,13 @@ class Stream:
         }
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-        real = rows >= 0
-        found = self._store.read(names or self._names, np.maximum(rows, 0))
-        if not real.all():
-            found["segment_ids"] = found["segment_ids"] * real[:, None]
+        """Empty rows are zeros: they belong to no document."""
+        (real,) = np.nonzero(rows >= 0)
+        found = self._store.read(names or self._names, rows[real])
+        if len(real) < len(rows):
+            for name, values in found.items():
+                found[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+                found[name][real] = values
         return found
 
     def _put(self, local: np.ndarray) -> jax.Array:

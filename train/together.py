@@ -63,7 +63,7 @@ def train(
     stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers])
     reading = stream.reading([one.plan.steps if one.done else one.step for one in trainers])
     tokens = trainers[0].plan.config.batch_rows * source.store.length
-    before = max(one.plan.steps for one in trainers) - len(reading)
+    before = max(0, max(one.plan.steps for one in trainers) - len(reading))
     evaluate()  # what a stopped run had not come to
     retire()
     with Progress(label, (before + len(reading)) * tokens, "tok", done=before * tokens) as progress:

@@ -16,6 +16,7 @@ from tests.train import small_store
 from tests.train.served import read_tensors
 from train import sweep, together
 from train.config import TrainConfig
+from train.order import order
 from train.run import run
 from train.sweep import FAILED
 from train.trainer import Trainer
@@ -83,10 +84,10 @@ def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone,
     assert (found["done"], found["failed"]) == (["slow", "half"], {})
     for name in TWO:
         assert_same(f"{out}/{name}", f"{alone}/{name}")
-    split = Store.open(common.store).split_rows
-    trained = [row for row in read if row in split("train")]
-    sampled = 2 * len(split("train"))  # at most, for units: of all rows and of half
-    assert len(trained) <= 6 * 4 + sampled
+    rows = Store.open(common.store).split_rows("train")
+    wanted = np.concatenate([order(rows, 0, *shape).places.ravel() for shape in ((6, 4), (4, 4, 0.5))])
+    sampled = len(rows) + len(rows) // 2  # for the units of the inputs
+    assert len([row for row in read if row in rows]) == len(np.unique(wanted)) + sampled
 
 
 def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tmp_path, monkeypatch, capsys):
@@ -100,7 +101,7 @@ def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "take", signalled)
-        with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step 1 or later"):
+        with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step 2 or later"):
             sweep.run(configs, out)
     sweep.run(configs, out)
     for name in TWO:
