@@ -9,6 +9,7 @@ EXP ?= runs/$(notdir $(MODEL))
 HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
 RUNS ?= runs
+SWEEP ?= sweep.toml
 ENDPOINT ?= http://localhost:8000/v1
 SERVED ?= $(MODEL)
 ANSWERS ?= answers/$(notdir $(MODEL)).jsonl
@@ -17,12 +18,12 @@ TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow regenerate prepare dump train compare report eval export bench targets lint lock clean
+.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval export bench targets lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD) RUNS=$(RUNS)"
+	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD) RUNS=$(RUNS) SWEEP=$(SWEEP)"
 	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
 
 demo: $(READY) ## the whole way on the embedded model, sized for 10 minutes on 2 cores
@@ -46,6 +47,9 @@ dump: $(READY) ## rows of STORE (prepared from DATA if there are none) -> featur
 
 train: $(READY) ## STORE -> a head in EXP
 	@$(EYAS) train --model $(MODEL) --store $(STORE) --out $(EXP) $(ARGS)
+
+sweep: $(READY) ## STORE -> the heads of the file SWEEP in runs/SWEEP, from one stream, and a comparison
+	@$(EYAS) sweep $(SWEEP) --model $(MODEL) --store $(STORE) $(ARGS)
 
 compare: $(READY) ## the runs in RUNS side by side -> a table and runs/compare.html
 	@$(EYAS) compare $(RUNS) $(ARGS)
