@@ -25,6 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from common import kvstore, storage
+from common.divisors import largest_divisor
 from common.errors import DamagedError, EyasError
 from common.library_errors import explained, is_refusal, reason, waiting
 
@@ -64,16 +65,11 @@ def layout(
             T,
             *rest,
         )
-    part = _largest_part(T, CHUNK_BYTES // token)
+    part = largest_divisor(T, CHUNK_BYTES // token)
     if row <= SHARD_BYTES:
-        rows = _largest_part(block_rows, SHARD_BYTES // row)
-        return (rows, T, *rest), (_largest_part(rows, gathered), part, *rest)
-    return (1, part * _largest_part(T // part, SHARD_BYTES // (part * token)), *rest), (1, part, *rest)
-
-
-def _largest_part(whole: int, limit: int) -> int:
-    """The largest divisor of `whole` up to `limit`, at least 1."""
-    return next((whole // n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= limit), 1)
+        rows = largest_divisor(block_rows, SHARD_BYTES // row)
+        return (rows, T, *rest), (largest_divisor(rows, gathered), part, *rest)
+    return (1, part * largest_divisor(T // part, SHARD_BYTES // (part * token)), *rest), (1, part, *rest)
 
 
 def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.TensorStore:

@@ -1,9 +1,11 @@
 """What can be chosen about preparing rows and dumping features."""
 
+import math
 import re
 from dataclasses import dataclass
 
 from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, setting
+from common.divisors import largest_divisor
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,8 @@ class DumpConfig:
         chips = self.dp * self.tp
         if self.batch_rows is not None and self.batch_rows % chips:
             raise ValueError(f"batch_rows={self.batch_rows} must be a multiple of dp*tp={chips}")
-        wanted = min(max(1, self.chip_tokens // length), self.block_rows)
-        fit = (n for n in range(wanted, 0, -1) if all(self.block_rows % (n * own) == 0 for own in own_chips))
-        rows = self.batch_rows or next(fit, 1) * chips
+        share = math.gcd(*(self.block_rows // own if self.block_rows % own == 0 else 1 for own in own_chips))
+        rows = self.batch_rows or largest_divisor(share, max(1, self.chip_tokens // length)) * chips
         for own in own_chips:
             if self.block_rows % (rows // chips * own):
                 raise ValueError(

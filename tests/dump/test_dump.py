@@ -451,7 +451,17 @@ def test_default_batches_divide_blocks():
     assert replace(config, dp=2, tp=8).batch(512, 16) == 32
     assert replace(config, dp=2, tp=8).batch(512, 4) == 64
     assert replace(config, dp=2, tp=4).batch(2048, 8) == 8
+    assert replace(config, dp=3).batch(512, 2, 1) == 12
+    with pytest.raises(ValueError, match="multiple of the 3 rows that a process with 3 of 4 chips"):
+        replace(config, dp=4).batch(512, 1, 3)
     assert [deal((0, 1, 2, 5, 7), p, 2) for p in (0, 1)] == [(0, 2, 7), (1, 5)]
+
+
+def test_the_largest_numbers_are_planned_at_once(config):
+    """A prime number of rows has no parts; they are not looked for one by one."""
+    start = time.monotonic()
+    planning.make_plan(replace(config, block_rows=2**31 - 1, chip_tokens=2**31 - 1))
+    assert time.monotonic() - start < 20
 
 
 def test_too_small_a_disk_is_refused_before_the_run(config, monkeypatch):
