@@ -97,6 +97,7 @@ def replace_file(url: str, old: bytes, new: bytes) -> bool:
 
 def _replace(url: str, old: bytes | None, new: bytes | None) -> bool:
     place, name = posixpath.split(url)
+    storage.require_no_device(url)
     with library_errors(url):
         files = result(ts.KvStore.open(folder(place), context=context()))
         found = result(files.read(name))

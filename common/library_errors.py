@@ -24,6 +24,9 @@ _LIBRARIES = (
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BUCKET = re.compile(r"\b(?:gs|gcs|s3)://([^/\s]+)")
 _HTTP_CODE = re.compile(r"\[http_response_code='(\d{3})'\]")  # in TensorStore's texts
+_OS_CODE = re.compile(r"os_error_code='(\d+)'")
+# What the system says of a path that leads to nothing, or to something else: that is no failure of its own.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _PERMISSION = {
     "read": "storage.objects.get",
     "list": "storage.objects.list",
@@ -115,9 +118,10 @@ def explained(error: Exception, what: str, doing: str = "read") -> EyasError:
 
 
 def is_refusal(error: Exception) -> bool:
-    """True if a server refused or did not answer, rather than that what it gave is wrong."""
-    code = _status(error)
-    return (code is not None and code != 404) or _is_connection(error, code)
+    """True if a server or the system refused or did not answer, rather than that what it gave is wrong."""
+    code, system = _status(error), _system_code(error)
+    refused = (code is not None and code != 404) or _is_connection(error, code)
+    return refused or (system is not None and system not in _NO_FILE)
 
 
 def reason(error: BaseException) -> str:
@@ -127,8 +131,15 @@ def reason(error: BaseException) -> str:
 
 
 def _is_full(error: Exception) -> bool:
-    code = error.errno if isinstance(error, OSError) else None
-    return code in _FULL or any(f"os_error_code='{n}'" in str(error) for n in _FULL)
+    return _system_code(error) in _FULL
+
+
+def _system_code(error: Exception) -> int | None:
+    """The system's error number behind an error, None if it has none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _OS_CODE.search(str(error))
+    return int(found[1]) if found else None
 
 
 def _status(error: Exception) -> int | None:

@@ -71,7 +71,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     and where it lacks a package.
     """
     if not is_remote(url):
-        _require_no_device(url)
+        require_no_device(url)
         return fsspec.core.url_to_fs(local_path(url))
     if url.startswith(("gs://", "gcs://")):
         if url.split("/")[2] == "":
@@ -89,7 +89,10 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise EyasError(f"{url} cannot be opened ({error}); name a path, or gs://BUCKET/FOLDER") from None
 
 
-def _require_no_device(url: str) -> None:
+def require_no_device(url: str) -> None:
+    """EyasError for a local pipe or device, of which a read may never end."""
+    if is_remote(url):
+        return
     with suppress(OSError):  # missing, say: that is for who reads it
         mode = os.stat(local_path(url)).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -117,6 +120,7 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
 def as_local(url: str) -> Iterator[str]:
     """The path of a local file, or of a temporary copy of a remote one. Raises as `read_bytes` does."""
     if not is_remote(url):
+        read_bytes(url, 0, 1)
         yield local_path(url)
         return
     data = read_bytes(url)

@@ -78,6 +78,7 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
     EyasError if it is missing, damaged, or not as `described` by `describe`. MachineError if the
     machine or the network fails.
     """
+    storage.require_no_device(f"{url}/zarr.json")
     codec = {
         "name": "sharding_indexed",
         "configuration": {
@@ -134,6 +135,7 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
         found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype.numpy_dtype)
         target = ts.array(found[name])
         for place, start, stop in runs(rows):
+            _require_no_device(array, start, stop)
             request = target[place : place + stop - start].write(array[start:stop])
             pending.append((name, start, stop, request))
     for name, start, stop, request in pending:
@@ -146,6 +148,18 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
                 raise explained(error, place) from error
             _refuse(name, arrays[name], range(start, stop), error)
     return found
+
+
+def _require_no_device(array: ts.TensorStore, start: int, stop: int) -> None:
+    """EyasError if a pipe lies where a shard of these rows should: TensorStore would wait for its writer."""
+    folder = kvstore.place(array.kvstore)
+    if storage.is_remote(folder):
+        return
+    size, *rest = array.chunk_layout.write_chunk.shape
+    shards = [range(start // size, -(-stop // size))]
+    shards += [range(-(-n // part)) for n, part in zip(array.shape[1:], rest, strict=True)]
+    for shard in itertools.product(*shards):
+        storage.require_no_device(f"{folder}c/{'/'.join(map(str, shard))}")
 
 
 def _refuse(name: str, array: ts.TensorStore, rows: range, error: ValueError) -> None:

@@ -98,6 +98,8 @@ def _load_local(path: str, shown: str) -> Any:
                 f"{shown}/tokenizer_config.json asks to run code of its own (auto_map), which is never done; "
                 "use a folder whose tokenizer.json stands alone and remove auto_map"
             )
+    for name in storage.list_names(path):
+        storage.require_no_device(os.path.join(path, name))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     from transformers import AutoTokenizer
 

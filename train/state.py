@@ -1,9 +1,11 @@
 """What a run has on disk, and what is read of it again: experiment.json, state/ and metrics.jsonl."""
 
+import inspect
 import io
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +110,26 @@ def _reason(error: Exception) -> str:
     return lines[0][:200]
 
 
+def _quiet() -> None:
+    """What orbax raises is told once: not by its logs too, nor by what it had begun beside it and leaves."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    if sys.unraisablehook is not _unraisable:
+        _others.append(sys.unraisablehook)
+        sys.unraisablehook = _unraisable
+
+
+_others: list[Callable[[Any], Any]] = []  # the hook that was there before
+
+
+def _unraisable(found: Any) -> None:
+    """Tells what is raised where nobody can catch it, but for what a read or write that has failed leaves:
+    coroutines, and TensorStore's requests that end after their event loop."""
+    if not inspect.iscoroutine(found.object) and str(found.exc_value) != "Event loop is closed":
+        _others[-1](found)
+
+
 class Saved:
     """The folder `state/` of a run: saved states, written in the background, whole or not at all.
 
@@ -116,15 +138,16 @@ class Saved:
     """
 
     def __init__(self, out: str):
-        # Orbax logs traces of what it then raises, and leaves coroutines behind that Python complains of.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        _quiet()
         self._place = storage.join(out, "state")
         path = self._place
         if storage.is_remote(path):
             os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, it has no gs:// of its own
         else:
             path = os.path.abspath(storage.local_path(path))
+            for folder, _, names in os.walk(path):
+                for name in names:  # orbax would wait for a pipe's writer for ever
+                    storage.require_no_device(os.path.join(folder, name))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True)
         try:  # it makes the folder, and looks at what is there
             self._manager = ocp.CheckpointManager(path, options=options)
@@ -266,4 +289,5 @@ class Lines:
         """No more lines. Those of a run that ends by an error are kept where that can be done."""
         with suppress(EyasError):
             self.flush()
-        self._file.close()
+        with suppress(OSError):  # what the disk refused, which was told, is tried once more
+            self._file.close()

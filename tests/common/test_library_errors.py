@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common import library_errors as errors
+from common import zarr
 from common.errors import EyasError, MachineError, RestartError
 from common.library_errors import library_errors
 from tests.common.refusing import environment, refusing
@@ -138,6 +140,34 @@ def test_every_kind_is_one_line(raised, kind, words):
     assert type(found.value) is kind
     assert words in str(found.value)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "refused"),
+    [
+        (ValueError("RESOURCE_EXHAUSTED: Failed to fsync directory [os_error_code='28']"), True),
+        (ValueError("PERMISSION_DENIED: Failed to open [os_error_code='13']"), True),
+        (ValueError("UNKNOWN: Failed to open: Too many levels [os_error_code='40']"), False),
+        (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), False),
+        (PermissionError(13, "Permission denied"), True),
+        (FileNotFoundError(2, "No such file"), False),
+    ],
+)
+def test_what_the_system_refuses_is_told_from_what_is_wrong_in_a_file(raised, refused):
+    assert errors.is_refusal(raised) is refused
+
+
+def test_an_array_whose_folder_cannot_be_flushed_is_the_machines_failure(tmp_path, monkeypatch):
+    """Its description is there already, so that it looks as if it were wrong."""
+    place, described = f"{tmp_path}/a", zarr.describe((2, 3), np.dtype(np.int32))
+    zarr.open_array(place, described, create=True)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to fsync directory [os_error_code='28']")
+
+    monkeypatch.setattr(zarr.ts, "open", full)
+    with pytest.raises(MachineError, match="the disk is full"):
+        zarr.open_array(place, described, create=True)
 
 
 def test_a_mistake_of_ours_is_not_a_librarys():

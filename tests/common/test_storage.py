@@ -16,6 +16,7 @@ from common import kvstore, lock, storage, zarr
 from common.errors import EyasError, MachineError
 from common.storage import write_folder
 from dump.conversations import DataFile
+from dump.tokenizer_files import load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,16 @@ def test_every_way_to_write_a_path_leads_there(tmp_path, monkeypatch, written):
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "read", [storage.read_bytes, storage.size, storage.read_json, lambda url: DataFile.open(url, print)]
+    "read",
+    [
+        storage.read_bytes,
+        storage.size,
+        storage.read_json,
+        lambda url: storage.as_local(url).__enter__(),
+        lambda url: DataFile.open(url, print),
+        lambda url: load_tokenizer(os.path.dirname(url)),
+        lambda url: kvstore.create_file(url, b"{}"),
+    ],
 )
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     place = str(tmp_path / "a.jsonl")

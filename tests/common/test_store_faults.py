@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import kvstore, storage, store_writer
-from common.errors import EyasError
+from common.errors import DamagedError, EyasError, MachineError
 from common.manifest import read_manifest
 from common.store import Store, has_rows, sha256
 from common.store_verify import verify
@@ -90,6 +90,33 @@ def test_no_file_can_be_taken_for_another(full):
         os.rmdir(path)
         storage.write_bytes(path, whole)
     assert problem(full) == ""
+
+
+@pytest.mark.timeout(120)
+def test_a_pipe_in_the_place_of_any_file_is_told_and_not_waited_for(full):
+    paths = [os.path.join(where, name) for where, _, names in os.walk(full) for name in names]
+    for path in paths:
+        os.rename(path, f"{full}/aside")
+        os.mkfifo(path)
+        assert "is a pipe or a device" in problem(full), path
+        os.replace(f"{full}/aside", path)
+    assert problem(full) == ""
+
+
+def test_a_shard_that_may_not_be_read_is_the_machines_failure_and_no_damage(full):
+    store = Store.open(full)
+    store.read(["argmax", "tokens"], [3])
+    os.chmod(f"{full}/features/argmax/c/1/0", 0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(MachineError, match="Permission denied") as found:
+            store.read(["argmax"], [3])
+    finally:
+        os.seteuid(user)
+    assert not isinstance(found.value, DamagedError)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(("one", "other"), [("tokens", "positions"), ("tokens", "segment_ids")])
