@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from common.codec import Codec, encode_states
 from common.mesh import compiler_options, sharding, ways
 from common.progress import note
+from common.rows import Rows
 from dump import target
 from dump.plan import Plan
 from dump.reduce_logits import chunk_length, reduce_logits
@@ -67,23 +68,15 @@ class Prefill:
 
     def __init__(self, plan: Plan, weights: dict[str, jax.Array]):
         whole = (plan.batch_rows, plan.store.length)
-        self._shape, self._weights = whole, weights
-        self._sharding = sharding(plan.mesh, ("row", None))
-        # A chip has rows of its own, wherever the mesh put it: this process's rows go to its chips in order.
-        places = self._sharding.addressable_devices_indices_map(whole)
-        self._chips = sorted(places, key=lambda chip: places[chip][0].start or 0)
-        self.rows = plan.batch_rows // plan.mesh.size * len(self._chips)
+        self._weights = weights
+        self._rows = Rows(plan.mesh)
+        self.rows = plan.batch_rows // plan.mesh.size * self._rows.chips
         note(f"dump: compiling for batches of {plan.batch_rows} x {plan.store.length} tokens")
         about = plan.target, plan.mesh, plan.config.aux_layers, plan.codec, plan.draft_ids
         self._step = Program(*about, *whole).compile(weights)
 
     def __call__(self, *batch: np.ndarray) -> "Pending":
-        return Pending(self._step(self._weights, *(self._spread(x) for x in batch)))
-
-    def _spread(self, rows: np.ndarray) -> jax.Array:
-        parts = np.split(rows, len(self._chips))
-        held = [jax.device_put(part, chip) for part, chip in zip(parts, self._chips, strict=True)]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, held)
+        return Pending(self._step(self._weights, *(self._rows.place(x) for x in batch)))
 
 
 class Pending:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import jax
 
+from common.fsdp import AXIS
+from common.mesh import RULES
+
 Params = dict[str, jax.Array]
 
 
@@ -34,7 +37,7 @@ class Batch(NamedTuple):
 class Frozen(NamedTuple):
     """What the head takes from the target and never trains."""
 
-    embed: jax.Array  # [V, H]
+    embed: jax.Array  # [V, H]; a chip's part of the columns where they are divided
     lm_head: jax.Array | None  # [D, H], the draft vocabulary's rows; None where stored logits teach
     draft_index: jax.Array  # int32 [V]: a token's place in the draft vocabulary, or -1
 
@@ -42,3 +45,16 @@ class Frozen(NamedTuple):
 def pick(x: jax.Array, at: jax.Array) -> jax.Array:
     """x [B, T, ...] at flat positions `at`, zeros where that is a free place."""
     return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
+
+
+def embeddings(frozen: Frozen, batch: Batch) -> jax.Array:
+    """The embeddings of a shard's tokens, [n, H].
+
+    Where a chip has some of the columns (inside a shard_map), it looks them up for the tokens of all chips,
+    and each gets the other columns of its own tokens from the others.
+    """
+    tokens_n = batch.tokens.reshape(-1)
+    if frozen.embed.shape[1] == batch.aux_hidden.shape[-1]:
+        return frozen.embed[tokens_n]
+    parts = frozen.embed[jax.lax.all_gather(tokens_n, RULES[AXIS], tiled=True)]
+    return jax.lax.all_to_all(parts, RULES[AXIS], split_axis=0, concat_axis=1, tiled=True)

@@ -13,11 +13,10 @@ import numpy as np
 from common import storage
 from common.errors import EyasError
 from common.layers import compute_dtype
-from common.mesh import sharding
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
 from common.store import Store
-from train import check_export, ngram
+from train import check_export, ngram, placing
 from train.batch import Frozen, Params
 from train.config import EvaluateConfig
 from train.heads import Head, read_serving_config
@@ -91,13 +90,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if not evaluator.counted:
         raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
     taught = source.frozen(draft_ids, "recompute", dtype)
-    found = {"head": evaluator(jax.device_put(params, sharding(source.mesh, ())), taught)}
+    where = placing.along(params, head.parameters(), source.mesh)
+    found = {"head": evaluator(jax.tree.map(placing.place, params, where), taught)}
     if config.ngrams:
         found |= ngram.evaluate(store, config.ttt_steps, config.answer_tokens)
     return found | {"rows": len(rows), "store": store.hash}
 
 
-def load_head(folder: str, store: Store) -> tuple[Head, Params, np.ndarray]:
+def load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
     """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
     target = store.target_config()
     check_export.check(folder, target)

@@ -5,7 +5,6 @@ Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -19,11 +18,10 @@ from common.config import to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.layers import compute_dtype
-from common.mesh import sharding
 from common.params import shapes
 from common.storage import require_room
 from common.store import Store
-from train import logs, optimizer
+from train import logs, optimizer, placing
 from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
@@ -73,28 +71,30 @@ class Plan:
     def mesh(self) -> Mesh:
         return self.source.mesh
 
-    def shapes(self) -> Any:
-        """ShapeDtypeStructs of the head's float32 parameters, on every chip."""
-        return shapes(self.head.parameters(), jnp.float32, self.mesh)
+    def shapes(self) -> Params:
+        """ShapeDtypeStructs of the head's float32 parameters, as they lie on the mesh."""
+        return shapes(placing.layout(self.head.parameters(), self.mesh), jnp.float32, self.mesh)
 
-    @cached_property
     def sample(self) -> Sample:
-        """What the head is told of its target before it trains; read once."""
+        """What the head is told of its target before it trains."""
         c = self.config
-        return self.source.sample(c.data_seed, c.share, self.head.rms_eps, c.init == "fitted")
+        how = self.head.rms_eps, c.init == "fitted", self.dtype
+        return self.source.sample(self.view.workload, c.data_seed, c.share, *how)
 
-    def initial(self) -> Params:
-        """The untrained head, or the published one, on every chip."""
+    def initial(self, sample: Sample) -> Params:
+        """The untrained head, or the published one, as it lies on the mesh."""
         c = self.config
         if self.published:
-            return jax.device_put(self.published.weights(), sharding(self.mesh, ()))
-        made = start(self.head, self.store, self.sample, self.draft_ids, c.init, c.seed)
-        return jax.device_put(made, sharding(self.mesh, ()))
+            found = self.published.weights()
+            where = placing.along(found, self.head.parameters(), self.mesh)
+            return jax.tree.map(placing.place, found, where)
+        rows = None if c.init == "normal" else self.source.lm_head(self.draft_ids, self.dtype)
+        return start(self.head, self.mesh, sample, rows, c.init, c.seed)
 
-    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
+    def optimizer(self, rate: optax.Schedule, sample: Sample) -> optax.GradientTransformation:
         """What trains the head, with the head's matrices in its units."""
         c = self.config
-        units = self.head.units(self.sample)
+        units = self.head.units(sample)
         muon = self.head.matrices() if c.optimizer == "muon" else frozenset()
         return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units, muon=muon, ema=c.ema)
 

@@ -1,4 +1,4 @@
-"""What a head is told of its target before it trains: one pass over a sample of the store.
+"""What a head is told of its target before it trains: one pass over a sample of the store, on the chips.
 
 **Units.** Some dimensions of a residual stream are thousands of times larger than others. Adam moves every
 weight by about the learning rate, so those few would drown the rest: a matrix that reads the aux states is
@@ -8,154 +8,228 @@ trained as if each of its inputs had a root mean square of one (see train/optimi
 state at its target, which the target's lm_head turns into the teacher's logits. A random head spends its
 first hundred thousand tokens on what this regression finds in seconds.
 
-Dimensions: n samples, A aux states, H hidden size, X = A * H + H features.
+The sample depends on the store alone: heads of other seeds start from the same fit.
+
+Dimensions: c chips, M targets of a chip, A aux states, H hidden size, X = A * H + H features.
 """
 
-from collections.abc import Iterator
-from operator import itemgetter
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from common.codec import arrays_of, decode_states
-from common.progress import note
+from common.codec import decode
+from common.layers import einsum
+from common.mesh import spec
+from common.progress import Progress, note
 from common.store import Store
-from train.targets import ahead, counted_targets
+from train import placing
+from train.batch import Batch, Frozen, embeddings, pick
+from train.order import listed
+from train.stream import Stream, View, Workload
+from train.targets import drafting_index, valid_targets
 
-Weights = dict[str, np.ndarray]
-_POSITIONS = 65_536  # sampled, counted or not: 28 for each feature of a target with H=576, 3 with H=5,120
+_POSITIONS = 65_536  # for units, counted or not
+_PER_FEATURE = 16  # targets for a fit
+_MOST_POSITIONS = 2**19  # of which they are taken, at most
+_KEPT_OUT = 8_192  # positions for choosing the ridge, but at most an eighth of the sample
+_CHIP_POSITIONS = 2_048  # that a chip looks at at once
 _RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
-_KEEP_OUT = 8  # every so many-th row is for choosing the ridge
 _LEAST_FACTOR = 0.1  # of the last state's size, should nothing be predictable
+
+_ROW, _ALL = spec(("row",)), spec(())
 
 
 class Fit(NamedTuple):
     """A prediction of the last hidden state: scale * (features @ map) / rms(features @ map)."""
 
-    map_XH: np.ndarray
-    scale_H: np.ndarray
+    map_XH: jax.Array
+    scale_H: jax.Array
 
 
 class Sample(NamedTuple):
-    """What a sample says, float32."""
+    """What a sample says, float32, whole on every chip."""
 
-    units_A: np.ndarray  # [A * H]: the root mean square of every input, over all of the documents; above 0
+    units_A: jax.Array  # [A * H]: the root mean square of every input, over all of the documents; above 0
     fit: Fit | None  # where it is asked for, and anything counts
 
 
-def measure(store: Store, rows: np.ndarray, seed: int, eps: float, fitted: bool) -> Sample:
-    """The sample's units, and its fit if `fitted`. The same store, rows and seed give the same.
+class _Moments(NamedTuple):
+    """Sums over what each chip has seen, float32; the last four are of targets, None without a fit."""
+
+    seen: jax.Array  # [c] positions of documents
+    aux: jax.Array  # [c, A * H] their squared aux states
+    targets: jax.Array | None  # [c]
+    gram: jax.Array | None  # [c, X, X] products of features
+    cross: jax.Array | None  # [c, X, H] of features and last states
+    square: jax.Array | None  # [c, H] squared last states
+
+
+def empty(aux_states: int, hidden: int) -> Sample:
+    """A sample without content, in whose place a saved state has what was made of it."""
+    return Sample(jnp.ones(aux_states * hidden, jnp.float32), None)
+
+
+def measure(
+    store: Store, mesh: Mesh, workload: Workload, rows: np.ndarray, embed_VH: jax.Array | None, eps: float
+) -> Sample:
+    """The sample's units, and its fit if there are embeddings. The same store and rows give the same, within
+    rounding on other chips.
 
     `eps` is added to mean squares of embeddings and predictions where they are normed.
     """
-    square, n = 0.0, 0
-    kept_out: list[tuple[np.ndarray, np.ndarray]] = []
-    moments = _Moments()
-    embed_VH = store.target_tensor("embed_tokens") if fitted else None
-    for number, found in enumerate(_rows(store, rows, seed, fitted)):
-        inside = found["segment_ids"] > 0
-        aux = found["aux_hidden"].reshape(len(inside), -1)
-        square, n = square + np.square(aux[inside], dtype=np.float64).sum(0), n + inside.sum()
-        if embed_VH is None:
-            continue
-        samples = _features(found, aux, embed_VH, eps)
-        if number % _KEEP_OUT:
-            moments.add(*samples)
-        else:
-            kept_out.append(samples)
-    if not moments.n:  # a single row is for both
-        for samples in kept_out:
-            moments.add(*samples)
-    units = np.sqrt(square / max(n, 1))
-    units = np.maximum(units, 1e-4 * units.max() + 1e-12).astype(np.float32)
-    if fitted and not moments.n:
+    A, H = len(store.features["aux_layers"]), store.features["target"]["hidden_size"]
+    chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else (A + 1) * H)
+    if embed_VH is not None and not workload.targets[chosen].any():
         note("train: no row counts any target, so the head starts without a fit")
-    return Sample(units, _fit(moments, kept_out, eps) if moments.n else None)
+        embed_VH = None
+    fitted = embed_VH is not None
+    kept = chosen[: max(1, min(len(chosen) // 8, _KEPT_OUT // store.length))] if fitted else chosen[:0]
+    seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
+    add, moments = _adding(mesh, eps), _zeros(mesh, A * H, H if fitted else 0)
+    with Progress("sample", len(seen) * store.length, "tok") as progress:
+        for batch in _batches(store, workload, mesh, seen):
+            moments = add(moments, embed_VH, batch)
+            progress.update(batch.tokens.size)
+    total = jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
+    del moments
+    units = jnp.sqrt(total.aux / jnp.maximum(total.seen, 1))
+    units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
+    if not fitted:
+        return Sample(units, None)
+    return Sample(units, _fit(mesh, eps, embed_VH, total, list(_batches(store, workload, mesh, kept))))
 
 
-def _rows(store: Store, rows: np.ndarray, seed: int, fitted: bool) -> Iterator[Weights]:
-    """{name: [T, ...]} of rows of about _POSITIONS positions, states in float32."""
-    states = ("aux_hidden", "last_hidden") if fitted else ("aux_hidden",)
-    names = ("tokens", "segment_ids", "loss_mask", *arrays_of(store.features["precision"], *states))
-    for row in _chosen(store, rows, seed):
-        found = {name: x[0] for name, x in decode_states(store.read(names, [int(row)])).items()}
-        yield found | {name: found[name].astype(np.float32) for name in states}
+def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
+    """The rows of the sample; those without a target only where there are not enough others."""
+    order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(rows)
+    targets = workload.targets[order]
+    order = np.concatenate([order[targets > 0], order[targets == 0]])
+    enough = int(np.searchsorted(np.cumsum(workload.targets[order]), _PER_FEATURE * features)) + 1
+    return order[: max(-(-_POSITIONS // length), min(enough if features else 0, _MOST_POSITIONS // length))]
 
 
-def _chosen(store: Store, rows: np.ndarray, seed: int) -> np.ndarray:
-    """The rows of the sample, ascending; those without a counted target only where there are no others."""
-    wanted = min(len(rows), -(-_POSITIONS // store.length))
-    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(rows)
-    counted, empty = order[:0], order[:0]
-    for start in range(0, len(order), wanted):
-        part = order[start : start + wanted]
-        masks = store.read(("segment_ids", "loss_mask"), part)
-        counts = counted_targets(masks["segment_ids"], masks["loss_mask"]).any(1)
-        counted, empty = np.append(counted, part[counts]), np.append(empty, part[~counts])
-        if len(counted) >= wanted:
-            break
-    return np.sort(np.append(counted, empty)[:wanted])
+def _batches(store: Store, workload: Workload, mesh: Mesh, rows: np.ndarray) -> Iterator[Batch]:
+    size = mesh.size * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // mesh.size))
+    filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
+    filled[: len(rows)] = rows
+    wanted = filled.reshape(-1, size)
+    capacity = workload.capacity(np.maximum(wanted, rows[0]), mesh.size)
+    view = View(listed(wanted), workload, capacity, "recompute", np.arange(0))
+    return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
 
-def _features(
-    found: Weights, aux: np.ndarray, embed_VH: np.ndarray, eps: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(features [n, X], last hidden states [n, H]) of a row's counted targets, seen from the first step."""
-    segments, by = found["segment_ids"], ahead(0)
-    counted = counted_targets(segments[None], found["loss_mask"][None])[0]
-    j = by + np.flatnonzero(counted[by:] & (segments[by:] == segments[:-by]))
-    token = embed_VH[found["tokens"][j]].astype(np.float32)
-    token /= np.sqrt((token**2).mean(1, keepdims=True) + eps)
-    return np.concatenate([aux[j - by], token], 1), found["last_hidden"][j]
+def _zeros(mesh: Mesh, aux: int, hidden: int) -> _Moments:
+    c, X = mesh.size, aux + hidden
+    shapes = [(c,), (c, aux)] + ([(c,), (c, X, X), (c, X, hidden), (c, hidden)] if hidden else [])
+    where = NamedSharding(mesh, _ROW)
+    found = jax.jit(lambda: [jnp.zeros(shape, jnp.float32) for shape in shapes], out_shardings=where)()
+    return _Moments(*found, *[None] * (6 - len(found)))
 
 
-class _Moments:
-    """Sums over samples: of the features' products [X, X], of theirs with the last state [X, H], of its
-    squares [H]."""
+def _adding(mesh: Mesh, eps: float) -> Callable[[_Moments, jax.Array | None, Batch], _Moments]:
+    """A function that adds a batch to the moments, each chip its own rows to its own sums."""
 
-    def __init__(self) -> None:
-        self.n, self.gram_XX, self.cross_XH, self.square_H = 0, 0.0, 0.0, 0.0
+    def add(moments: _Moments, embed: jax.Array | None, batch: Batch) -> _Moments:
+        inside = (batch.segment_ids.reshape(-1) > 0).astype(jnp.float32)
+        aux = decode(batch.aux_hidden, batch.aux_scale).astype(jnp.float32).reshape(inside.size, -1)
+        new = _Moments(inside.sum(), (jnp.square(aux) * inside[:, None]).sum(0), *[None] * 4)
+        if embed is not None:
+            features, last, there = _features(embed, batch, eps)
+            products = (einsum("mx,my->xy", features, y) for y in (features, last))
+            new = _Moments(*new[:2], there.sum(), *products, jnp.square(last).sum(0))
+        return jax.tree.map(lambda total, part: total + part[None], moments, new)
 
-    def add(self, features: np.ndarray, last: np.ndarray) -> None:
-        self.n += len(last)
-        self.gram_XX = self.gram_XX + (features.T @ features).astype(np.float64)
-        self.cross_XH = self.cross_XH + (features.T @ last).astype(np.float64)
-        self.square_H = self.square_H + np.square(last, dtype=np.float64).sum(0)
+    return jax.jit(_over_rows(mesh, add, _ROW, summed=False), donate_argnums=0)
 
 
-def _fit(moments: _Moments, kept_out: list[tuple[np.ndarray, np.ndarray]], eps: float) -> Fit:
-    """A ridge regression to the last hidden state in units of its root mean square.
+def _over_rows(mesh: Mesh, fn: Callable, first: Any, summed: bool) -> Callable:
+    """`fn(first, embed, batch)` on every chip's own rows."""
+
+    def over_rows(given: Any, embed: jax.Array | None, batch: Batch) -> Any:
+        columns = _ALL if embed is None else spec(placing.frozen_axes(Frozen(embed, None, embed), mesh).embed)
+        own = jax.shard_map(
+            (lambda *args: jax.lax.psum(fn(*args), _ROW[0])) if summed else fn,
+            mesh=mesh,
+            in_specs=(first, columns, _ROW),
+            out_specs=_ALL if summed else _ROW,
+            check_vma=False,
+        )
+        return own(given, embed, batch)
+
+    return over_rows
+
+
+def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(features [M, X], last hidden states [M, H], whether there are any [M]) of a chip's targets, as they
+    are seen from the first step; zeros where there are none."""
+    n, there = batch.tokens.size, valid_targets(batch, 1)[:, 0]
+    index, target = (
+        jnp.where(there, at, n) for at in (drafting_index(batch.targets, 1)[:, 0], batch.targets)
+    )
+
+    def states(x: jax.Array, scale: jax.Array | None, at: jax.Array) -> jax.Array:
+        found = decode(pick(x, at), None if scale is None else pick(scale, at))
+        return found.astype(jnp.float32).reshape(len(at), -1)
+
+    token = embeddings(Frozen(embed, None, embed), batch)
+    token = token.at[target].get(mode="fill", fill_value=0).astype(jnp.float32)
+    token *= jax.lax.rsqrt(jnp.square(token).mean(1, keepdims=True) + eps)
+    aux = states(batch.aux_hidden, batch.aux_scale, index)
+    last = states(batch.last_hidden, batch.last_scale, target)
+    return jnp.concatenate([aux, token], 1), last, there.astype(jnp.float32)
+
+
+def _fit(mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: list[Batch]) -> Fit | None:
+    """A ridge regression to the last hidden state in units of its root mean square; None if there is none.
 
     A prediction varies less than what it predicts, but a norm makes it as large: at the last state's size a
     head would begin far too sure of itself. The ridge, and a factor for that size, are those that explain
-    most of the rows that are kept out.
+    most of the rows that are kept out. The greater ridges are tried as long as they do better.
     """
-    scale_H = np.sqrt(moments.square_H / moments.n) + 1e-6
-    gram_XX = moments.gram_XX
-    size_X = np.sqrt(np.diag(gram_XX)) + 1e-6  # every feature counts alike in the ridge
-    gram_XX /= size_X[:, None] * size_X
-    cross_XH = moments.cross_XH / (size_X[:, None] * scale_H)
+    judge = jax.jit(_over_rows(mesh, partial(_explained, eps), _ALL, summed=True))
+    solve = jax.jit(jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False))
+    best: tuple[float, Fit | None] = (math.inf, None)
+    for ridge in _RIDGES:
+        map_XH, scale_H = solve(total, jnp.float32(ridge))
+        both, size, want = (float(x) for x in sum(judge((map_XH, scale_H), embed, b) for b in kept_out))
+        unexplained = 1 - both**2 / (size * want) if size * want > 0 else math.inf
+        if math.isnan(unexplained):  # more than rounding bears: a greater ridge
+            continue
+        if unexplained >= best[0]:
+            break
+        factor = max(both / size, _LEAST_FACTOR)
+        best = unexplained, Fit(map_XH, factor * scale_H)
+    if best[1] is None:
+        note("train: nothing can be told from the sample, so the head starts without a fit")
+    return best[1]
 
-    def tried(ridge: float) -> tuple[float, float, np.ndarray]:
-        gram_XX[np.diag_indices(len(gram_XX))] = 1 + ridge
-        map_XH = (np.linalg.solve(gram_XX, cross_XH) / size_X[:, None]).astype(np.float32)
-        return *_judge(kept_out, map_XH, scale_H, eps), map_XH
 
-    _, factor, map_XH = min(map(tried, _RIDGES), key=itemgetter(0))
-    return Fit(map_XH, (factor * scale_H).astype(np.float32))
+def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(map [X, H] to last states over their size, that size [H]) of every chip by itself."""
+    scale_H = jnp.sqrt(total.square / total.targets) + 1e-6
+    size_X = jnp.sqrt(jnp.diagonal(total.gram)) + 1e-6  # every feature counts alike in the ridge
+    gram = total.gram / (size_X[:, None] * size_X[None])
+    place = jnp.arange(len(size_X), dtype=jnp.int32)
+    lower = jax.lax.linalg.cholesky(gram.at[place, place].set(1 + ridge), symmetrize_input=False)
+    found = total.cross / (size_X[:, None] * scale_H[None])
+    for transposed in (False, True):
+        found = jax.lax.linalg.triangular_solve(
+            lower, found, left_side=True, lower=True, transpose_a=transposed
+        )
+    return found / size_X[:, None], scale_H
 
 
-def _judge(
-    samples: list[tuple[np.ndarray, np.ndarray]], map_XH: np.ndarray, scale_H: np.ndarray, eps: float
-) -> tuple[float, float]:
-    """(1 - R² of the map's normed predictions after the best rescaling, that rescaling)."""
-    both = size = want = 0.0
-    for features, last in samples:
-        found, last = features @ map_XH, last / scale_H
-        found /= np.sqrt(np.square(found).mean(1, keepdims=True) + eps)
-        both += float((found * last).sum())
-        size += float(np.square(found).sum())
-        want += float(np.square(last).sum())
-    if not size:
-        return 0.0, 1.0
-    return 1 - both**2 / (size * want), max(both / size, _LEAST_FACTOR)
+def _explained(eps: float, fit: tuple[jax.Array, jax.Array], embed: jax.Array, batch: Batch) -> jax.Array:
+    """[3] sums over a chip's targets: normed predictions times last states, and the squares of both."""
+    map_XH, scale_H = fit
+    features, last, there = _features(embed, batch, eps)
+    found, last = einsum("mx,xh->mh", features, map_XH), last / scale_H[None]
+    found *= jax.lax.rsqrt(jnp.square(found).mean(1, keepdims=True) + eps)
+    parts = (found * last, jnp.square(found), jnp.square(last))
+    return jnp.stack([(x * there[:, None]).sum() for x in parts])

@@ -9,7 +9,8 @@ import numpy as np
 
 from common import zarr
 from common.mesh import make_mesh, sharding
-from common.store import Store
+from common.store import Store, tensor_file
+from train import placing
 from train.batch import Frozen
 from train.order import share_of
 from train.sample import Sample, measure
@@ -46,32 +47,57 @@ class Source:
             ("workload", ttt_steps, compat, test), lambda: Workload(self.store, rows, ttt_steps, compat)
         )
 
-    def sample(self, seed: int, share: float, eps: float, fitted: bool) -> Sample:
-        """What a head is told of its target before it trains."""
+    def sample(
+        self, workload: Workload, seed: int, share: float, eps: float, fitted: bool, dtype: Any
+    ) -> Sample:
+        """What a head is told of its target before it trains: the same for all seeds of heads."""
+        of = self.store, self.mesh, workload, self.rows(seed, share)
         return self._once(
-            ("sample", seed, share, eps, fitted),
-            lambda: measure(self.store, self.rows(seed, share), seed, eps, fitted),
+            ("sample", workload.compat, seed if share < 1 else 0, share, eps, fitted, jnp.dtype(dtype)),
+            lambda: measure(*of, self.embed(dtype) if fitted else None, eps),
         )
 
+    def _lm_head(self, draft_ids: np.ndarray) -> np.ndarray:
+        """The output matrix's rows of a draft vocabulary. Of the embedding's file, where the two are tied, no
+        second copy is read."""
+        tied = tensor_file("lm_head") not in self.store.features["target_files"]
+        return self._tensor("embed_tokens" if tied else "lm_head")[draft_ids]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        return self._once(name, lambda: self.store.target_tensor(name))
+
+    def forget_tensors(self) -> None:
+        """Frees the host's copies of the target's matrices, which are gigabytes."""
+        for name in ("embed_tokens", "lm_head"):
+            self._kept.pop(name, None)
+
+    def embed(self, dtype: Any) -> jax.Array:
+        """The target's embedding [V, H], divided by columns over the chips."""
+
+        def make() -> jax.Array:
+            found = self._tensor("embed_tokens")
+            axes = placing.frozen_axes(Frozen(found, None, found), self.mesh)
+            return placing.place(found, sharding(self.mesh, axes.embed), dtype)
+
+        return self._once(("embed", jnp.dtype(dtype)), make)
+
+    def lm_head(self, draft_ids: np.ndarray, dtype: Any) -> jax.Array:
+        """The output matrix's rows of a draft vocabulary [D, H], divided over the chips."""
+
+        def make() -> jax.Array:
+            found = self._lm_head(draft_ids)
+            axes = placing.frozen_axes(Frozen(found, found, found), self.mesh)
+            return placing.place(found, sharding(self.mesh, axes.lm_head), dtype)
+
+        return self._once(("lm_head", jnp.dtype(dtype), zarr.crc32(draft_ids)), make)
+
     def frozen(self, draft_ids: np.ndarray, teacher: str, dtype: Any) -> Frozen:
-        """What a head takes from the target, on every chip."""
-        everywhere = sharding(self.mesh, ())
-        ids = zarr.crc32(draft_ids)
-
-        def embed() -> jax.Array:
-            return jax.device_put(self.store.target_tensor("embed_tokens").astype(dtype), everywhere)
-
-        def lm_head() -> jax.Array:
-            return jax.device_put(self.store.target_tensor("lm_head")[draft_ids].astype(dtype), everywhere)
+        """What a head takes from the target."""
 
         def index() -> jax.Array:
             found = np.full(self.store.features["target"]["vocab_size"], -1, np.int32)
             found[draft_ids] = np.arange(len(draft_ids))
-            return jax.device_put(found, everywhere)
+            return placing.place(found, sharding(self.mesh, (None,)))
 
-        dtype = jnp.dtype(dtype)
-        return Frozen(
-            self._once(("embed", dtype), embed),
-            self._once(("lm_head", dtype, ids), lm_head) if teacher == "recompute" else None,
-            self._once(("index", ids), index),
-        )
+        rows = self.lm_head(draft_ids, dtype) if teacher == "recompute" else None
+        return Frozen(self.embed(dtype), rows, self._once(("index", zarr.crc32(draft_ids)), index))

@@ -178,10 +178,9 @@ class Saved:
         """The newest saved step, None if there is none."""
         return self._manager.latest_step()
 
-    def restore(
-        self, like: State, where: jax.sharding.Sharding
-    ) -> tuple[State, dict[str, Any] | None, dict[str, Any]]:
-        """(the newest state, in the shapes and dtypes of `like`; what `save` was given beside it)."""
+    def restore(self, like: State, where: State) -> tuple[State, dict[str, Any] | None, dict[str, Any]]:
+        """(the newest state, in the shapes and dtypes of `like`, lying as `where` says; what `save` was given
+        beside it)."""
         step = self.step()
         place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
         try:
@@ -214,8 +213,8 @@ class Saved:
         noted = schema.check(_Noted, found, f"{place}/noted", advice)
         return step, noted["best"], noted["last"]
 
-    def _read(self, step: int | None, like: State, where: jax.sharding.Sharding) -> Any:
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
+    def _read(self, step: int | None, like: State, where: State) -> Any:
+        wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, where)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
         return dict(self._manager.restore(step, args=args).items())
 

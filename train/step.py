@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from common.mesh import spec
+from train import placing
 from train.batch import Batch, Frozen, Params
 from train.heads import Head
 from train.losses import Loss, cross_entropy
@@ -44,13 +45,41 @@ class Metrics(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def _over_mesh(mesh: Mesh, fn: Callable) -> Callable:
-    """`fn(params, frozen, batch)` on every chip's own rows; the result is summed up and the same on all."""
+def _over_mesh(
+    head: Head, mesh: Mesh, dtype: Any, fn: Callable, gradients: bool
+) -> Callable[[Params, Frozen, Batch], Any]:
+    """`fn(params, frozen, batch)` on every chip's own rows; the result is summed up and the same on all.
 
-    def on_shard(*args: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.psum(x, _ROW[0]), fn(*args))
+    With `gradients` also those of the first result, which lie as the parameters do: (results, gradients).
+    `fn` gets whole parameters, the matrices in `dtype`.
+    """
+    declared = placing.layout(head.parameters(), mesh)
 
-    return jax.shard_map(on_shard, mesh=mesh, in_specs=(_ALL, _ALL, _ROW), out_specs=_ALL, check_vma=False)
+    def over_mesh(params: Params, frozen: Frozen, batch: Batch) -> Any:
+        axes = placing.frozen_axes(frozen, mesh)
+
+        def on_shard(params: Params, frozen: Frozen, batch: Batch) -> Any:
+            def on_rows(params: Params) -> Any:
+                return fn(*placing.gathered(params, frozen, declared, axes, dtype), batch)
+
+            if not gradients:
+                return _summed(on_rows(params))
+            found, by_params = jax.value_and_grad(on_rows, has_aux=True)(params)
+            return _summed(found), by_params
+
+        in_specs = (*placing.in_specs(head.parameters(), frozen, mesh), _ROW)
+        out_specs = (_ALL, in_specs[0]) if gradients else _ALL
+        over_chips = jax.shard_map(
+            on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        where = jax.tree.map(lambda of: NamedSharding(mesh, of), in_specs)
+        return over_chips(*jax.sharding.reshard((params, frozen, batch), where))
+
+    return over_mesh
+
+
+def _summed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.psum(x, _ROW[0]), tree)
 
 
 def gradient(
@@ -69,20 +98,21 @@ def gradient(
     """
     decays_K = decay ** jnp.arange(steps, dtype=jnp.float32)
 
-    def on_rows(params: Params, frozen: Frozen, batch: Batch) -> Any:
+    def loss(params: Params, frozen: Frozen, batch: Batch) -> Any:
         counts_K = jax.lax.psum(shard_counts(frozen, batch, steps), _ROW[0])
         by_K = jnp.maximum(counts_K, 1.0)
         if compat == "specforge":
             by_K = jnp.full((steps,), float(batch.tokens.size * mesh.size))
-        weight_K = decays_K / by_K
+        total, sums = shard_loss(head, loss_of, params, frozen, batch, decays_K / by_K, dtype)
+        return total, (sums.loss / by_K, sums.correct / jnp.maximum(counts_K, 1.0))
 
-        def loss(params: Params) -> Any:
-            return shard_loss(head, loss_of, params, frozen, batch, weight_K, dtype)
+    over_mesh = _over_mesh(head, mesh, dtype, loss, gradients=True)
 
-        (total, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return (total, sums.loss / by_K, sums.correct / jnp.maximum(counts_K, 1.0)), gradients
+    def gradient_of(params: Params, frozen: Frozen, batch: Batch) -> Any:
+        (total, (loss_K, acc_K)), gradients = over_mesh(params, frozen, batch)
+        return (total, loss_K, acc_K), gradients
 
-    return _over_mesh(mesh, on_rows)
+    return gradient_of
 
 
 def train_step(
@@ -94,13 +124,34 @@ def train_step(
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
         (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it; our own code runs under "strict"
-            updates, moments = with_loss.update(gradients, state.optimizer, state.params, loss=loss)
-            params = optax.apply_updates(state.params, updates)
-            norm = gradient_norm(moments, optax.tree.norm(gradients))
+            params, moments, norm = _updated(with_loss, state, gradients, loss)
         metrics = Metrics(loss, loss_K, acc_K, norm, *skipped(moments))
         return State(params, moments, state.step + 1), metrics
 
     return step
+
+
+def _updated(
+    optimizer: optax.GradientTransformationExtraArgs, state: State, gradients: Params, loss: jax.Array
+) -> tuple:
+    """(parameters, moments, norm of the gradients). The compiler decides where they lie meanwhile, so that
+    any optimiser can be used as it comes; they end where they lay."""
+
+    def update(state: State, gradients: Params, loss: jax.Array) -> tuple:
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params, loss=loss)
+        norm = gradient_norm(moments, optax.tree.norm(gradients))
+        return optax.apply_updates(state.params, updates), moments, norm
+
+    mesh = jax.typeof(jax.tree.leaves(state.params)[0]).sharding.mesh
+
+    def lies(x: jax.Array) -> NamedSharding:
+        found = jax.typeof(x).sharding
+        return NamedSharding(mesh, _ALL) if found.mesh.empty else found
+
+    if mesh.empty:
+        return update(state, gradients, loss)
+    where = *jax.tree.map(lies, (state.params, state.optimizer)), NamedSharding(mesh, _ALL)
+    return jax.sharding.auto_axes(update, out_sharding=where)(state, gradients, loss)
 
 
 def score_step(
@@ -112,4 +163,4 @@ def score_step(
         scores, valid_MK, known_M = shard_scores(head, params, frozen, batch, steps, dtype)
         return shard_sums(scores, valid_MK, known_M, batch, answer_tokens)
 
-    return _over_mesh(mesh, on_rows)
+    return _over_mesh(head, mesh, dtype, on_rows, gradients=False)

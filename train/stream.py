@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from common import zarr
 from common.codec import arrays_of
 from common.errors import EyasError
-from common.mesh import sharding
+from common.rows import Rows
 from common.store import Store
 from train.batch import Batch
 from train.order import Order, Part, Reading
@@ -32,20 +32,23 @@ _MASKING = ("segment_ids", "loss_mask")
 
 
 class Workload:
-    """Which positions of every row are computed (see train/targets.py), from the store's masks alone."""
+    """Which positions of every row are computed (see train/targets.py), from the store's masks alone.
+
+    `targets` int64 [R]: how many of each row are targets.
+    """
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
         self.ttt_steps, self.compat = ttt_steps, compat
-        self._live, self._targets = np.zeros((2, store.rows), np.int64)
+        self._live, self.targets = np.zeros((2, store.rows), np.int64)
         for start in range(0, len(rows), _MASKS):
             part = rows[start : start + _MASKS]
             found = store.read(("segment_ids", "loss_mask"), part)
             live, targets = self.masks(found["segment_ids"], found["loss_mask"])
-            self._live[part], self._targets[part] = live.sum(1), targets.sum(1)
+            self._live[part], self.targets[part] = live.sum(1), targets.sum(1)
 
     def counted(self, rows: np.ndarray) -> int:
         """The targets of these rows."""
-        return int(self._targets[rows].sum())
+        return int(self.targets[rows].sum())
 
     def masks(self, segments_BT: np.ndarray, loss_mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool [B, T] each: live queries, counted targets."""
@@ -55,7 +58,7 @@ class Workload:
     def capacity(self, batches: np.ndarray, shards: int) -> Capacity:
         """What the fullest shard of `batches` int64 [n, B] needs."""
         parts = batches.reshape(len(batches) * shards, -1)
-        live, targets = (counts[parts].sum(1).max() for counts in (self._live, self._targets))
+        live, targets = (counts[parts].sum(1).max() for counts in (self._live, self.targets))
         return Capacity(round_up(int(live)), round_up(int(targets)))
 
 
@@ -103,7 +106,7 @@ class Stream:
     """
 
     def __init__(self, store: Store, mesh: Mesh, views: Sequence[View]):
-        self._store, self._mesh, self._views = store, mesh, views
+        self._store, self._views, self._rows = store, views, Rows(mesh)
         arrays = [name for view in views for name in teaching_arrays(store, view.teacher)]
         self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
         by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
@@ -157,15 +160,16 @@ class Stream:
 
     def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
         """On several processes each reads its own rows only."""
-        found = self._read(_mine(rows))
+        put = self._rows.place
+        found = self._read(self._rows.own(rows))
         masks = {name: found[name] for name in _MASKING}
         logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
         drafts = {}
         for key, ids in self._vocabularies.items():
             full = logits.get("full_logits")
-            drafts[key] = self._put(logits["draft_logits"] if full is None else np.take(full, ids, axis=-1))
+            drafts[key] = put(logits["draft_logits"] if full is None else np.take(full, ids, axis=-1))
         del found["loss_mask"]
-        on_mesh = {name: self._put(x) for name, x in found.items()}
+        on_mesh = {name: put(x) for name, x in found.items()}
         return _Read(on_mesh, drafts, parts, [self._counts(part, masks) for part in parts])
 
     def _counts(self, part: Part, masks: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -174,13 +178,13 @@ class Stream:
             return {}
         view = self._views[part.order]
         if not part.whole:
-            masks = self._read(_mine(view.order.rows[part.step]), _MASKING)
+            masks = self._read(self._rows.own(view.order.rows[part.step]), _MASKING)
         live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
-        shards = self._mesh.size // jax.process_count()
+        put, shards = self._rows.place, self._rows.chips
         return {
-            "live": self._put(compact(live, shards, view.capacity.live)),
-            "targets": self._put(compact(targets, shards, view.capacity.targets)),
-            "count": self._put(targets.reshape(shards, -1).sum(1).astype(np.int32)),
+            "live": put(compact(live, shards, view.capacity.live)),
+            "targets": put(compact(targets, shards, view.capacity.targets)),
+            "count": put(targets.reshape(shards, -1).sum(1).astype(np.int32)),
         }
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
@@ -192,14 +196,6 @@ class Stream:
                 found[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
                 found[name][real] = values
         return found
-
-    def _put(self, local: np.ndarray) -> jax.Array:
-        where = sharding(self._mesh, ("row",) + (None,) * (local.ndim - 1))
-        return jax.make_array_from_process_local_data(where, local)
-
-
-def _mine(rows: np.ndarray) -> np.ndarray:
-    return np.array_split(rows, jax.process_count())[jax.process_index()]
 
 
 def _vocabulary(view: View) -> int:

@@ -60,6 +60,7 @@ def train(
         live[:] = [one for one in live if not one.done]
 
     source = trainers[0].plan.source
+    source.forget_tensors()  # every head has taken what it takes of them
     stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers])
     reading = stream.reading([one.plan.steps if one.done else one.step for one in trainers])
     tokens = trainers[0].plan.config.batch_rows * source.store.length

@@ -13,15 +13,15 @@ import numpy as np
 from common import storage
 from common.config import to_json
 from common.errors import EyasError
-from common.mesh import sharding
 from common.progress import note
-from train import losses, optimizer
+from train import losses, optimizer, placing
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
 from train.export import export, target_identity
 from train.logs import Logs
 from train.metrics import LENGTH, better
 from train.plan import Plan
+from train.sample import Sample, empty
 from train.state import Lines, Saved
 from train.step import Metrics, State, gradient, train_step
 
@@ -56,7 +56,6 @@ class Trainer:
         self.plan = self._plan = plan
         c = plan.config
         self._rate = optimizer.schedule(c.learning_rate, c.warmup, plan.steps, c.schedule, c.cooldown)
-        self._optimizer = plan.optimizer(self._rate)
         self._saved = Saved(plan.config.out)
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] = {"step": 0}
@@ -97,19 +96,24 @@ class Trainer:
         return self._saved.step() or 0
 
     def _begin(self) -> State:
-        plan = self._plan
-        everywhere = sharding(plan.mesh, ())
+        plan, declared = self._plan, self._plan.head.parameters()
         if self._saved.step() is None:
             note(f"train: making a head ({plan.config.init})")
-            return jax.device_put(self._new_state(plan.initial()), everywhere)
-        state, self.best, self.last = self._saved.restore(
-            jax.eval_shape(self._new_state, plan.shapes()), everywhere
-        )
+            sample = plan.sample()
+            made = plan.initial(sample), sample
+            where = placing.along(jax.eval_shape(self._new_state, *made), declared, plan.mesh)
+            return jax.jit(self._new_state, out_shardings=where)(*made)
+        like = jax.eval_shape(self._new_state, plan.shapes(), self._no_sample())
+        state, self.best, self.last = self._saved.restore(like, placing.along(like, declared, plan.mesh))
         note(f"train: continuing after step {int(state.step)} of {plan.steps}")
         return state
 
-    def _new_state(self, params: Any) -> State:
-        return State(params, self._optimizer.init(params), jnp.int32(0))
+    def _new_state(self, params: Params, sample: Sample) -> State:
+        return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0))
+
+    def _no_sample(self) -> Sample:
+        features = self._plan.store.features
+        return empty(len(features["aux_layers"]), features["target"]["hidden_size"])
 
     def _make_evaluator(self) -> Evaluator | None:
         plan, c = self._plan, self._plan.config
@@ -133,7 +137,8 @@ class Trainer:
         note("train: compiling")
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
-        step = jax.jit(train_step(gradients, self._optimizer), donate_argnums=0)
+        rule = plan.optimizer(self._rate, self._no_sample())
+        step = jax.jit(train_step(gradients, rule), donate_argnums=0)
         return step.lower(self._state, self._frozen, batch).compile()
 
     @property

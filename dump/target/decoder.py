@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from common.errors import EyasError
+from common.fsdp import gathered
 from common.layers import einsum, rms_norm
 from common.mesh import sharding, spec, ways
-from dump.target.fsdp import gathered
 from dump.target.groups import Group, group
 from dump.target.quant import dequantised
 from dump.target.spec import Context, Layer, TargetConfig

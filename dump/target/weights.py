@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.errors import EyasError
+from common.fsdp import divided, gathered, own_part
 from common.mesh import sharding, spec, ways
 from common.params import Declaration, Param
 from common.progress import Progress
 from common.safetensors import Checkpoint, Tensor
-from dump.target.fsdp import divided, gathered, own_part
 from dump.target.groups import group
 from dump.target.placing import Placing, Source
 from dump.target.spec import Context, TargetConfig, Weight

@@ -8,14 +8,17 @@ import numpy as np
 import optax
 import pytest
 
+from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
 from train import optimizer, sample
 from train.evaluate import Evaluator
 from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.start import halves
 from train.init import start
 from train.sample import measure
 from train.source import Source
+from train.stream import Workload
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 
@@ -30,9 +33,17 @@ def head(store):
     return Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS)
 
 
-def made(store, head, init, seed=0):
-    known = measure(store, store.split_rows("train"), seed, head.rms_eps, init == "fitted")
-    return start(head, store, known, IDS, init, seed)
+def measured(store, head, fitted, chips=1):
+    mesh, source = make_mesh(chips), Source(store.url, chips)
+    embed = source.embed(jnp.float32) if fitted else None
+    rows = store.split_rows("train")
+    return measure(store, mesh, Workload(store, rows, 1), rows, embed, head.rms_eps)
+
+
+def made(store, head, init, seed=0, chips=1):
+    rows = Source(store.url, chips).lm_head(IDS, jnp.float32)
+    known = measured(store, head, init == "fitted", chips)
+    return start(head, make_mesh(chips), known, rows, init, seed)
 
 
 def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
@@ -77,10 +88,9 @@ def test_lm_head_starts_as_the_targets_rows_or_as_noise(store, head):
 
 
 def test_units_are_the_root_mean_squares_of_documents(store, head):
-    rows = store.split_rows("train")
-    found = store.read(("segment_ids", "aux_hidden"), rows)
+    found = store.read(("segment_ids", "aux_hidden"), store.split_rows("train"))
     aux = found["aux_hidden"][found["segment_ids"] > 0].reshape(-1, 3 * small_store.H)
-    known = measure(store, rows, 0, head.rms_eps, fitted=False)
+    known = measured(store, head, fitted=False)
     np.testing.assert_allclose(known.units_A, np.sqrt((aux**2).mean(0)), rtol=1e-5)
     np.testing.assert_array_equal(head.units(known)["fc.weight"], 3 * known.units_A)
 
@@ -129,14 +139,14 @@ def test_the_sample_is_of_rows_that_count(store, head, monkeypatch):
 
     monkeypatch.setattr(store, "read", edited)
     monkeypatch.setattr(sample, "_POSITIONS", small_store.T)
-    for seed in range(3):
-        fit = measure(store, rows, seed, head.rms_eps, fitted=True).fit
-        assert np.isfinite(fit.map_XH).all()
-        assert np.abs(fit.map_XH).max() > 0
+    monkeypatch.setattr(sample, "_PER_FEATURE", 0)
+    fit = measured(store, head, fitted=True).fit
+    assert np.isfinite(fit.map_XH).all()
+    assert np.abs(fit.map_XH).max() > 0
 
 
 def test_units_are_data_of_the_program_and_no_constants(store, head):
-    known = measure(store, store.split_rows("train"), 0, head.rms_eps, fitted=False)
+    known = measured(store, head, fitted=False)
     params = made(store, head, "normal")
     programs = []
     for factor in (1, 3):
@@ -145,3 +155,26 @@ def test_units_are_data_of_the_program_and_no_constants(store, head):
         with jax.numpy_dtype_promotion("standard"):
             programs.append(jax.jit(adamw.update).lower(params, adamw.init(params), params).as_text())
     assert programs[0] == programs[1]
+
+
+def test_a_head_made_on_four_chips_lies_divided_and_is_that_of_one_chip(store, head):
+    alone, spread = (made(store, head, "fitted", chips=chips) for chips in (1, 4))
+    for name, weight in spread.items():
+        scale = float(jnp.abs(alone[name]).max()) + 1e-6
+        np.testing.assert_allclose(weight, alone[name], atol=2e-3 * scale, err_msg=name)
+        held = {shard.data.size for shard in weight.addressable_shards}
+        assert held == {weight.size // 4 if weight.ndim > 1 else weight.size}, name
+
+
+@pytest.mark.parametrize("rank", [5, 40])
+def test_halves_are_the_best_approximation_of_their_rank_and_equally_large(rank):
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(40, 40)))[0] for _ in range(2))
+    size = 2.0 ** -np.arange(40.0)
+    matrix = jnp.asarray((left * size) @ right, jnp.float32)
+    back, into = halves(matrix, rank, jax.random.key(0))
+    best = (left[:, :rank] * size[:rank]) @ right[:rank]
+    np.testing.assert_allclose(back @ into, best, atol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(back[:, :5], axis=0), np.linalg.norm(into[:5], axis=1), rtol=1e-3
+    )

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import jax
-import numpy as np
 
 from common.errors import EyasError
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import Eagle3
-from train.sample import Sample, Weights
+from train.sample import Sample
 from train.serving_config import Limit
 
 
@@ -59,11 +58,11 @@ class Head(Protocol):
         """Every parameter; `still` are not trained."""
         ...
 
-    def start(self, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
+    def start(self, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
         """An untrained head, made of N(0, 0.02) `noise` and of what a sample of the store says."""
         ...
 
-    def units(self, sample: Sample) -> dict[str, np.ndarray]:
+    def units(self, sample: Sample) -> Params:
         """{parameter [out, in]: [in]}: the units in which the optimiser sees the inputs of a matrix."""
         ...
 

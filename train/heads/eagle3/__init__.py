@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import jax
-import numpy as np
 
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import card, published, rollout, serving, sizes, start
-from train.sample import Sample, Weights
+from train.sample import Sample
 from train.serving_config import Limit
 
 
@@ -45,10 +44,10 @@ class Eagle3(sizes.Sizes):
     def parameters(self) -> Declaration:
         return sizes.parameters(self)
 
-    def start(self, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
-        return start.start(self, noise, sample, lm_head_DH, seed)
+    def start(self, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
+        return start.start(self, noise, sample, lm_head_DH, key)
 
-    def units(self, sample: Sample) -> dict[str, np.ndarray]:
+    def units(self, sample: Sample) -> Params:
         return start.units(self, sample)
 
     def matrices(self) -> frozenset[str]:

@@ -21,7 +21,7 @@ from common.attention import attend
 from common.codec import decode
 from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
 from common.rope import inverse_frequencies
-from train.batch import Batch, Frozen, Params
+from train.batch import Batch, Frozen, Params, embeddings
 from train.heads.eagle3.own_keys import KeysValues, join
 from train.heads.eagle3.sizes import Sizes
 from train.targets import ahead, permute, slots
@@ -100,7 +100,7 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     """The final-normed states [K, C, H], in `dtype`, of every live index."""
     n = batch.tokens.size
     before, w = weights(c, params, dtype)
-    embedded = frozen.embed[batch.tokens.reshape(n)].astype(dtype)
+    embedded = embeddings(frozen, batch).astype(dtype)
     token_nX = linear(rms_norm(embedded, before["norm"], c.rms_eps), before["qkv"])
     aux = decode(batch.aux_hidden, batch.aux_scale).astype(dtype)
     state_nH = linear(aux.reshape(n, -1), before["fc"])

@@ -4,53 +4,77 @@ The aux states' half of the fit becomes `fc`. The token's half becomes the value
 the rank that they have; queries and keys start equal, so that attention begins with a position's own token.
 The MLP adds nothing yet.
 
-Dimensions: H hidden size, N query heads, J key/value heads, d head_dim.
+Dimensions: H hidden size, N query heads, J key/value heads, d head_dim, r a rank.
 """
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
+from common.layers import einsum
+from train.batch import Params
 from train.heads.eagle3.sizes import Sizes
-from train.sample import Sample, Weights
+from train.sample import Sample
 
 _SELF = 6.0  # score of a token with itself above unrelated ones: e^6 outweighs a few hundred of them
+_ROUNDS, _SPARE = 4, 1.25  # of the search for the greatest directions of a matrix, and how many it looks at
 
 
-def units(c: Sizes, sample: Sample) -> Weights:
+def units(c: Sizes, sample: Sample) -> Params:
     """`fc` sums up the aux states, so each of them counts for a part of one."""
     return {"fc.weight": len(c.aux_layers) * sample.units_A}
 
 
-def start(c: Sizes, noise: Weights, sample: Sample, lm_head_DH: np.ndarray | None, seed: int) -> Weights:
+def start(c: Sizes, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
     """See train/heads: Head.start."""
-    params = noise | {"fc.weight": noise["fc.weight"] / sample.units_A}
+    params = noise | {"fc.weight": noise["fc.weight"] / sample.units_A[None]}
     if lm_head_DH is not None:
-        params["lm_head.weight"] = lm_head_DH
+        params["lm_head.weight"] = lm_head_DH.astype(jnp.float32)
     if sample.fit is None:
         return params
-    aux_XH, token_HH = np.split(sample.fit.map_XH, [len(sample.units_A)])
+    aux_XH, token_HH = jnp.split(sample.fit.map_XH, [len(sample.units_A)])
     return (
         params
-        | {"norm.weight": sample.fit.scale_H, "fc.weight": np.ascontiguousarray(aux_XH.T)}
-        | {"midlayer.mlp.down_proj.weight": np.zeros_like(params["midlayer.mlp.down_proj.weight"])}
-        | _own_token(params, c, token_HH.T, seed)
+        | {"norm.weight": sample.fit.scale_H, "fc.weight": aux_XH.T}
+        | {"midlayer.mlp.down_proj.weight": jnp.zeros_like(params["midlayer.mlp.down_proj.weight"])}
+        | _own_token(params, c, token_HH.T, key)
     )
 
 
-def _own_token(params: Weights, c: Sizes, token_HH: np.ndarray, seed: int) -> Weights:
+def _own_token(params: Params, c: Sizes, token_HH: jax.Array, key: jax.Array) -> Params:
     """The attention's projections that add `token_HH` times the normed embedding of the own token."""
     H, N, J, d = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-    u, s, v = np.linalg.svd(token_HH)
     rank = min(J * d, H)
-    into, back = np.zeros((J * d, H), np.float32), np.zeros((H, J * d), np.float32)
-    into[:rank], back[:, :rank] = np.sqrt(s[:rank, None]) * v[:rank], u[:, :rank] * np.sqrt(s[:rank])
+    back_Hr, into_rH = halves(token_HH, rank, jax.random.fold_in(key, 1))
+    into = jnp.zeros((J * d, H), jnp.float32).at[:rank].set(into_rH)
+    back = jnp.zeros((H, J * d), jnp.float32).at[:, :rank].set(back_Hr)
     # Every query head of a group adds the same values: each takes its share.
-    shares = np.repeat(back.reshape(H, J, 1, d), N // J, 2) / (N // J)
+    shares = jnp.repeat(back.reshape(H, J, 1, d), N // J, 2) / (N // J)
     # Equal projections with entries N(0, sigma) give a token with itself d * H * sigma^2 / sqrt(d).
-    rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
-    both = rng.normal(size=(J, d, H)) * np.sqrt(_SELF / (np.sqrt(d) * H))
+    both = jax.random.normal(key, (J, d, H)) * (_SELF / (d**0.5 * H)) ** 0.5
     out = {"midlayer.self_attn.o_proj.weight": shares.reshape(H, N * d)}
-    for name, token in (("q", np.repeat(both, N // J, 0)), ("k", both), ("v", into)):
-        weight = params[f"midlayer.self_attn.{name}_proj.weight"].copy()
-        weight[:, :H] = token.reshape(-1, H)
-        out[f"midlayer.self_attn.{name}_proj.weight"] = weight
+    for name, token in (("q", jnp.repeat(both, N // J, 0)), ("k", both), ("v", into)):
+        full = f"midlayer.self_attn.{name}_proj.weight"
+        out[full] = params[full].at[:, :H].set(token.reshape(-1, H))
     return out
+
+
+def halves(matrix_HH: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(back [H, r], into [r, H]), equally large: back @ into is the best approximation of that rank.
+
+    By subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4): matmuls, where all of
+    a singular value decomposition would take an hour of H = 5,120 on a TPU's vector units.
+    """
+    H = len(matrix_HH)
+    width = min(H, int(_SPARE * rank))
+    basis_Hw = jnp.eye(H, dtype=jnp.float32)
+    if width < H:
+        basis_Hw = einsum("hi,iw->hw", matrix_HH, jax.random.normal(key, (H, width)))
+        for _ in range(_ROUNDS):
+            other = jnp.linalg.qr(einsum("hi,hw->iw", matrix_HH, jnp.linalg.qr(basis_Hw)[0]))[0]
+            basis_Hw = einsum("hi,iw->hw", matrix_HH, other)
+        basis_Hw = jnp.linalg.qr(basis_Hw)[0]
+    inside_wH = einsum("hw,hi->wi", basis_Hw, matrix_HH)
+    turn_ww = jnp.linalg.eigh(einsum("wi,vi->wv", inside_wH, inside_wH))[1][:, ::-1]
+    found_rH = einsum("wr,wi->ri", turn_ww[:, :rank], inside_wH)
+    size_r = jnp.sqrt(jnp.linalg.norm(found_rH, axis=1)) + 1e-20
+    return einsum("hw,wr->hr", basis_Hw, turn_ww[:, :rank]) * size_r[None], found_rH / size_r[:, None]
