@@ -117,7 +117,7 @@ def test_a_run_begins_with_the_published_head(tmp_path, store, head, params):
     assert plan.head == head
     np.testing.assert_array_equal(plan.draft_ids, IDS)
     assert plan.identity["init"]["tensors"].keys() == params.keys()
-    for name, weight in plan.initial().items():
+    for name, weight in plan.initial(plan.sample()).items():
         np.testing.assert_array_equal(weight, params[name], err_msg=name)
     for changed, match in (
         ({"draft_vocab": 21}, "draft_vocab=21, but .* has logits of 20 tokens"),
