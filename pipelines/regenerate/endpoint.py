@@ -109,6 +109,8 @@ class Endpoint:
 
     async def answer(self, messages: Messages, tools: list[dict[str, Any]], seed: int) -> Answer:
         """Asks once."""
+        if self._gone:
+            raise self._gone
         request = self._fields | {"messages": messages, "seed": seed} | ({"tools": tools} if tools else {})
         began, before = time.monotonic(), self._answered
         try:

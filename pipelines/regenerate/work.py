@@ -24,6 +24,7 @@ class Work:
         self, talks: Iterable[Talk], done: Callable[[Talk, str], None], seed: int, keep_truncated: bool
     ) -> None:
         self._fresh: Iterator[Talk] = iter(talks)
+        self._ahead = next(self._fresh, None)  # the first of those that nobody has taken
         self._again: deque[Talk] = deque()
         self._taken = 0
         self._changed = asyncio.Event()
@@ -46,39 +47,49 @@ class Work:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, answerer: Answerer) -> None:
-        while True:
+        while await self._some_left():
             try:
                 await answerer.ready()
             except GoneError as error:
                 return self._note_gone(answerer.name, error)
-            talk = await self._take()
-            if talk is None:
-                return
-            back = None
-            try:
-                outcome = await converse(talk, answerer, self._seed, self._keep_truncated)
-                self._done(talk, outcome)
-            except TryAgainError as error:
-                talk.failures += error.alone
-                talk.reason, back = str(error), talk
-                if talk.failures == _TRIES:
-                    self.unanswered.append(talk)
-                    back = None
-            except GoneError as error:
-                self._note_gone(answerer.name, error)
-                back = talk
-            self._give_back(back)
+            talk = self._next()
+            if talk:
+                self._give_back(await self._answered(talk, answerer))
 
-    async def _take(self) -> Talk | None:
-        """The next conversation; waits while the ones that others have may come back. None: that was all."""
-        while True:
-            talk = next(self._fresh, None) if len(self._again) < _WAITING else None
-            talk = talk or (self._again.popleft() if self._again else None)
-            if talk or not self._taken:
-                self._taken += talk is not None
+    async def _answered(self, talk: Talk, answerer: Answerer) -> Talk | None:
+        """None if it is done with, else the conversation, which is to be asked again."""
+        try:
+            outcome = await converse(talk, answerer, self._seed, self._keep_truncated)
+        except GoneError as error:
+            self._note_gone(answerer.name, error)
+            return talk
+        except TryAgainError as error:
+            talk.failures += error.alone
+            talk.reason = str(error)
+            if talk.failures < _TRIES:
                 return talk
+            self.unanswered.append(talk)
+            return None
+        self._done(talk, outcome)
+        return None
+
+    async def _some_left(self) -> bool:
+        """Waits while all that is left is being asked, since some of it may come back."""
+        while not self._again and self._ahead is None:
+            if not self._taken:
+                return False
             self._changed.clear()
             await self._changed.wait()
+        return True
+
+    def _next(self) -> Talk | None:
+        """The next conversation, None if others took what was left."""
+        if self._ahead is not None and len(self._again) < _WAITING:
+            talk, self._ahead = self._ahead, next(self._fresh, None)
+        else:
+            talk = self._again.popleft() if self._again else None
+        self._taken += talk is not None
+        return talk
 
     def _give_back(self, talk: Talk | None) -> None:
         """`talk` None: it is done with."""

@@ -86,11 +86,12 @@ class Server:
 
 
 @contextmanager
-def chat_server(choose: Choose = lambda request: None) -> Iterator[Server]:
+def chat_server(choose: Choose = lambda request: None, delay: float = 0.0) -> Iterator[Server]:
     """`choose(request)` names a reply of those above, a status (`429 2`: with Retry-After), or a way to fail:
     close, cut, hang, slow (a byte now and then), drip (in pieces), huge, gzip, junk; None: a good answer.
     """
     server = Server(choose)
+    server.delay = delay  # seconds of every reply
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

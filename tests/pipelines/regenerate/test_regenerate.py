@@ -131,8 +131,7 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(config, expec
 
 
 def test_no_more_requests_are_in_flight_than_wanted(config):
-    with chat_server() as server:
-        server.delay = 0.02
+    with chat_server(delay=0.02) as server:
         ask(config, server, concurrency=3)
         assert server.most == 3
 
@@ -256,12 +255,25 @@ def test_retry_after_is_honoured_by_all_that_ask_that_server(config):
             return "429 0.5"
         return None
 
-    with chat_server(choose) as server:
-        server.delay = 0.03
+    with chat_server(choose, delay=0.03) as server:
         ask(config, server)
     later = [t for t in times if t > refused[0] + 0.1]
     assert later
     assert min(later) > refused[0] + 0.45
+
+
+def test_retry_after_is_honoured_by_those_who_wait_for_work(config):
+    times = []
+
+    def choose(request):
+        times.append(time.monotonic())
+        return {2: "429 0.5", 3: "401"}.get(len(times))
+
+    only_one(config, user("a?"), old(), user("b?"))
+    with chat_server(choose, delay=0.02) as server, pytest.raises(EyasError, match="401"):
+        ask(config, server, concurrency=16)
+    assert len(times) == 3, "who was idle does not send a wrong key again"
+    assert times[2] - times[1] > 0.45
 
 
 def test_a_server_that_fails_for_good_is_named_and_the_others_go_on(config, expected, capfd):
@@ -344,8 +356,7 @@ def test_a_conversation_that_a_server_rejects_is_recorded_and_one_that_fails_aga
         first = request["messages"][-1]["content"]
         return {"question 3.0?": "400", "question 4.0?": "500"}.get(first)
 
-    with chat_server(choose) as server:
-        server.delay = 0.01
+    with chat_server(choose, delay=0.01) as server:
         with pytest.raises(RestartError, match=r"^1 of 20 .*(tried again and again|nothing answered).*500"):
             ask(config, server, patience=2.0)
         (line,) = [line for line in lines(config) if line["outcome"] == "rejected"]
