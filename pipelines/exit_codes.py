@@ -19,6 +19,7 @@ from common.stopping import STOPPED, Stop, exit_code
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.EIO: "the disk failed; mend that and run the same command again",
     errno.EACCES: "permission denied; choose a place that you may read and write",
     errno.EROFS: "the file system is read-only; choose another place",
 }

@@ -142,8 +142,8 @@ def _from_hub(model: str, cache: str) -> str:
         # Its client's transfers in Rust raise RuntimeErrors.
         if not (is_librarys(error) or isinstance(error, OSError | ValueError | RuntimeError)):
             raise
-        kind = RestartError if isinstance(explained(error, model), RestartError) else EyasError
-        raise kind(
+        kind, system = type(explained(error, model)), getattr(error, "errno", None)  # a full disk, say
+        raise (kind if issubclass(kind, RestartError) or system else EyasError)(
             f"{model} is no folder here and could not be fetched from the Hub ({reason(error)}); check the "
             "name and the network, and log in if the model is gated"
         ) from None

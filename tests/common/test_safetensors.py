@@ -1,6 +1,7 @@
 """Safetensors folders: what is written reads back in slices, and every damage is refused in one line."""
 
 import json
+import os
 
 import fsspec
 import ml_dtypes
@@ -39,6 +40,24 @@ def test_slices_equal_the_arrays(tmp_path, remote):
     np.testing.assert_array_equal(found.read("a", (slice(2, 5), slice(1, 7))), TENSORS["a"][2:5, 1:7])
     np.testing.assert_array_equal(found.read("b", (slice(1, 2),)), TENSORS["b"][1:2])
     assert found.read("a", (slice(4, 4),)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("piece", [1, 90, 1 << 20])
+@pytest.mark.parametrize("index", [(slice(1, 5), slice(3, 4)), (slice(0, 6), slice(0, 10)), (slice(2, 5),)])
+def test_columns_of_a_local_file_are_read_in_pieces(tmp_path, monkeypatch, index, piece):
+    monkeypatch.setattr(safetensors, "_PIECE", piece)
+    safetensors.write(f"{tmp_path}/{SINGLE}", TENSORS)
+    np.testing.assert_array_equal(Checkpoint.open(str(tmp_path)).read("a", index), TENSORS["a"][index])
+
+
+@pytest.mark.parametrize("index", [(), (slice(3, 6),), (slice(0, 6), slice(1, 2))])
+def test_a_file_that_is_cut_off_after_it_was_opened_is_one_line(tmp_path, index):
+    """A mapped one would end the process without a word."""
+    safetensors.write(f"{tmp_path}/{SINGLE}", {"a": TENSORS["a"]})
+    found = Checkpoint.open(str(tmp_path))
+    os.truncate(tmp_path / SINGLE, os.path.getsize(tmp_path / SINGLE) - 4)
+    with pytest.raises(EyasError, match=r"model\.safetensors ends early; fetch it again"):
+        found.read("a", index)
 
 
 def test_a_remote_slice_fetches_only_its_rows(monkeypatch):

