@@ -28,10 +28,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import tensorstore as ts
 
-from common import safetensors, storage, zarr
+from common import kept_rows, safetensors, storage, zarr
 from common.config import digest
 from common.errors import DamagedError, EyasError, MachineError
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, read_manifest, read_marker
+from common.row_cache import RowCache
 
 Value = TypeVar("Value")
 _MARKER = re.compile(r"(\d{6,})\.json")
@@ -62,21 +63,23 @@ def sha256(data: bytes) -> str:
 class Store:
     """A feature store opened for reading. Whatever is wrong with it is an EyasError; no number is made up."""
 
-    def __init__(self, url: str, manifest: dict[str, Any]):
+    def __init__(self, url: str, manifest: dict[str, Any], cache: RowCache | None = None):
         self.url = url.rstrip("/")
         self.manifest = manifest
         self.hash = digest(manifest)
         self.rows: int = manifest["rows"]["rows"]
         self.length: int = manifest["rows"]["length"]
+        self._cache, self._prefix = cache, self.hash[:32]
         self._open: dict[str, ts.TensorStore] = {}
         self._known: set[int] = set()  # blocks whose markers were read
         self._block_sums: dict[str, np.ndarray] = {}  # their sums, uint32 [R]
         self._row_sums: dict[str, np.ndarray] | None = None
 
     @classmethod
-    def open(cls, url: str) -> "Store":
-        """EyasError if `url` is no store, is damaged, or has a newer schema."""
-        return cls(url, read_manifest(url))
+    def open(cls, url: str, cache: RowCache | None = None) -> "Store":
+        """EyasError if `url` is no store, is damaged, or has a newer schema. `cache` keeps rows and files of
+        target/ that are read."""
+        return cls(url, read_manifest(url), cache)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -163,7 +166,16 @@ class Store:
                 raise DamagedError(damaged)
             return data
 
-        return self._twice(fetch)
+        if self._cache is None:
+            return self._twice(fetch)
+        key = f"{self._prefix}/files/{wanted}"
+        data = self._cache.read(key)
+        if data is None or sha256(data) != wanted:
+            if data is not None:
+                self._cache.drop(key)
+            data = self._twice(fetch)
+            self._cache.write(key, data)
+        return data
 
     def require_complete(self) -> None:
         """EyasError unless every block has a commit marker."""
@@ -272,7 +284,14 @@ class Store:
 
     def _read(self, names: list[str] | tuple[str, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
         try:
-            found = zarr.read_rows({name: self._array(name) for name in names}, rows)
+            if self._cache is None:
+                found = zarr.read_rows({name: self._array(name) for name in names}, rows)
+            else:
+                sources = {
+                    name: kept_rows.Source(self._array(name), self._described(name)[1]["chunk"][0])
+                    for name in names
+                }
+                found = kept_rows.read_rows(self._cache, self._prefix, sources, rows, self._good)
         except DamagedError as error:
             raise DamagedError(f"{self.url}: {error}; {_REPAIR}") from error
         for name in names:
@@ -299,8 +318,12 @@ class Store:
                     ) from error
             raise
 
+    def _good(self, name: str, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Of which rows these values have the sums that the store has, bool [n]."""
+        return self._sums_of(name)[rows] == np.array(zarr.row_sums(values), np.uint32)
+
     def _require_sums(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        bad = rows[self._sums_of(name)[rows] != np.array(zarr.row_sums(values), np.uint32)].tolist()
+        bad = rows[~self._good(name, rows, values)].tolist()
         if bad:
             raise DamagedError(
                 f"{self.url}: {name} rows {zarr.some(bad)}: damaged on disk (checksums differ); {_REPAIR}"

@@ -127,11 +127,19 @@ def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
 def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, np.ndarray]:
     """{name: array[rows]}; every request is in flight at once, consecutive rows share one.
 
-    `rows` int64 [n], in any order, repeats allowed. DamagedError naming the array and the rows that are
-    missing or damaged, another EyasError if a server refuses or does not answer.
+    `rows` int64 [n], in any order, repeats allowed. Raises as `read_each` does.
+    """
+    return read_each({name: (array, rows) for name, array in arrays.items()})
+
+
+def read_each(wanted: dict[str, tuple[ts.TensorStore, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{name: array[rows]} of {name: (array, rows)}, all at once.
+
+    DamagedError naming the array and the rows that are missing or damaged, another EyasError if a server
+    refuses or does not answer.
     """
     found, pending = {}, []
-    for name, array in arrays.items():
+    for name, (array, rows) in wanted.items():
         found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype.numpy_dtype)
         target = ts.array(found[name])
         for place, start, stop in runs(rows):
@@ -139,14 +147,15 @@ def read_rows(arrays: dict[str, ts.TensorStore], rows: np.ndarray) -> dict[str, 
             request = target[place : place + stop - start].write(array[start:stop])
             pending.append((name, start, stop, request))
     for name, start, stop, request in pending:
-        place = kvstore.place(arrays[name].kvstore)
+        array, _ = wanted[name]
+        place = kvstore.place(array.kvstore)
         try:
             with waiting(place):
                 kvstore.result(request.commit)
         except ValueError as error:
             if is_refusal(error):
                 raise explained(error, place) from error
-            _refuse(name, arrays[name], range(start, stop), error)
+            _refuse(name, array, range(start, stop), error)
     return found
 
 

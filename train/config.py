@@ -1,12 +1,20 @@
 """What can be chosen about training and evaluating a head."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
+from common import row_cache
 from common.config import DEFAULT_DTYPE, DTYPES, check, setting
 
 STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
 _TEMPERED = ("cross-entropy", "forward-kl", "reverse-kl")  # which a teacher's temperature changes as meant
+
+
+def _cache() -> Any:
+    """The setting of both stages."""
+    text = "FOLDER:SIZE, such as /mnt/ssd:200GB: what is read of the store is kept there."
+    return setting(None, text, otherwise="nothing is kept")
 
 
 def _check_batch(batch_rows: int, dp: int) -> None:
@@ -95,6 +103,7 @@ class TrainConfig:
         choices=("wandb", "tensorboard", "mlflow", "trackio"),
         otherwise="metrics.jsonl alone",
     )
+    cache: str | None = _cache()
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     @property
@@ -105,6 +114,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
         _check_batch(self.batch_rows, self.dp)
+        if self.cache:
+            row_cache.parse(self.cache)
         if self.teacher_temperature != 1 and self.loss not in _TEMPERED:
             raise ValueError(
                 f"teacher_temperature={self.teacher_temperature} does not go with loss={self.loss}; give 1, "
@@ -142,8 +153,11 @@ class EvaluateConfig:
     batch_rows: int = setting(4, "Rows of a forward pass.", least=1)
     ngrams: bool = setting(True, "Measure a unigram and a bigram predictor as well.")
     dtype: str | None = setting(None, "What to compute in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
+    cache: str | None = _cache()
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     def __post_init__(self) -> None:
         check(self)
         _check_batch(self.batch_rows, self.dp)
+        if self.cache:
+            row_cache.parse(self.cache)

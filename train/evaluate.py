@@ -78,7 +78,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     EyasError for a head that is not sound or not this store's target's, a store that is partial, and one
     without test rows.
     """
-    source = Source(config.store, config.dp)
+    source = Source(config.store, config.dp, config.cache)
     store, rows = source.store, source.test_rows
     if not len(rows):
         raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")

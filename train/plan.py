@@ -36,7 +36,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
-_FREE = ("out", "log_every", "log_to", "eval_every", "save_every", "patience", "dp")
+_FREE = ("out", "log_every", "log_to", "cache", "eval_every", "save_every", "patience", "dp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
@@ -106,7 +106,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
     logs.require(config.log_to or (), config.out)
-    source = source or Source(config.store, config.dp)
+    source = source or Source(config.store, config.dp, config.cache)
     store = source.store
     teaching_arrays(store, config.teacher)
     published = open_published(config.init_folder, store) if config.init_folder else None

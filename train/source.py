@@ -9,6 +9,7 @@ import numpy as np
 
 from common import zarr
 from common.mesh import make_mesh, sharding
+from common.row_cache import RowCache, parse
 from common.store import Store, tensor_file
 from train import placing
 from train.batch import Frozen
@@ -22,9 +23,10 @@ Value = TypeVar("Value")
 class Source:
     """`train_rows` and `test_rows` are those of the splits. What is asked for again is not read again."""
 
-    def __init__(self, url: str, dp: int = 1):
-        """EyasError if the store is no complete one, or there are fewer than `dp` devices."""
-        self.store = Store.open(url)
+    def __init__(self, url: str, dp: int = 1, cache: str | None = None):
+        """EyasError if the store is no complete one, or there are fewer than `dp` devices. `cache`:
+        FOLDER:SIZE, see common/row_cache.py."""
+        self.store = Store.open(url, RowCache(*parse(cache)) if cache else None)
         self.store.features  # noqa: B018 (says so where no dump has started)
         self.store.require_complete()
         self.mesh = make_mesh(dp)

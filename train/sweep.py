@@ -40,7 +40,7 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
     """
     start, first = time.monotonic(), next(iter(configs.values()))
     note(f"sweep: checking {first.store}")
-    source = Source(first.store, first.dp)
+    source = Source(first.store, first.dp, first.cache)
     plans = {name: _plan(name, config, source) for name, config in configs.items()}
     _require_place(plans, out)
     with locked(out) as require_ours, ExitStack() as held, Stop() as stop:

@@ -18,6 +18,7 @@ class Bucket:
 
     def __init__(self):
         self.requests: list[str] = []  # "GET name"
+        self.sent = 0  # bytes of objects
         self.objects: dict[str, tuple[int, bytes]] = {}
         self._lock, self._last = threading.Lock(), 1000
 
@@ -72,6 +73,7 @@ def serving(bucket: Bucket) -> Iterator[int]:
                 start = max(0, len(data) - int(wanted[1]))
                 headers["content-range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 data, status = data[start:], 206
+            bucket.sent += len(data)
             self._send(data, status, headers)
 
         def do_POST(self):
