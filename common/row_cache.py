@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 from common import storage
 from common.errors import EyasError
@@ -98,9 +99,8 @@ class RowCache:
             return
         partial = f"{path}.{os.getpid()}.{threading.get_ident()}{_PARTIAL}"
         try:
-            self._make_room(len(data))
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(partial, "wb", buffering=0) as file:
+            with self._begun(partial, len(data)) as file:
                 written = 0
                 while written < len(data):
                     written += file.write(data[written:])
@@ -128,11 +128,15 @@ class RowCache:
         finally:
             os.close(handle)
 
-    def _make_room(self, size: int) -> None:
+    def _begun(self, path: str, size: int) -> BinaryIO:
+        """A new file of that size, to be written: whoever counts meanwhile counts it whole."""
         with self._counted() as used:
             if used[0] + size > self._limit:
                 used[0] = self._free(max(0, int(self._limit * (1 - _FREED)) - size))
+            file = open(path, "wb", buffering=0)  # noqa: SIM115 (the caller closes it)
+            os.truncate(file.fileno(), size)
             used[0] += size
+        return file
 
     def _free(self, wanted: int) -> int:
         """Removes the entries that were not read for the longest time, until at most `wanted` bytes are left;

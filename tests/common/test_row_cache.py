@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +117,7 @@ while True:
     assert found in (None, expected), number
     if found is None:
         cache.write(f"s/{number % 7}/{number}", expected)
+        print("written", flush=True)
 """
 
 
@@ -126,26 +126,27 @@ def test_processes_that_are_killed_leave_whole_entries_within_the_size(tmp_path)
 
     def start():
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(chance.randrange(10**6))]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
 
     def kill(process):
+        for _ in range(chance.randrange(20, 80)):
+            assert process.stdout.readline(), process.stderr.read().decode()
+            with cache._counted():  # nobody begins a new one
+                assert size_of(tmp_path) <= 20_000
         process.kill()
         _, said = process.communicate()
         assert said == b"", said.decode()
 
+    cache = RowCache(str(tmp_path), 20_000)
     for _ in range(3):
         start()
-    end = time.monotonic() + 3
-    while time.monotonic() < end:
-        time.sleep(chance.uniform(0.1, 0.4))
-        # Each holds one entry at most that is being written and not counted twice.
-        assert size_of(tmp_path) <= 20_000
+    for _ in range(6):
         kill(processes.pop(0))
         start()
     for process in processes:
         kill(process)
     assert size_of(tmp_path) > 10_000, "it is in use"
-    cache = RowCache(str(tmp_path), 20_000)
     for number in range(400):
         assert cache.read(f"s/{number % 7}/{number}") in (None, bytes([number % 251]) * (10 + number))
 

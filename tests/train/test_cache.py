@@ -59,6 +59,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != ".used")
 
 
+@pytest.mark.slow
 def test_rows_cross_the_network_once_whoever_is_killed(tmp_path):
     small_store.write_store(str(tmp_path / "store"))
     bucket = Bucket()
