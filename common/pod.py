@@ -22,16 +22,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
-from common import progress
+from common import progress, stopping
 from common.config import differences
 from common.errors import EyasError, MachineError, RestartError
 from common.stopping import STOPPED, Stopped, exit_code
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
+_LOOK_SECONDS = 0.5  # between two looks whether who waits is asked to stop
 _GRACE_SECONDS = 8.0  # for a process to reach the exchange in which it learns of an error
 _PATIENCE_MS = 24 * 3600 * 1000  # processes may be far apart in reading; only the watch ends a wait
 _ALIVE, _FAILED, _LEFT, _EXCHANGE = "eyas/alive/", "eyas/failed/", "eyas/left/", "eyas/exchange/"
@@ -44,6 +46,7 @@ class _Pod:
     size = 1
     index = 0
     numbers: Iterator[int] = itertools.count()
+    waiter = ThreadPoolExecutor(1, thread_name_prefix="pod-wait")
     heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
     lost: ClassVar[set[str]] = set()
     failed: dict[str, float] = {}  # noqa: RUF012 (when a process's failure was first seen)
@@ -141,11 +144,29 @@ def exchange(value: Any) -> list[Any]:
         return [value]
     client, number = _Pod.client, next(_Pod.numbers)
     client.key_value_set(f"{_EXCHANGE}{number}/{index()}", json.dumps(value))
-    client.wait_at_barrier(f"{_EXCHANGE}{number}", _PATIENCE_MS)
+    _wait_for_all(f"{_EXCHANGE}{number}")
     found = dict(client.key_value_dir_get(f"{_EXCHANGE}{number}/"))
     if number:  # all have set this one's, so all have read the one before
         client.key_value_delete(f"{_EXCHANGE}{number - 1}/{index()}")
     return [json.loads(found[f"{_EXCHANGE}{number}/{process}"]) for process in range(size())]
+
+
+def _wait_for_all(barrier: str) -> None:
+    """Waits until all have come. Who is asked to stop meanwhile announces that: the others may not come for
+    hours, and Python hears no signal while its main thread waits inside of JAX."""
+    come = _Pod.waiter.submit(_Pod.client.wait_at_barrier, barrier, _PATIENCE_MS)
+    asked = False
+    while not come.done():
+        wait([come], _LOOK_SECONDS)
+        try:
+            stopping.check()
+        except Stopped as stop:
+            if not asked:
+                _announce(stop)
+            asked = True
+    come.result()
+    if asked:
+        _withdraw()
 
 
 @contextmanager
@@ -168,7 +189,7 @@ def together() -> Iterator[None]:
         _announce(own)
     failures = exchange(None if own is None else _describe(own))
     if own is not None:
-        _Pod.client.key_value_delete(f"{_FAILED}{index()}")  # all have met it
+        _withdraw()
     found = own or next((_as_error(p, failure) for p, failure in enumerate(failures) if failure), None)
     if found is not None:
         found.agreed = True
@@ -215,6 +236,11 @@ def announced() -> Iterator[None]:
 
 def _announce(error: BaseException) -> None:
     _Pod.client.key_value_set(f"{_FAILED}{index()}", json.dumps(_describe(error)), allow_overwrite=True)
+
+
+def _withdraw() -> None:
+    """What was announced has been met by all, or is going to be."""
+    _Pod.client.key_value_delete(f"{_FAILED}{index()}")
 
 
 def leave(code: int) -> None:

@@ -100,6 +100,33 @@ def work():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_a_process_that_waits_for_another_hears_that_it_is_to_stop(kind, code):
+    """The first one prepares for hours, say: both end within the seconds that a machine has left."""
+    work = """
+import time
+from common.stopping import Stop
+def decide():
+    print(1, flush=True)
+    time.sleep(100)
+with Stop(everywhere=True), pod.announced():
+    if me:
+        print(1, flush=True)
+    pod.told(decide)
+"""
+    started = miniature.start(work, 2)
+    for process in started:
+        process.stdout.readline()
+    begin = time.monotonic()
+    started[1].send_signal(kind)
+    found = miniature.wait(started)
+    assert time.monotonic() - begin < 15
+    assert [p.code for p in found] == [code, code], found
+    assert "Error: process 1: stopped; the same command continues" in found[0].err
+    assert "Error: stopped; the same command continues" in found[1].err
+
+
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again():
     started = miniature.start(
         "import time\ndef work():\n    print(1, flush=True)\n    time.sleep(100)\n" + ENDED, 3
