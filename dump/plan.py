@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from dump.config import DumpConfig
 from dump.tokenizer_files import tokenizer_hash
 
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
+_SMALL_OBJECT = 2_000_000  # bytes: a request to a bucket takes as long as writing these
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
 _SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
 
@@ -134,11 +136,25 @@ def _begun(
         ),
     }
     begun = find_features(config.store, features)
+    if begun is None:
+        _check_objects(config, store.length, features["arrays"])
     blocks = (
         range(-(-store.rows // config.block_rows)) if begun is None else Store.open(config.store).missing()
     )
     part, parts = config.part()
     return begun or features, [block for block in blocks if block % parts == part]
+
+
+def _check_objects(config: DumpConfig, T: int, arrays: dict[str, Any]) -> None:
+    """EyasError if an array's rows are too large for an object, and T has no parts to cut them into."""
+    for name, array in arrays.items():
+        part = array["shard"][1]
+        size = math.prod(array["shard"]) * np.dtype(array["dtype"]).itemsize
+        if part < T and size < _SMALL_OBJECT:
+            raise EyasError(
+                f"{config.store}: a row of {name} would be {T // part:,} objects of {size / 1e6:.2f} MB, as "
+                f"{T} tokens have no larger equal parts; prepare with --length {-(-T // 256) * 256}"
+            )
 
 
 def _batch_rows(config: DumpConfig, length: int, mesh: Mesh) -> int:

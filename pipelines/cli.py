@@ -79,19 +79,30 @@ plots_option = click.option(
 @click.option(
     "--cache",
     envvar="EYAS_CACHE",
+    show_envvar=True,
     default=".cache",
     show_default=True,
     help="Where models and conversations are fetched to.",
 )
-@click.option("--coordinator", envvar="EYAS_COORDINATOR", help="HOST:PORT of a pod's first process.")
+@click.option(
+    "--coordinator",
+    envvar="EYAS_COORDINATOR",
+    show_envvar=True,
+    help="HOST:PORT of a pod's first process.",
+)
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
     envvar="EYAS_PROCESSES",
+    show_envvar=True,
     help="Processes of the pod, one a host; on Cloud TPU, GKE and Slurm it is found by itself.",
 )
 @click.option(
-    "--process", type=click.IntRange(min=0), envvar="EYAS_PROCESS", help="Which of them this is, from 0."
+    "--process",
+    type=click.IntRange(min=0),
+    envvar="EYAS_PROCESS",
+    show_envvar=True,
+    help="Which of them this is, from 0.",
 )
 @click.pass_context
 def main(
@@ -107,7 +118,8 @@ def main(
         pod.initialise(coordinator, processes, process)
     elif (processes or 1) > 1:
         raise EyasError(
-            f"{ctx.invoked_subcommand} runs on one host, but --processes is {processes}; run it once, without"
+            f"{ctx.invoked_subcommand} runs on one host, but --processes (or EYAS_PROCESSES) is {processes}; "
+            f"run it once, with --processes 1 in front of {ctx.invoked_subcommand}"
         )
 
 

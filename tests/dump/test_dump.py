@@ -464,6 +464,16 @@ def test_the_largest_numbers_are_planned_at_once(config):
     assert time.monotonic() - start < 20
 
 
+def test_rows_that_have_no_parts_for_objects_are_refused(config, monkeypatch):
+    """Rows of a prime number of tokens, each larger than an object, would be an object a token."""
+    before = contents(config.store)
+    monkeypatch.setattr("common.zarr.CHUNK_BYTES", 200)
+    monkeypatch.setattr("common.zarr.SHARD_BYTES", 200)
+    with pytest.raises(EyasError, match=r"aux_hidden would be 24 objects .* prepare with --length 256"):
+        run(config)
+    assert contents(config.store) == before
+
+
 def test_too_small_a_disk_is_refused_before_the_run(config, monkeypatch):
     before = contents(config.store)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 70_000}))
