@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")  # of computing
@@ -95,6 +96,12 @@ def knobs(config: type) -> list[Knob]:
     kinds = typing.get_type_hints(config)
     found = [field for field in dataclasses.fields(config) if "setting" in field.metadata]
     return [Knob(f.name, _without_none(kinds[f.name]), f.default, f.metadata["setting"]) for f in found]
+
+
+def given(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the named fields that do not hold their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
 
 
 def check(config: Any) -> None:

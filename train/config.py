@@ -1,10 +1,10 @@
 """What can be chosen about training and evaluating a head."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from common import row_cache
-from common.config import DEFAULT_DTYPE, DTYPES, check, setting
+from common.config import DEFAULT_DTYPE, DTYPES, check, given, setting
 
 STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
@@ -81,6 +81,19 @@ class TrainConfig:
     teacher: str = setting(
         "recompute", "Logits from states, or stored ones.", choices=("recompute", "stored")
     )
+    head: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
+    layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)
+    fc_norm: bool = setting(False, "EAGLE3.1: norm each aux state before they are joined.")
+    norm_output: bool = setting(False, "EAGLE3.1: feed the normed state to the next step.")
+    norm_before_residual: bool = setting(False, "Add the first layer's results to the normed state.")
+    lm_head: str = setting(
+        "own",
+        "The head's output: trained (own), or kept as the target's lm_head (frozen) or embedding (tied).",
+        choices=("own", "frozen", "tied"),
+    )
+    aux_layers: tuple[int, ...] | None = setting(
+        None, "Which of the dumped aux layers the head reads: 2,16,29.", least=0, otherwise="all"
+    )
     ffn: int | None = setting(
         None, "Width of the head's feed-forward part.", least=1, otherwise="the target's"
     )
@@ -132,8 +145,7 @@ class TrainConfig:
 
     def _require(self, name: str, other: str, value: str) -> None:
         """ValueError if `name` is set, and would do nothing because `other` is not `value`."""
-        default = next(f.default for f in fields(self) if f.name == name)
-        if getattr(self, name) != default and getattr(self, other) != value:
+        if given(self, [name]) and getattr(self, other) != value:
             raise ValueError(
                 f"{name}={getattr(self, name)} has no meaning with {other}={getattr(self, other)}; leave it "
                 f"out, or give {other}={value}"

@@ -50,7 +50,7 @@ class Evaluator:
         workload = source.workload(ttt_steps, test=True)
         self.source, self.counted = source, workload.counted(rows)
         capacity = workload.capacity(np.maximum(batches, rows[0]), chips)
-        self.view = View(listed(batches), workload, capacity, teacher, draft_ids)
+        self.view = View(listed(batches), workload, capacity, teacher, draft_ids, head.aux_layers)
         self.score: Callable = jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens))
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
@@ -103,7 +103,7 @@ def load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], n
     check_export.check(folder, target)
     place = storage.join(folder, "config.json")
     head = read_serving_config(place, storage.read_json(place), target["num_hidden_layers"])
-    if list(head.aux_layers) != store.features["aux_layers"]:
+    if not set(head.aux_layers) <= set(store.features["aux_layers"]):
         raise EyasError(
             f"{folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
             f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"

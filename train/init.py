@@ -17,10 +17,11 @@ def start(
     head: Head, mesh: Mesh, sample: Sample, lm_head_DH: jax.Array | None, init: str, seed: int
 ) -> Params:
     """A fresh head in float32: all N(0, 0.02) in units of its features ("normal"), with the target's rows as
-    its output ("target"), or also with the sample's fit ("fitted"). The same arguments give the same head.
+    its output ("target"), or also with the sample's fit ("fitted"). The same arguments give the same head. An
+    output that is not trained has the target's rows in any case.
     """
     sample = sample if init == "fitted" else sample._replace(fit=None)
-    lm_head_DH = None if init == "normal" else lm_head_DH
+    lm_head_DH = None if init == "normal" and not head.still() else lm_head_DH
 
     def made(sample: Sample, lm_head_DH: jax.Array | None, seed: jax.Array) -> Params:
         key = jax.random.key(seed)

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from common import storage, zarr
-from common.config import to_json
+from common.config import given, to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.layers import compute_dtype
@@ -78,7 +78,7 @@ class Plan:
     def sample(self) -> Sample:
         """What the head is told of its target before it trains."""
         c = self.config
-        how = self.head.rms_eps, c.init == "fitted", self.dtype
+        how = self.head.aux_layers, self.head.rms_eps, c.init == "fitted", self.dtype
         return self.source.sample(self.view.workload, c.data_seed, c.share, *how)
 
     def initial(self, sample: Sample) -> Params:
@@ -88,7 +88,8 @@ class Plan:
             found = self.published.weights()
             where = placing.along(found, self.head.parameters(), self.mesh)
             return jax.tree.map(placing.place, found, where)
-        rows = None if c.init == "normal" else self.source.lm_head(self.draft_ids, self.dtype)
+        knows = c.init != "normal" or self.head.still()
+        rows = self.source.rows_of(self.head.rows_of, self.draft_ids, self.dtype) if knows else None
         return start(self.head, self.mesh, sample, rows, c.init, c.seed)
 
     def optimizer(self, rate: optax.Schedule, sample: Sample) -> optax.GradientTransformation:
@@ -96,7 +97,8 @@ class Plan:
         c = self.config
         units = self.head.units(sample)
         muon = self.head.matrices() if c.optimizer == "muon" else frozenset()
-        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units, muon=muon, ema=c.ema)
+        still = self.head.still()
+        return optimizer.make(rate, c.clip, c.betas, c.weight_decay, units, muon=muon, still=still, ema=c.ema)
 
 
 def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
@@ -112,6 +114,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     published = open_published(config.init_folder, store) if config.init_folder else None
     draft_ids = _draft_ids(config, store, published)
     head = _head(config, store, len(draft_ids), published)
+    head.require_fit(store.target_config(), "the head")
     _check_room(config, head)
     rows = source.rows(config.data_seed, config.share)
     workload = source.workload(config.ttt_steps, config.compat)
@@ -144,7 +147,12 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         dtype=jnp.dtype(dtype),
         order=wanted,
         view=View(
-            wanted, workload, workload.capacity(wanted.rows, source.mesh.size), config.teacher, draft_ids
+            wanted,
+            workload,
+            workload.capacity(wanted.rows, source.mesh.size),
+            config.teacher,
+            draft_ids,
+            head.aux_layers,
         ),
         counted=counted,
         eval_every=config.eval_every or pace,
@@ -190,19 +198,22 @@ def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -
 
 def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: Published | None) -> Head:
     """The head to train: a new one, or the published one with what may differ of it."""
-    stored = tuple(store.features["aux_layers"])
-    if published is None:
-        kind, target = HEADS["eagle3"], store.target_config()
-        return kind.for_target(target, draft_vocab_size, stored, ffn=config.ffn)
-    head = published.head
-    if config.ffn not in (None, head.ffn):
+    stored, kind = tuple(store.features["aux_layers"]), HEADS[config.head]
+    aux_layers = config.aux_layers or stored
+    if outside := set(aux_layers) - set(stored):
         raise EyasError(
-            f"ffn={config.ffn}, but {published.folder} has {head.ffn}; leave it out, or begin with a new head"
+            f"aux_layers={list(aux_layers)}, but {store.url} has those of {list(stored)} and not "
+            f"{min(outside)}; choose among them, or dump a store with --aux-layers"
         )
-    if head.aux_layers != stored:
+    options = {name: getattr(config, name) for name in kind.options}
+    if published is None:
+        return kind.for_target(store.target_config(), draft_vocab_size, aux_layers, **options)
+    head = published.head.asked(given(config, kind.options), published.folder)
+    if not set(head.aux_layers) <= set(stored) or config.aux_layers not in (None, head.aux_layers):
         raise EyasError(
             f"{published.folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
-            f"{list(stored)}; dump a store with --aux-layers like the head's"
+            f"{list(stored)}, and aux_layers={config.aux_layers}; dump a store with --aux-layers like the "
+            "head's"
         )
     return head
 

@@ -50,6 +50,7 @@ class Fit(NamedTuple):
 
     map_XH: jax.Array
     scale_H: jax.Array
+    aux_size: jax.Array  # []: the root mean square of what the aux states add to features @ map
 
 
 class Sample(NamedTuple):
@@ -76,14 +77,21 @@ def empty(aux_states: int, hidden: int) -> Sample:
 
 
 def measure(
-    store: Store, mesh: Mesh, workload: Workload, rows: np.ndarray, embed_VH: jax.Array | None, eps: float
+    store: Store,
+    mesh: Mesh,
+    workload: Workload,
+    rows: np.ndarray,
+    embed_VH: jax.Array | None,
+    eps: float,
+    aux_layers: tuple[int, ...],
 ) -> Sample:
     """The sample's units, and its fit if there are embeddings. The same store and rows give the same, within
-    rounding on other chips.
+    rounding on other chips. `aux_layers` are those that the head reads.
 
     `eps` is added to mean squares of embeddings and predictions where they are normed.
     """
-    A, H = len(store.features["aux_layers"]), store.features["target"]["hidden_size"]
+    A, H = len(aux_layers), store.features["target"]["hidden_size"]
+    batches = partial(_batches, store, workload, mesh, aux_layers)
     chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else (A + 1) * H)
     if embed_VH is not None and not workload.targets[chosen].any():
         note("train: no row counts any target, so the head starts without a fit")
@@ -93,7 +101,7 @@ def measure(
     seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
     add, moments = _adding(mesh, eps), _zeros(mesh, A * H, H if fitted else 0)
     with Progress("sample", len(seen) * store.length, "tok") as progress:
-        for batch in _batches(store, workload, mesh, seen):
+        for batch in batches(seen):
             moments = add(moments, embed_VH, batch)
             progress.update(batch.tokens.size)
     total = jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
@@ -102,7 +110,7 @@ def measure(
     units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
     if not fitted:
         return Sample(units, None)
-    return Sample(units, _fit(mesh, eps, embed_VH, total, list(_batches(store, workload, mesh, kept))))
+    return Sample(units, _fit(mesh, eps, embed_VH, total, list(batches(kept))))
 
 
 def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
@@ -114,13 +122,15 @@ def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) ->
     return order[: max(-(-_POSITIONS // length), min(enough if features else 0, _MOST_POSITIONS // length))]
 
 
-def _batches(store: Store, workload: Workload, mesh: Mesh, rows: np.ndarray) -> Iterator[Batch]:
+def _batches(
+    store: Store, workload: Workload, mesh: Mesh, aux_layers: tuple[int, ...], rows: np.ndarray
+) -> Iterator[Batch]:
     size = mesh.size * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // mesh.size))
     filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
     filled[: len(rows)] = rows
     wanted = filled.reshape(-1, size)
     capacity = workload.capacity(np.maximum(wanted, rows[0]), mesh.size)
-    view = View(listed(wanted), workload, capacity, "recompute", np.arange(0))
+    view = View(listed(wanted), workload, capacity, "recompute", np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
 
@@ -196,7 +206,7 @@ def _fit(mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: li
     solve = jax.jit(jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False))
     best: tuple[float, Fit | None] = (math.inf, None)
     for ridge in _RIDGES:
-        map_XH, scale_H = solve(total, jnp.float32(ridge))
+        map_XH, scale_H, aux_size = solve(total, jnp.float32(ridge))
         both, size, want = (float(x) for x in sum(judge((map_XH, scale_H), embed, b) for b in kept_out))
         unexplained = 1 - both**2 / (size * want) if size * want > 0 else math.inf
         if math.isnan(unexplained):  # more than rounding bears: a greater ridge
@@ -204,14 +214,15 @@ def _fit(mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: li
         if unexplained >= best[0]:
             break
         factor = max(both / size, _LEAST_FACTOR)
-        best = unexplained, Fit(map_XH, factor * scale_H)
+        best = unexplained, Fit(map_XH, factor * scale_H, aux_size)
     if best[1] is None:
         note("train: nothing can be told from the sample, so the head starts without a fit")
     return best[1]
 
 
-def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(map [X, H] to last states over their size, that size [H]) of every chip by itself."""
+def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(map [X, H] to last states over their size, that size [H], the aux states' part) of every chip by
+    itself."""
     scale_H = jnp.sqrt(total.square / total.targets) + 1e-6
     size_X = jnp.sqrt(jnp.diagonal(total.gram)) + 1e-6  # every feature counts alike in the ridge
     gram = total.gram / (size_X[:, None] * size_X[None])
@@ -222,7 +233,10 @@ def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = jax.lax.linalg.triangular_solve(
             lower, found, left_side=True, lower=True, transpose_a=transposed
         )
-    return found / size_X[:, None], scale_H
+    map_XH = found / size_X[:, None]
+    aux = len(map_XH) - map_XH.shape[1]
+    squares = einsum("xy,yh->xh", total.gram[:aux, :aux], map_XH[:aux]) * map_XH[:aux]
+    return map_XH, scale_H, jnp.sqrt(squares.sum() / (total.targets * map_XH.shape[1])) + 1e-6
 
 
 def _explained(eps: float, fit: tuple[jax.Array, jax.Array], embed: jax.Array, batch: Batch) -> jax.Array:

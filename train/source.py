@@ -50,20 +50,25 @@ class Source:
         )
 
     def sample(
-        self, workload: Workload, seed: int, share: float, eps: float, fitted: bool, dtype: Any
+        self,
+        workload: Workload,
+        seed: int,
+        share: float,
+        aux_layers: tuple[int, ...],
+        eps: float,
+        fitted: bool,
+        dtype: Any,
     ) -> Sample:
         """What a head is told of its target before it trains: the same for all seeds of heads."""
         of = self.store, self.mesh, workload, self.rows(seed, share)
         return self._once(
-            ("sample", workload.compat, seed if share < 1 else 0, share, eps, fitted, jnp.dtype(dtype)),
-            lambda: measure(*of, self.embed(dtype) if fitted else None, eps),
+            ("sample", workload.compat, seed if share < 1 else 0, share, aux_layers, eps, fitted, str(dtype)),
+            lambda: measure(*of, self.embed(dtype) if fitted else None, eps, aux_layers),
         )
 
-    def _lm_head(self, draft_ids: np.ndarray) -> np.ndarray:
-        """The output matrix's rows of a draft vocabulary. Of the embedding's file, where the two are tied, no
-        second copy is read."""
-        tied = tensor_file("lm_head") not in self.store.features["target_files"]
-        return self._tensor("embed_tokens" if tied else "lm_head")[draft_ids]
+    def _name(self, tensor: str) -> str:
+        """What to read for a matrix: where the two are tied there is one, of which no second copy is read."""
+        return tensor if tensor_file(tensor) in self.store.features["target_files"] else "embed_tokens"
 
     def _tensor(self, name: str) -> np.ndarray:
         return self._once(name, lambda: self.store.target_tensor(name))
@@ -83,15 +88,16 @@ class Source:
 
         return self._once(("embed", jnp.dtype(dtype)), make)
 
-    def lm_head(self, draft_ids: np.ndarray, dtype: Any) -> jax.Array:
-        """The output matrix's rows of a draft vocabulary [D, H], divided over the chips."""
+    def rows_of(self, tensor: str, draft_ids: np.ndarray, dtype: Any) -> jax.Array:
+        """The rows [D, H] of a draft vocabulary of "lm_head" or "embed_tokens", divided over the chips."""
+        name = self._name(tensor)
 
         def make() -> jax.Array:
-            found = self._lm_head(draft_ids)
+            found = self._tensor(name)[draft_ids]
             axes = placing.frozen_axes(Frozen(found, found, found), self.mesh)
             return placing.place(found, sharding(self.mesh, axes.lm_head), dtype)
 
-        return self._once(("lm_head", jnp.dtype(dtype), zarr.crc32(draft_ids)), make)
+        return self._once((name, jnp.dtype(dtype), zarr.crc32(draft_ids)), make)
 
     def frozen(self, draft_ids: np.ndarray, teacher: str, dtype: Any) -> Frozen:
         """What a head takes from the target."""
@@ -101,5 +107,5 @@ class Source:
             found[draft_ids] = np.arange(len(draft_ids))
             return placing.place(found, sharding(self.mesh, (None,)))
 
-        rows = self.lm_head(draft_ids, dtype) if teacher == "recompute" else None
+        rows = self.rows_of("lm_head", draft_ids, dtype) if teacher == "recompute" else None
         return Frozen(self.embed(dtype), rows, self._once(("index", zarr.crc32(draft_ids)), index))

@@ -27,6 +27,7 @@ from train.targets import Capacity, compact, counted_targets, live_queries, roun
 
 AHEAD = 3  # batches in flight: one in use by the device, one ready, one being read
 _MASKS = 4096  # rows whose masks are looked at together
+_BY_LAYER = ("aux_hidden", "aux_scale")  # [B, T, A, ...]
 _INPUTS = ("tokens", "segment_ids", "positions", "loss_mask")
 _MASKING = ("segment_ids", "loss_mask")
 
@@ -87,6 +88,7 @@ class View:
     capacity: Capacity
     teacher: str
     draft_ids: np.ndarray
+    aux_layers: tuple[int, ...] | None = None  # those of the store that the head reads; None: all
 
 
 class _Read(NamedTuple):
@@ -149,6 +151,7 @@ class Stream:
             rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names}}
             if view.teacher == "stored" and read.drafts:
                 rows["draft_logits"] = read.drafts[_vocabulary(view)]
+            rows |= {name: _chosen(rows[name], self._places(view)) for name in _BY_LAYER if name in rows}
             batch = Batch(**dict.fromkeys(Batch._fields) | rows)
             if not part.whole:
                 batch = _fill(pending.pop(part.order, None) or _empty(batch), batch, part.slots)
@@ -157,6 +160,13 @@ class Stream:
             else:
                 pending[part.order] = batch
         return dealt
+
+    def _places(self, view: View) -> tuple[int, ...] | None:
+        """Where the store has the view's aux layers; None where they are just those."""
+        stored = tuple(self._store.features["aux_layers"])
+        if view.aux_layers in (None, stored):
+            return None
+        return tuple(map(stored.index, view.aux_layers))
 
     def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
         """On several processes each reads its own rows only."""
@@ -196,6 +206,20 @@ class Stream:
                 found[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
                 found[name][real] = values
         return found
+
+
+def _chosen(x: jax.Array, places: tuple[int, ...] | None) -> jax.Array:
+    return x if places is None else _taken(x, places)
+
+
+@partial(jax.jit, static_argnums=1)
+def _taken(x: jax.Array, places: tuple[int, ...]) -> jax.Array:
+    """Some of the layers of [B, T, A, ...], which lie as x does."""
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.stack([x[:, :, place] for place in places], 2)
+
+    return jax.sharding.auto_axes(take, out_sharding=jax.typeof(x).sharding)(x)
 
 
 def _vocabulary(view: View) -> int:

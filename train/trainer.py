@@ -112,8 +112,8 @@ class Trainer:
         return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0))
 
     def _no_sample(self) -> Sample:
-        features = self._plan.store.features
-        return empty(len(features["aux_layers"]), features["target"]["hidden_size"])
+        hidden = self._plan.store.features["target"]["hidden_size"]
+        return empty(len(self._plan.head.aux_layers), hidden)
 
     def _make_evaluator(self) -> Evaluator | None:
         plan, c = self._plan, self._plan.config

@@ -114,21 +114,22 @@ def _packed(rng, B: int, T: int):
     return segments, positions, mask.astype(np.uint8)
 
 
-def problem(seed=3, B=2, T=40, rope=LLAMA3) -> Problem:
+def problem(seed=3, B=2, T=40, rope=LLAMA3, **variant) -> Problem:
     """Random inputs on which the head is often, but not always, right: the target shares a tendency with it.
 
     Padding carries features and tokens too, so that whoever reads them is found out.
     """
     rng = np.random.default_rng(seed)
-    c = head_config(rope)
+    c = replace(head_config(rope), **variant)
     params = {}
     for name, declared in c.parameters().items():
         noise = rng.normal(size=declared.shape)
         params[name] = 1 + 0.2 * noise if len(declared.shape) == 1 else 0.3 * noise
     draft_ids = np.sort(rng.permutation(c.vocab_size)[: c.draft_vocab_size])
     target_head = rng.normal(size=(c.vocab_size, c.hidden_size))
-    for name in ("midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight"):
-        params[name] = params[name] / 3
+    for name in params:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            params[name] = params[name] / 3
     params["lm_head.weight"] = target_head[draft_ids] + 0.2 * rng.normal(size=params["lm_head.weight"].shape)
     segments, positions, mask = _packed(rng, B, T)
     tendency = 1.5 * rng.normal(size=(len(c.aux_layers), c.hidden_size))

@@ -55,54 +55,74 @@ def _attend(q_QD, keys: list, values: list):
     return np.concatenate(out)
 
 
-def _projections(p: Params, c: Eagle3, embedded_H, state_H, position: int):
-    """Query, key (both turned by `position`) and value of one position."""
-    x = np.concatenate(
-        [
-            rms_norm(embedded_H, p["midlayer.input_layernorm.weight"], c.rms_eps),
-            rms_norm(state_H, p["midlayer.hidden_norm.weight"], c.rms_eps),
-        ]
-    )
-    q, k, v = ((p[f"midlayer.self_attn.{n}_proj.weight"] @ x).reshape(-1, c.head_dim) for n in "qkv")
+def _projections(p: Params, c: Eagle3, layer: str, embedded_H, state_H, position: int):
+    """Query, key (both turned by `position`) and value of one position in one layer."""
+    if layer == "midlayer":
+        x = np.concatenate(
+            [
+                rms_norm(embedded_H, p["midlayer.input_layernorm.weight"], c.rms_eps),
+                rms_norm(state_H, p["midlayer.hidden_norm.weight"], c.rms_eps),
+            ]
+        )
+    else:
+        x = rms_norm(state_H, p[f"{layer}.input_layernorm.weight"], c.rms_eps)
+    q, k, v = ((p[f"{layer}.self_attn.{n}_proj.weight"] @ x).reshape(-1, c.head_dim) for n in "qkv")
     frequencies, magnitude = inverse_frequencies(c.head_dim, c.rope_theta, c.rope)
     angle = position * frequencies.astype(np.float64)
     return _rotate(q, angle, magnitude), _rotate(k, angle, magnitude), v
 
 
-def _mlp(p: Params, c: Eagle3, state_H):
-    y = rms_norm(state_H, p["midlayer.post_attention_layernorm.weight"], c.rms_eps)
-    gate = p["midlayer.mlp.gate_proj.weight"] @ y
-    up = p["midlayer.mlp.up_proj.weight"] @ y
-    return p["midlayer.mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+def _mlp(p: Params, c: Eagle3, layer: str, state_H):
+    y = rms_norm(state_H, p[f"{layer}.post_attention_layernorm.weight"], c.rms_eps)
+    gate = p[f"{layer}.mlp.gate_proj.weight"] @ y
+    up = p[f"{layer}.mlp.up_proj.weight"] @ y
+    return p[f"{layer}.mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+
+
+def _fused(p: Params, c: Eagle3, aux_AH):
+    if c.fc_norm:
+        aux_AH = [rms_norm(aux, p[f"fc_norm.{a}.weight"], c.rms_eps) for a, aux in enumerate(aux_AH)]
+    return p["fc.weight"] @ np.concatenate(list(aux_AH))
 
 
 def _rollout_row(p, c, embed_VH, tokens_T, segments_T, positions_T, aux_TAH, steps):
     T = len(tokens_T)
-    state = [p["fc.weight"] @ aux.reshape(-1) for aux in aux_TAH]
-    keys: list[list] = []  # [step][position]
-    values: list[list] = []
+    state = [_fused(p, c, aux) for aux in aux_TAH]
+    names = ["midlayer", *(f"layers.{number}" for number in range(1, c.layers))]
+    keys: dict = {name: [] for name in names}  # [layer][step][position]
+    values: dict = {name: [] for name in names}
     logits_KTN = np.zeros((steps, T, c.draft_vocab_size))
     for k in range(steps):
-        queries = []
-        keys.append([])
-        values.append([])
-        for i in range(T):
-            token = tokens_T[i + 1 + k] if same_document(segments_T, i, i + 1 + k) else 0
-            q, key, value = _projections(p, c, embed_VH[token], state[i], int(positions_T[i]) + k)
-            queries.append(q)
-            keys[k].append(key)
-            values[k].append(value)
+        for name in names:
+            queries = []
+            keys[name].append([])
+            values[name].append([])
+            for i in range(T):
+                token = tokens_T[i + 1 + k] if same_document(segments_T, i, i + 1 + k) else 0
+                q, key, value = _projections(p, c, name, embed_VH[token], state[i], int(positions_T[i]) + k)
+                queries.append(q)
+                keys[name][k].append(key)
+                values[name][k].append(value)
+            for i in range(T):
+                if segments_T[i] == 0:
+                    continue  # a padding position has no document to attend to, and its logits stay 0
+                # Step 0's keys up to i of this document, then this index's own keys of steps 1..k.
+                past = [j for j in range(i + 1) if segments_T[j] == segments_T[i]]
+                seen_keys = [keys[name][0][j] for j in past] + [keys[name][s][i] for s in range(1, k + 1)]
+                seen_values = [values[name][0][j] for j in past]
+                seen_values += [values[name][s][i] for s in range(1, k + 1)]
+                attended = _attend(queries[i], seen_keys, seen_values)
+                if name == "midlayer" and c.norm_before_residual:
+                    state[i] = rms_norm(state[i], p["midlayer.hidden_norm.weight"], c.rms_eps)
+                hidden = state[i] + p[f"{name}.self_attn.o_proj.weight"] @ attended
+                state[i] = hidden + _mlp(p, c, name, hidden)
         for i in range(T):
             if segments_T[i] == 0:
-                continue  # a padding position has no document to attend to, and its logits stay 0
-            # Step 0's keys up to i of this document, then this index's own keys of steps 1..k.
-            past = [j for j in range(i + 1) if segments_T[j] == segments_T[i]]
-            seen_keys = [keys[0][j] for j in past] + [keys[s][i] for s in range(1, k + 1)]
-            seen_values = [values[0][j] for j in past] + [values[s][i] for s in range(1, k + 1)]
-            attended = _attend(queries[i], seen_keys, seen_values)
-            hidden = state[i] + p["midlayer.self_attn.o_proj.weight"] @ attended
-            state[i] = hidden + _mlp(p, c, hidden)
-            logits_KTN[k, i] = p["lm_head.weight"] @ rms_norm(state[i], p["norm.weight"], c.rms_eps)
+                continue
+            normed = rms_norm(state[i], p["norm.weight"], c.rms_eps)
+            logits_KTN[k, i] = p["lm_head.weight"] @ normed
+            if c.norm_output:
+                state[i] = normed
     return logits_KTN
 
 

@@ -37,11 +37,11 @@ def measured(store, head, fitted, chips=1):
     mesh, source = make_mesh(chips), Source(store.url, chips)
     embed = source.embed(jnp.float32) if fitted else None
     rows = store.split_rows("train")
-    return measure(store, mesh, Workload(store, rows, 1), rows, embed, head.rms_eps)
+    return measure(store, mesh, Workload(store, rows, 1), rows, embed, head.rms_eps, head.aux_layers)
 
 
 def made(store, head, init, seed=0, chips=1):
-    rows = Source(store.url, chips).lm_head(IDS, jnp.float32)
+    rows = Source(store.url, chips).rows_of(head.rows_of, IDS, jnp.float32)
     known = measured(store, head, init == "fitted", chips)
     return start(head, make_mesh(chips), known, rows, init, seed)
 
@@ -53,6 +53,26 @@ def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
     taught = source.frozen(IDS, "recompute", jnp.float32)
     acc = {i: evaluator(made(store, head, i), taught)["acc"][0] for i in ("fitted", "target", "normal")}
     assert acc["fitted"] > 0.2 > 2 * max(acc["target"], acc["normal"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [{"fc_norm": True}, {"layers": 2, "norm_before_residual": True}])
+def test_other_kinds_of_eagle3_begin_as_well(store, variant):
+    head = Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS, **variant)
+    source = Source(store.url)
+    evaluator, taught = (
+        Evaluator(source, head, IDS, 1, 4, jnp.float32),
+        source.frozen(IDS, "recompute", "float32"),
+    )
+    assert evaluator(made(store, head, "fitted"), taught)["acc"][0] > 0.2
+
+
+@pytest.mark.parametrize(("kind", "tensor"), [("frozen", "lm_head"), ("tied", "embed_tokens")])
+def test_an_output_that_is_not_trained_is_the_targets_in_any_case(store, kind, tensor):
+    head = Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS, lm_head=kind)
+    rows = store.target_tensor(tensor)[IDS]
+    np.testing.assert_array_equal(made(store, head, "normal")["lm_head.weight"], rows)
+    assert head.still() == {"lm_head.weight"}
 
 
 def test_a_fitted_head_is_as_sure_as_it_is_right(store, head):

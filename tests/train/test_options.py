@@ -3,12 +3,17 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from common.errors import EyasError
+from common.store import Store
 from pipelines.compare import runs
 from tests.train import small_store
-from tests.train.test_run import assert_same_run
-from train.config import TrainConfig
+from tests.train.test_run import assert_same_run, weights_of
+from train import evaluate
+from train.config import EvaluateConfig, TrainConfig
+from train.plan import make_plan
 from train.run import run
 
 
@@ -32,6 +37,12 @@ def config(tmp_path_factory):
         ema=0.9,
         schedule="wsd",
         cooldown=0.5,
+        aux_layers=(5, 2),
+        layers=2,
+        fc_norm=True,
+        norm_output=True,
+        norm_before_residual=True,
+        lm_head="tied",
         loss="lk-lambda",
         lk_decay=1.0,
     )
@@ -53,11 +64,42 @@ def test_a_run_with_every_option_goes_on_to_the_same_weights(config, whole, tmp_
 
 
 @pytest.mark.slow
+def test_the_exported_head_is_the_one_that_was_trained(config, whole):
+    """All that makes it another kind of head is read from its folder; a tied output has not moved."""
+    found = evaluate.run(EvaluateConfig(f"{config.out}/best", config.store, ttt_steps=2, ngrams=False))
+    np.testing.assert_allclose(found["head"]["alpha"], whole["best"]["alpha"], atol=0.02)
+    weights, store = weights_of(config.out), Store.open(config.store)
+    assert weights["fc.weight"].shape == (small_store.H, 2 * small_store.H)
+    ids = weights["d2t"] + np.arange(32)
+    np.testing.assert_allclose(
+        weights["lm_head.weight"], store.target_tensor("embed_tokens")[ids], rtol=2**-8
+    )
+
+
+@pytest.mark.slow
 def test_a_run_ends_where_its_head_gets_no_better(config, tmp_path, capsys):
-    still = replace(config, out=str(tmp_path / "out"), learning_rate=1e-9, ema=0.0, patience=2, eval_every=1)
+    still = replace(
+        config,
+        out=str(tmp_path / "out"),
+        learning_rate=1e-9,
+        ema=0.0,
+        layers=1,
+        aux_layers=None,
+        patience=2,
+        eval_every=1,
+    )
     found = run(still)
     assert (found["steps"], found["best"]["step"], found["last"]["step"]) == (3, 1, 3)
     assert "no better head since step 1, so the run ends at step 3" in capsys.readouterr().err
     assert runs.read(still.out, 10).state == "done"
     assert run(still)["steps_before"] == 3
     assert run(replace(still, patience=3))["steps"] == 4
+
+
+def test_aux_layers_that_the_store_lacks_are_refused(config):
+    for aux_layers, match in (
+        ((2, 3), r"aux_layers=\[2, 3\], but .* has those of \[2, 4, 5\] and not 3"),
+        ((2, 2), r"takes aux layers \[2, 2\] .* expected different layers"),
+    ):
+        with pytest.raises(EyasError, match=match):
+            make_plan(replace(config, aux_layers=aux_layers))

@@ -49,6 +49,10 @@ class Head(Protocol):
         """The head of such a config.json. EyasError for what it has and heads of this kind have not."""
         ...
 
+    def asked(self, options: dict[str, Any], where: str) -> Self:
+        """This published head with the options that were asked for. EyasError for those it can't be given."""
+        ...
+
     def sources(self, found: Iterable[str], path: str) -> dict[str, str]:
         """{parameter: its name among the tensors `found` of a published head at `path`}. EyasError for the
         first that is missing or unknown."""
@@ -56,6 +60,11 @@ class Head(Protocol):
 
     def parameters(self) -> Declaration:
         """Every parameter; `still` are not trained."""
+        ...
+
+    @property
+    def rows_of(self) -> str:
+        """The tensor of the target ("lm_head" or "embed_tokens") whose rows the output may begin as."""
         ...
 
     def start(self, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:

@@ -1,6 +1,7 @@
 """The trainer's rollout, losses, gradients and scores against the float64 reference; nothing leaks."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,32 @@ def test_gradients_are_the_references(packed, compat):
         size = norms.get(name) or sum(norms.values())
         assert size > 1e-3, f"{name} has no gradient to compare"
         assert abs(slope(gradients, direction) - expected) < 1e-4 * size, name
+
+
+ALL = {"layers": 2, "fc_norm": True, "norm_output": True, "norm_before_residual": True}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [ALL, *(pytest.param({name: value}, marks=pytest.mark.slow) for name, value in ALL.items())],
+)
+def test_other_kinds_of_eagle3_have_the_references_loss_and_gradients(variant):
+    p = problem(T=24, **variant)
+    assert abs(p.losses(STEPS).total - problem(T=24).losses(STEPS).total) > 1e-3
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def fn(params, frozen, batch, weights):
+        return shard_loss(p.config, cross_entropy, params, frozen, batch, weights, jnp.float32)
+
+    (total, _), gradients = fn(parameters_of(p), frozen_of(p), batch_of(p), f32(weights_of(p, None)))
+    np.testing.assert_allclose(total, p.losses(STEPS).total, rtol=1e-5)
+    for seed in range(2):
+        direction = directions(p, seed)
+        expected = directional_derivative(lambda x: p.losses(STEPS, x).total, p.params, direction)
+        size = sum(float(jnp.linalg.norm(g)) for g in gradients.values())
+        assert abs(slope(gradients, direction) - expected) < 1e-4 * size
+    assert min(float(jnp.linalg.norm(g)) for g in gradients.values()) > 1e-4
 
 
 def test_stored_logits_teach_as_recomputed_ones(packed):

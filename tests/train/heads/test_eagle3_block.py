@@ -7,7 +7,7 @@ import numpy as np
 from common.layers import linear, rms_norm
 from tests.train.on_device import f32, parameters_of
 from tests.train.problem import problem
-from train.heads.eagle3.rollout import block, keys_values, weights
+from train.heads.eagle3.block import block, fused, keys_values, weights
 
 
 def attend(q_TNd, keys, values, seen_TS):
@@ -22,9 +22,9 @@ def test_two_steps_of_the_block_are_the_references():
     c, T = p.config, p.tokens.shape[1]
     before, w = weights(c, parameters_of(p), jnp.float32)
     positions = jnp.asarray(p.positions[0])
-    embedded = rms_norm(f32(p.embed[p.tokens[0]]), before["norm"], c.rms_eps)
+    embedded = rms_norm(f32(p.embed[p.tokens[0]]), before["token_norm"], c.rms_eps)
     token_TX = linear(embedded, before["qkv"])
-    state = linear(f32(p.aux[0].reshape(T, -1)), before["fc"])
+    state = fused(c, before, f32(p.aux[0]))
     causal = np.tri(T, dtype=bool)
     own: list = []
     expected = p.logits(2)
@@ -44,6 +44,6 @@ def test_two_steps_of_the_block_are_the_references():
         made = keys_values(c, w, token, state, positions + step)
         own.append([jnp.repeat(x, c.num_heads // c.num_kv_heads, 1) for x in made])
         state = block(c, w, token, state, positions + step, read)
-        logits = linear(rms_norm(state, w["norm"], c.rms_eps), f32(p.params["lm_head.weight"]))
+        logits = linear(rms_norm(state, before["norm"], c.rms_eps), f32(p.params["lm_head.weight"]))
         inside = T - 1 - step  # whose token is in the document; they see no index behind them
         np.testing.assert_allclose(logits[:inside], expected[step, 0, :inside], rtol=1e-4, atol=1e-4)

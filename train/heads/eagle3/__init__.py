@@ -1,7 +1,7 @@
 """The EAGLE3 draft head (arXiv 2503.01840), behind the protocol of train/heads."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import jax
@@ -38,11 +38,18 @@ class Eagle3(sizes.Sizes):
     def from_published(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
         return cls(**published.read(path, config, num_target_layers))
 
+    def asked(self, options: dict[str, Any], where: str) -> Self:
+        return replace(self, lm_head=published.asked(self, options, where))
+
     def sources(self, found: Iterable[str], path: str) -> dict[str, str]:
         return published.sources(self, found, path)
 
     def parameters(self) -> Declaration:
         return sizes.parameters(self)
+
+    @property
+    def rows_of(self) -> str:
+        return "embed_tokens" if self.lm_head == "tied" else "lm_head"
 
     def start(self, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
         return start.start(self, noise, sample, lm_head_DH, key)

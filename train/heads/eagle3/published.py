@@ -122,6 +122,16 @@ def _aux_layers(
     return tuple(found)
 
 
+def asked(c: Sizes, options: dict[str, Any], where: str) -> str:
+    """How the output is trained. EyasError for an option that is not the head's."""
+    for name, value in options.items():
+        if (name, value) != ("lm_head", "frozen") and value != getattr(c, name):
+            raise EyasError(
+                f"{name}={value}, but {where} has {getattr(c, name)}; leave it out, or begin with a new head"
+            )
+    return options.get("lm_head", c.lm_head)
+
+
 def sources(c: Sizes, found: Iterable[str], path: str) -> dict[str, str]:
     """{parameter: its name among the tensors `found`}. EyasError for the first missing or unknown one."""
     left = {name for name in found if not _BESIDE.fullmatch(name)}

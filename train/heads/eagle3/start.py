@@ -2,7 +2,7 @@
 
 The aux states' half of the fit becomes `fc`. The token's half becomes the value and output projections, at
 the rank that they have; queries and keys start equal, so that attention begins with a position's own token.
-The MLP adds nothing yet.
+The MLP adds nothing yet, nor does any later layer.
 
 Dimensions: H hidden size, N query heads, J key/value heads, d head_dim, r a rank.
 """
@@ -21,12 +21,21 @@ _ROUNDS, _SPARE = 4, 1.25  # of the search for the greatest directions of a matr
 
 def units(c: Sizes, sample: Sample) -> Params:
     """`fc` sums up the aux states, so each of them counts for a part of one."""
-    return {"fc.weight": len(c.aux_layers) * sample.units_A}
+    return {"fc.weight": len(c.aux_layers) * sample.units_A / _sizes(c, sample)}
+
+
+def _sizes(c: Sizes, sample: Sample) -> jax.Array:
+    """[A * H]: by what `fc` finds its inputs divided, the size of each aux state where those are normed."""
+    if not c.fc_norm:
+        return jnp.ones_like(sample.units_A)
+    by_state = jnp.sqrt(jnp.square(sample.units_A).reshape(len(c.aux_layers), -1).mean(1))
+    return jnp.repeat(by_state, len(sample.units_A) // len(by_state))
 
 
 def start(c: Sizes, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
     """See train/heads: Head.start."""
-    params = noise | {"fc.weight": noise["fc.weight"] / sample.units_A[None]}
+    sizes_A = _sizes(c, sample)
+    params = noise | {"fc.weight": noise["fc.weight"] * sizes_A[None] / sample.units_A[None]}
     if lm_head_DH is not None:
         params["lm_head.weight"] = lm_head_DH.astype(jnp.float32)
     if sample.fit is None:
@@ -34,10 +43,17 @@ def start(c: Sizes, noise: Params, sample: Sample, lm_head_DH: jax.Array | None,
     aux_XH, token_HH = jnp.split(sample.fit.map_XH, [len(sample.units_A)])
     return (
         params
-        | {"norm.weight": sample.fit.scale_H, "fc.weight": aux_XH.T}
-        | {"midlayer.mlp.down_proj.weight": jnp.zeros_like(params["midlayer.mlp.down_proj.weight"])}
-        | _own_token(params, c, token_HH.T, key)
+        | {"norm.weight": sample.fit.scale_H, "fc.weight": aux_XH.T * sizes_A[None]}
+        | {name: jnp.zeros_like(params[name]) for name in params if _adds_nothing_yet(name)}
+        # Where the aux states' part is normed before the token's is added, it has a size of one.
+        | _own_token(params, c, token_HH.T / (sample.fit.aux_size if c.norm_before_residual else 1.0), key)
     )
+
+
+def _adds_nothing_yet(name: str) -> bool:
+    """The MLP of the first layer, and all of later ones."""
+    last = name.endswith("mlp.down_proj.weight")
+    return last or (name.startswith("layers.") and name.endswith("self_attn.o_proj.weight"))
 
 
 def _own_token(params: Params, c: Sizes, token_HH: jax.Array, key: jax.Array) -> Params:

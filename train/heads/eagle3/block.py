@@ -1,0 +1,95 @@
+"""The layers of an EAGLE3 head, each a function of its inputs alone.
+
+The first layer takes the normed embedding and the normed state beside each other; later ones are plain Llama
+layers. Written as one: what enters a layer is a state, and the embedding's half of its q, k, v, which is 0
+behind the first.
+
+Dimensions: m indices, H hidden size, N query heads, J key/value heads, d head_dim, X = (N + 2J) d, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
+from common.rope import inverse_frequencies
+from train.batch import Params
+from train.heads.eagle3.own_keys import KeysValues
+from train.heads.eagle3.sizes import Sizes, layer_name
+
+Layer = jax.Array | int  # which of them
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LAYER = ("self_attn.o_proj", "post_attention_layernorm", *_MLP)
+
+
+def weights(c: Sizes, params: Params, dtype: Any) -> tuple[Params, Params]:
+    """(what is outside of the layers, the layers): matrices in `dtype`, norms as they are.
+
+    A layer's q, k, v projections are one matrix [X, H] of the state; the first layer's other half is that of
+    the embedding. Several layers are stacked, [L, ...].
+    """
+    w = {name.removesuffix(".weight"): x.astype(dtype) if x.ndim > 1 else x for name, x in params.items()}
+    outside = {"fc": w["fc"], "token_norm": w["midlayer.input_layernorm"], "norm": w["norm"]}
+    if c.fc_norm:
+        outside["fc_norm"] = jnp.stack([w[f"fc_norm.{number}"] for number in range(len(c.aux_layers))])
+    layers = []
+    for number in range(c.layers):
+        name = layer_name(number)
+        qkv = jnp.concatenate([w[f"{name}.self_attn.{x}_proj"] for x in "qkv"])
+        if number == 0:
+            outside["qkv"], qkv = qkv[:, : c.hidden_size], qkv[:, c.hidden_size :]
+        entered_by = w[f"{name}.{'input_layernorm' if number else 'hidden_norm'}"]
+        layers.append({part: w[f"{name}.{part}"] for part in _LAYER} | {"qkv": qkv, "in": entered_by})
+    return outside, layers[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+
+
+def of_layer(c: Sizes, tree: Any, layer: Layer) -> Any:
+    """What is of one layer; nothing is stacked where there is only one."""
+    return tree if c.layers == 1 else jax.tree.map(lambda x: x[layer], tree)
+
+
+def fused(c: Sizes, outside: Params, aux_mAH: jax.Array) -> jax.Array:
+    """The state [m, H] that the first step begins with."""
+    if c.fc_norm:
+        aux_mAH = rms_norm(aux_mAH, outside["fc_norm"], c.rms_eps)
+    return linear(aux_mAH.reshape(len(aux_mAH), -1), outside["fc"])
+
+
+def keys_values(
+    c: Sizes, w: Params, token_mX: jax.Array, state_mH: jax.Array, positions_m: jax.Array
+) -> KeysValues:
+    """Keys and values [m, J, d] of one layer; `token` is the embedding's half of its q, k, v."""
+    q, J, d = c.num_heads * c.head_dim, c.num_kv_heads, c.head_dim
+    x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
+    kv = linear(x_mH, w["qkv"][q:]) + token_mX[:, q:]
+    k, v = (half.reshape(-1, J, d) for half in jnp.split(kv, 2, axis=1))
+    return _rope(c, k, positions_m), v
+
+
+def block(
+    c: Sizes,
+    w: Params,
+    token_mX: jax.Array,
+    state_mH: jax.Array,
+    positions_m: jax.Array,
+    read: Callable[[jax.Array], jax.Array],
+    layer: Layer = 0,
+) -> jax.Array:
+    """The new state [m, H] of one layer. `read` gives what queries [m, N, d] read of the keys and values that
+    they see."""
+    width = c.num_heads * c.head_dim
+    x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
+    q = linear(x_mH, w["qkv"][:width]) + token_mX[:, :width]
+    mixed = read(_rope(c, q.reshape(-1, c.num_heads, c.head_dim), positions_m))
+    if c.norm_before_residual:
+        state_mH = jnp.where(layer == 0, x_mH, state_mH)
+    state = state_mH + linear(mixed.reshape(-1, width), w["self_attn.o_proj"])
+    wide = rms_norm(state, w["post_attention_layernorm"], c.rms_eps)
+    return state + swiglu(wide, *(w[name] for name in _MLP))
+
+
+def _rope(c: Sizes, x_mNd: jax.Array, positions_m: jax.Array) -> jax.Array:
+    inverse, factor = inverse_frequencies(c.head_dim, c.rope_theta, c.rope)
+    return apply_rope(x_mNd[None], rope_tables(positions_m[None], inverse, factor))[0]
