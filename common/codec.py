@@ -103,12 +103,26 @@ def decode_states(arrays: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _largest(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the largest [B, c], the first index [B, c] int32 that has it)."""
-    return logits_BcV.max(-1), jnp.argmax(logits_BcV, -1).astype(jnp.int32)
+def _summed(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the first index [B, c] int32 of the largest, logsumexp [B, c]).
+
+    XLA for TPU finds the largest while it makes the logits, and reads them once for the rest. It would read
+    them twice if sum and index were two reductions.
+    """
+    last = logits_BcV.shape[-1] - 1
+    largest = logits_BcV.max(-1)
+    places = jax.lax.broadcasted_iota(jnp.int32, logits_BcV.shape, logits_BcV.ndim - 1)
+    found = jnp.where(logits_BcV == largest[..., None], places, last)
+    total, first = jax.lax.reduce(
+        (jnp.exp(logits_BcV - largest[..., None]), found),
+        (jnp.float32(0), jnp.int32(last)),
+        lambda a, b: (a[0] + b[0], jnp.minimum(a[1], b[1])),
+        (logits_BcV.ndim - 1,),
+    )
+    return first, largest + jnp.log(total)
 
 
-def _largest_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _summed_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same; the index is looked for in one block of logits alone.
 
     XLA for CPU finds the largest in a twentieth of the time that it takes for its index (jaxlib 0.10.2).
@@ -116,14 +130,19 @@ def _largest_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
     V = logits_BcV.shape[-1]
     S = math.gcd(V, _BLOCK)
     blocks_BcbS = logits_BcV.reshape(*logits_BcV.shape[:-1], V // S, S)
-    largest, block = _largest(blocks_BcbS.max(-1))
+    tops_Bcb = blocks_BcbS.max(-1)
+    largest, block = tops_Bcb.max(-1), jnp.argmax(tops_Bcb, -1).astype(jnp.int32)
     own_BcS = jnp.take_along_axis(blocks_BcbS, block[..., None, None], -2)[..., 0, :]
     kind = jax.typeof(logits_BcV).sharding
     if not kind.mesh.empty:  # of a single row on one chip, reshaping and gathering forget where it lies
         whole = kind.update(spec=kind.spec[:-1])
         largest, block = (jax.sharding.reshard(x, whole) for x in (largest, block))
         own_BcS = jax.sharding.reshard(own_BcS, kind)
-    return largest, block * S + _largest(own_BcS)[1]
+    return block * S + jnp.argmax(own_BcS, -1).astype(jnp.int32), _logsumexp(logits_BcV, largest)
+
+
+def _logsumexp(logits_BcV: jax.Array, largest_Bc: jax.Array) -> jax.Array:
+    return largest_Bc + jnp.log(jnp.exp(logits_BcV - largest_Bc[..., None]).sum(-1))
 
 
 def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | None) -> dict[str, jax.Array]:
@@ -132,13 +151,10 @@ def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | 
         # The barrier: where slices of top_k's result are used, XLA for CPU sorts the whole vocabulary instead
         # of selecting (jaxlib 0.10.2: 12 times the time).
         top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BcV, codec.size))
-        largest, argmax = top[..., 0], ids[..., 0]
+        argmax, logsumexp = ids[..., 0], _logsumexp(logits_BcV, top[..., 0])
     else:
-        largest, argmax = jax.lax.platform_dependent(logits_BcV, cpu=_largest_by_block, default=_largest)
-    found = {
-        "argmax": argmax,
-        "logsumexp": largest + jnp.log(jnp.exp(logits_BcV - largest[..., None]).sum(-1)),
-    }
+        argmax, logsumexp = jax.lax.platform_dependent(logits_BcV, cpu=_summed_by_block, default=_summed)
+    found = {"argmax": argmax, "logsumexp": logsumexp}
     if codec.name == "topk":
         found |= {"topk_logits": top.astype(jnp.float16), "topk_ids": ids}
     elif codec.name == "draft":

@@ -69,40 +69,67 @@ def rope_tables(
 
 
 def apply_rope(
-    x: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool = False, heads: int = 2
+    x: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    interleaved: bool = False,
+    heads: int = 2,
+    start: int = 0,
 ) -> jax.Array:
-    """Rotates the first 2R dimensions of every head, the rest stays; x is [B, T, N, D], with `heads` = 1
-    [B, N, T, D].
+    """Rotates 2R dimensions of every head from `start` on, the rest stays; x is [B, T, N, D], with
+    `heads` = 1 [B, N, T, D].
 
     Dimension i is paired with i + R, or with `interleaved` 2i with 2i + 1; the interleaved result lies in
     halves, which is the same permutation for queries and keys and leaves their products alone.
     """
     ways = {"tpu": _rope_by_matmul, "default": _rope_by_halves}
-    ways = {platform: partial(way, interleaved) for platform, way in ways.items()}
+    ways = {platform: partial(way, interleaved, start) for platform, way in ways.items()}
     return jax.lax.platform_dependent(x, *(jnp.expand_dims(t, heads) for t in tables), **ways)
 
 
-def _rope_by_halves(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rope_by_halves(interleaved: bool, start: int, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     R = cos.shape[-1]
-    turned, rest = x[..., : 2 * R].astype(jnp.float32), x[..., 2 * R :]
+    before, turned, behind = jnp.split(x, [start, start + 2 * R], -1)
+    turned = turned.astype(jnp.float32)
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+    parts = [part for part in (before, turned, behind) if part.shape[-1]]
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else turned
 
 
-def _rope_by_matmul(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rope_by_matmul(interleaved: bool, start: int, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """The same; a TPU moves values within a register far more slowly than through its matrix units."""
-    D, R = x.shape[-1], cos.shape[-1]
-    i, rest = np.arange(R), np.arange(2 * R, D)
-    a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + R)
-    own_DD, other_DD = np.zeros((2, D, D), np.float32)  # which input an output is made of
-    own_DD[np.concatenate([a, b, rest]), np.arange(D)] = 1
-    other_DD[b, i], other_DD[a, i + R] = -1, 1
-    still = jnp.zeros((*cos.shape[:-1], D - 2 * R), jnp.float32)
+    D = x.shape[-1]
+    own_DD, other_DD = rope_matrices(D, 2 * cos.shape[-1], start, interleaved)
+    cos, sin = wide_tables(cos, sin, D, start)
     own = einsum("...d,de->...e", x, own_DD.astype(x.dtype)) if interleaved else x.astype(jnp.float32)
     other = einsum("...d,de->...e", x, other_DD.astype(x.dtype))
-    turned = own * jnp.concatenate([cos, cos, still + 1], -1) + other * jnp.concatenate([sin, sin, still], -1)
-    return turned.astype(x.dtype)
+    return (own * cos + other * sin).astype(x.dtype)
+
+
+def rope_matrices(
+    D: int, width: int, start: int = 0, interleaved: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(own, other) [D, D]: a head x rotated in `width` dimensions from `start` on is x own cos + x other sin,
+    with `wide_tables`."""
+    i, every = np.arange(width // 2), np.arange(D)
+    a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + len(i))
+    own_DD, other_DD = np.zeros((2, D, D), np.float32)  # which input an output is made of
+    source = np.concatenate([every[:start], start + a, start + b, every[start + width :]])
+    own_DD[source, every] = 1
+    other_DD[start + b, start + i], other_DD[start + a, start + i + len(i)] = -1, 1
+    return own_DD, other_DD
+
+
+def wide_tables(cos: jax.Array, sin: jax.Array, D: int, start: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [..., D] of whole heads, of which 2R dimensions from `start` on are rotated."""
+    behind = D - start - 2 * cos.shape[-1]
+    lead = [(0, 0)] * (cos.ndim - 1)
+
+    def wide(table: jax.Array, fill: float) -> jax.Array:
+        both = jnp.concatenate([table, table], -1)
+        return jnp.pad(both, [*lead, (start, behind)], constant_values=fill)
+
+    return wide(cos, 1.0), wide(sin, 0.0)
 
 
 def swiglu(x: jax.Array, gate_FH: jax.Array, up_FH: jax.Array, down_HF: jax.Array) -> jax.Array:

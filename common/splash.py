@@ -44,7 +44,7 @@ def attend(
         out_NTe, (lse_NT,) = found if return_lse else (found, (None,))
         return _heads_last(out_NTe, T), lse_NT[:, :T].T if return_lse else None
 
-    return jax.vmap(row)(_scaled(q_BTNd, scale), k_BTJd, v_BTJe, segments_BT)
+    return jax.vmap(row)(q_BTNd, _scaled(k_BTJd, scale), v_BTJe, segments_BT)
 
 
 def pull_back(
@@ -86,9 +86,9 @@ def pull_back(
         )
         return tuple(_heads_last(x, T) for x in (dq, dk, dv))
 
-    rows = _scaled(q_BTNd, scale), k_BTJd, v_BTJe, segments_BT, lse_BTN, g_BTNe, shift_BTN
+    rows = q_BTNd, _scaled(k_BTJd, scale), v_BTJe, segments_BT, lse_BTN, g_BTNe, shift_BTN
     dq, dk, dv = jax.vmap(row)(*rows)
-    return _scaled(dq, scale), dk, dv
+    return dq, _scaled(dk, scale), dv
 
 
 def _size(T: int) -> int:
@@ -116,6 +116,7 @@ def _kernel(
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """Of the keys, which are fewer than the queries."""
     return x * jnp.asarray(scale, x.dtype)
 
 

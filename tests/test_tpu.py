@@ -1,4 +1,4 @@
-"""The real TPU compiler, which needs no TPU: experts cost what is active, and recipes fit their slices.
+"""The real TPU compiler, which needs no TPU: layers cost what they need, and recipes fit their slices.
 
 FLOPs and bytes are the compiler's, for one chip; a loop's body is counted once.
 """
@@ -42,9 +42,24 @@ def test_a_layer_of_experts_costs_its_active_ones(recipe, split, dp, tp):
     assert found["flops"] <= 1.3 * found["active"]
 
 
-@pytest.mark.parametrize("length", [2048, 32_768])
-def test_qwen3_32b_fits_a_v6e_16(length):
-    found = compiled("prefill", "qwen3-32b", length)
+@pytest.mark.parametrize("recipe", ["qwen3-32b", "llama-3.1-8b"])
+def test_a_dense_layer_costs_its_matrices(recipe):
+    found = compiled("layer", recipe)
+    assert found["least"] <= found["flops"] <= 1.1 * found["least"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "length"),
+    [
+        ("qwen3-32b", 2048),
+        ("qwen3-32b", 32_768),
+        ("llama-3.1-8b", 32_768),
+        ("qwen3-30b-a3b", 2048),
+        ("glm-4.7-flash", 2048),
+    ],
+)
+def test_a_batch_fits_its_slice(recipe, length):
+    found = compiled("prefill", recipe, length)
     assert found["arguments_gib"] + found["temporaries_gib"] + found["outputs_gib"] < 0.9 * HBM
 
 

@@ -1,6 +1,7 @@
 """Compiles programs for TPU chips that are not there; prints FLOPs and bytes of one chip, as JSON.
 
 moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a v6e chip as in its recipe
+layer RECIPE                a target's first layer, a batch as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
 train RECIPE                a training step, every position counted, as the recipe lays it out
 """
@@ -16,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from common.mesh import sharding, spec
+from common.mesh import compiler_options, sharding, spec
 from common.params import shapes
 from dump import target
+from dump.config import DumpConfig
 from dump.target import moe as module
+from dump.target.flops import attention_flops, needed_flops
 from dump.target.moe import Moe
 from dump.target.spec import Context
 from pipelines import recipes
-from pipelines.bench.tpu import compile_dump, config_of, mesh_of
+from pipelines.bench.tpu import CHIPS_A_HOST, compile_dump, config_of, mesh_of
 from train import optimizer
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
@@ -78,6 +81,22 @@ def loops_counted(part: Moe, tokens: int, tp: int, counted: float) -> dict[str, 
     held = part.router.experts // (tp if part.split == "expert" else 1)
     more = (runs - 1) * body + parts * held * module.tile_rows(body, held)
     return {"flops": counted + more * 2 * 3 * H * width, "active": active, "counted": counted}
+
+
+def layer(recipe: str) -> dict[str, float]:
+    """FLOPs of the first layer, against the least that its matrices need."""
+    known = recipes.load(recipe)
+    config, whole = DumpConfig("model", "store", **known.dump), config_of(recipe, None)
+    cfg = replace(whole, layers=whole.layers[:1])
+    mesh = mesh_of(config.dp, config.tp, known.dump_slice.split("-")[0])
+    rows = config.batch(LENGTH, min(CHIPS_A_HOST, mesh.size))
+    weights = shapes(target.parameters(cfg, config.tp, config.dp), jnp.bfloat16, mesh)
+    batch = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=sharding(mesh, ("row", None)))
+    step = jax.jit(lambda weights, *batch: target.forward(cfg, weights, *batch, (0,)))
+    compiled = step.lower(weights, batch, batch, batch).compile(compiler_options=compiler_options(mesh))
+    a_token = needed_flops(cfg, LENGTH) - attention_flops(cfg, LENGTH) - 2 * cfg.vocab_size * cfg.hidden_size
+    least = rows // mesh.size * LENGTH * a_token
+    return {"flops": compiled.cost_analysis()["flops"], "least": least} | memory(compiled)
 
 
 def prefill(recipe: str, length: int) -> dict[str, float]:
@@ -137,5 +156,5 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 if __name__ == "__main__":
     verb, recipe, *rest = sys.argv[1:]
-    run = {"moe": moe, "prefill": prefill, "train": train}[verb]
+    run = {"moe": moe, "layer": layer, "prefill": prefill, "train": train}[verb]
     print(json.dumps(run(recipe, *(int(value) if value.isdigit() else value for value in rest))))

@@ -25,22 +25,6 @@ def project(w: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     return add_bias(w, name, linear(x, w[name]))
 
 
-_TILE = 8  # positions of a TPU's tile
-
-
-def heads_of(x_BTM: jax.Array, size: int) -> jax.Array:
-    """[B, N, T, size] of a projection [B, T, N * size]: head by head, as attention reads it.
-
-    Whole tiles of positions change places, which a TPU does while it reads them. The barrier: what follows
-    reads the projection more than once, and XLA would keep it in float32.
-    """
-    x_BTM = jax.lax.optimization_barrier(x_BTM)
-    B, T = x_BTM.shape[:2]
-    tile = _TILE if T % _TILE == 0 else 1
-    tiles = x_BTM.reshape(B, T // tile, tile, -1, size).transpose(0, 3, 1, 2, 4)
-    return tiles.reshape(B, -1, T, size)
-
-
 def merged(heads_BTND: jax.Array, w_OM: jax.Array) -> jax.Array:
     """The heads' results times the matrix [O, N * D] that follows them, without bringing them together."""
     N, D = heads_BTND.shape[2:]

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import attend
-from common.layers import apply_rope, rms_norm
-from dump.target.dense import add_bias, heads_of, matrix, merged, must_divide, project, vector
+from common.layers import rms_norm
+from dump.target.dense import add_bias, matrix, merged, must_divide, project, vector
+from dump.target.heads import heads_of, rotated
 from dump.target.spec import Context, Norm, Rope, Weight
 
 
@@ -64,27 +65,43 @@ class Gqa:
         return 4.0 * self.heads * self.head_dim * pairs / length
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
-        q, k, v = (project(w, name, x_BTH) for name in ("q_proj", "k_proj", "v_proj"))
+        q, gate = self._queries(w, x_BTH)
+        k, v = (project(w, name, x_BTH) for name in ("k_proj", "v_proj"))
         if self.row_norm:
             q = _norm_split(q, w["q_norm"], self.heads * self.head_dim, self.row_norm.eps, context)
             k = _norm_split(k, w["k_norm"], self.kv_heads * self.head_dim, self.row_norm.eps, context)
-        q, k, v = (heads_of(x, self.head_dim) for x in (q, k, v))
-        if self.gated:
-            q, gate = q[:, ::2], q[:, 1::2]
-        if self.head_norm:
-            q = rms_norm(q, w["q_norm"], self.head_norm.eps, self.head_norm.offset)
-            k = rms_norm(k, w["k_norm"], self.head_norm.eps, self.head_norm.offset)
-        if self.rope:
-            tables = context.tables(self.rope)
-            q, k = apply_rope(q, tables, heads=1), apply_rope(k, tables, heads=1)
+        q, k = (self._heads(x, w, name, context) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        v = heads_of(v, self.head_dim)
         if context.splits(self.heads) and not context.splits(self.kv_heads):
             k, v = (self._own(x, q.shape[1], context) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         out = attend(q, k, v, context.segments_BT, self.scale, self.window, w.get("sinks"))
         if self.gated:
-            out = out * jax.nn.sigmoid(gate.swapaxes(1, 2))
+            out = out * jax.nn.sigmoid(heads_of(gate, self.head_dim).swapaxes(1, 2))
         y = context.total(merged(out, w["o_proj"]))
         return add_bias(w, "o_proj", y)
+
+    def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The queries, and the gates if there are any; the matrix is cut, and not what it gives."""
+        if not self.gated:
+            return project(w, "q_proj", x_BTH), None
+
+        def cut(x: jax.Array, part: int) -> jax.Array:
+            both = x.reshape(-1, 2, self.head_dim, *x.shape[1:])
+            return both[:, part].reshape(-1, *x.shape[1:])
+
+        held = {name: w[name] for name in ("q_proj", "q_proj.bias") if name in w}
+        parts = ({name: cut(x, part) for name, x in held.items()} for part in (0, 1))
+        return tuple(project(part, "q_proj", x_BTH) for part in parts)
+
+    def _heads(self, x_BTM: jax.Array, w: Mapping[str, jax.Array], name: str, context: Context) -> jax.Array:
+        """Queries or keys head by head, normed and rotated."""
+        norm = self.head_norm
+        if self.rope:
+            tables = context.tables(self.rope)
+            return rotated(x_BTM, self.head_dim, tables, norm=norm, weight_D=w[name] if norm else None)
+        x_BNTD = heads_of(x_BTM, self.head_dim)
+        return rms_norm(x_BNTD, w[name], norm.eps, norm.offset) if norm else x_BNTD
 
     def _own(self, kv_BKTD: jax.Array, ours: int, context: Context) -> jax.Array:
         """The key or value heads of our `ours` query heads, where every chip computed all of them."""

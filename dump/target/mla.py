@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from common.attention import attend
 from common.layers import apply_rope, linear, rms_norm
-from dump.target.dense import add_bias, heads_of, matrix, merged, must_divide, project, vector
+from dump.target.dense import add_bias, matrix, merged, must_divide, project, vector
+from dump.target.heads import heads_of, rotated
 from dump.target.spec import Context, Rope, Weight
 
 _LATENT_EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps is
@@ -64,24 +65,42 @@ class Mla:
         return 2.0 * self.heads * width * (length + 1) / 2
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
+        P, R = self.plain_dim, self.rope.dim
         tables = context.tables(self.rope)
-        q = heads_of(self._queries(w, x_BTH), self.plain_dim + self.rope.dim)
+        q = rotated(self._queries(w, x_BTH), P + R, tables, start=P)
         latent = project(w, "kv_a_proj_with_mqa", x_BTH)
         c_BTC = rms_norm(latent[..., : self.latent], w["kv_a_layernorm"], _LATENT_EPS)
-        shared_B1TR = apply_rope(latent[:, None, :, self.latent :], tables, self.interleaved, heads=1)
-        # The matrix is cut, and not what it gives, which is far larger.
-        w_NXC = w["kv_b_proj"].reshape(-1, self.plain_dim + self.value_dim, self.latent)
-        w_k, w_v = (part.reshape(-1, self.latent) for part in jnp.split(w_NXC, [self.plain_dim], 1))
-        k, v = heads_of(linear(c_BTC, w_k), self.plain_dim), heads_of(linear(c_BTC, w_v), self.value_dim)
-        k = jnp.concatenate([k, jnp.broadcast_to(shared_B1TR, (*k.shape[:3], self.rope.dim))], -1)
-        q_rotated = apply_rope(q[..., self.plain_dim :], tables, self.interleaved, heads=1)
-        q = jnp.concatenate([q[..., : self.plain_dim], q_rotated], -1)
+        shared_BT1R = apply_rope(latent[:, :, None, self.latent :], tables, self.interleaved)
+        # Matrices are cut and put together, and not what they give, which is far larger.
+        w_NXC = w["kv_b_proj"].reshape(-1, P + self.value_dim, self.latent)
+        w_k = _with_shared(w_NXC[:, :P], R).reshape(-1, self.latent + R)
+        w_v = w_NXC[:, P:].reshape(-1, self.latent)
+        k = heads_of(linear(jnp.concatenate([c_BTC, shared_BT1R[:, :, 0]], -1), w_k), P + R)
+        v = heads_of(linear(c_BTC, w_v), self.value_dim)
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         out = attend(q, k, v, context.segments_BT, self.scale)
         return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
 
     def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
+        """[B, T, N * (P + R)], the rotated dimensions paired as halves."""
         if self.query_rank is None:
-            return linear(x_BTH, w["q_proj"])
+            return linear(x_BTH, self._in_halves(w["q_proj"]))
         latent = rms_norm(project(w, "q_a_proj", x_BTH), w["q_a_layernorm"], _LATENT_EPS)
-        return linear(latent, w["q_b_proj"])
+        return linear(latent, self._in_halves(w["q_b_proj"]))
+
+    def _in_halves(self, w_MI: jax.Array) -> jax.Array:
+        """A matrix that gives queries, its rotated outputs in the order in which the keys' come."""
+        if not self.interleaved:
+            return w_MI
+        w_NXI = w_MI.reshape(-1, self.plain_dim + self.rope.dim, w_MI.shape[-1])
+        plain, turned = w_NXI[:, : self.plain_dim], w_NXI[:, self.plain_dim :]
+        return jnp.concatenate([plain, turned[:, ::2], turned[:, 1::2]], 1).reshape(w_MI.shape)
+
+
+def _with_shared(w_NPC: jax.Array, R: int) -> jax.Array:
+    """[N, P + R, C + R]: gives every head's plain dimensions from the latent and copies the shared ones
+    behind it."""
+    N, _, C = w_NPC.shape
+    plain = jnp.pad(w_NPC, ((0, 0), (0, 0), (0, R)))
+    copied = jnp.pad(jnp.eye(R, dtype=w_NPC.dtype), ((0, 0), (C, 0)))
+    return jnp.concatenate([plain, jnp.broadcast_to(copied[None], (N, *copied.shape))], 1)

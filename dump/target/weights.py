@@ -44,6 +44,7 @@ class Stack:
     weight: Weight
     layers: tuple[int, ...]
     param: Param
+    divided: bool = True  # over chips that compute different rows
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -70,7 +71,7 @@ def stacks(cfg: TargetConfig, tp: int = 1, dp: int = 1) -> dict[str, Stack]:
 
     def laid_out(stack: Stack) -> Stack:
         param = stack.param if tp > 1 else replace(stack.param, axes=(None,) * len(stack.param.axes))
-        return replace(stack, param=divided(param, len(stack.lead[:1]), dp))
+        return replace(stack, param=divided(param, len(stack.lead[:1]), dp if stack.divided else 1))
 
     return {name: laid_out(stack) for name, stack in _declared(cfg, tp).items()}
 
@@ -80,10 +81,14 @@ def _declared(cfg: TargetConfig, tp: int) -> dict[str, Stack]:
     for number, found in enumerate(group(cfg.layers)):
         for place, layer in enumerate(found.period):
             held = layer.plain_weights(tp) if cfg.dequantise else layer.weights(tp)
+            # Beside experts all else is small, and they would wait while it is gathered.
+            experts = {local for local in held if local.startswith("experts.")}
             for local, weight in held.items():
                 other = weight.other and cfg.prefix + layer.own_name(weight.other)
                 named = replace(weight, source=cfg.prefix + layer.own_name(weight.source), other=other)
-                declared[f"{number}.{place}.{local}"] = _stacked(named, tuple(found.layers_at(place)))
+                stack = _stacked(named, tuple(found.layers_at(place)))
+                divided = not experts or local in experts
+                declared[f"{number}.{place}.{local}"] = replace(stack, divided=divided)
     return declared
 
 

@@ -2,7 +2,7 @@
 
 The optimised HLO carries `estimated_cycles` on most instructions. A loop's body counts as often as the loop
 runs; of a `conditional` the dearer branch counts. Collectives carry no estimate: bytes are taken from their
-shapes. A model, not a clock.
+shapes. So they are of kernels that only move what they read, at half of the HBM's rate. A model, not a clock.
 """
 
 import re
@@ -26,20 +26,26 @@ _BESIDE = re.compile(r" call-start\(.* to_apply=%?([\w.-]+)")  # on sparse cores
 _NAME = re.compile(r"%([\w.-]+) =")
 _DONE = re.compile(r"call-done\(%?([\w.-]+)")
 _SENT_A_CYCLE = 180e9 / 1.75e9  # bytes, over one axis; of v6e and v5p
+_MOVED_A_CYCLE = 0.5 * 1640e9 / 1.75e9  # bytes, to and from HBM; of v6e
+_MATMULS = re.compile(r"gmm|splash|flash")  # names of kernels that take as long as their matmuls
+_OPERANDS = re.compile(r"custom-call\(([^)]*)\)")
+_UNPRICED = ("fusion", "gather", "scatter", "sort")
 _COMMENTS = re.compile(r"/\*.*?\*/|(?<=\])\{[^}]*\}")  # and layouts
 
 
 @dataclass(frozen=True)
 class Work:
     """Of one chip. `waited`: bytes sent while nothing else runs; `beside`: bytes sent beside other work, by
-    channel; `kernels`: calls of Pallas kernels; `unknown`: loops whose length the program does not say,
-    counted once.
+    channel; `kernels`: calls of Pallas kernels that multiply; `unpriced`: bytes that instructions without an
+    estimate write, most of them rows that are gathered; `unknown`: loops whose length the program does not
+    say, counted once.
     """
 
     cycles: float = 0.0
     waited: float = 0.0
     beside: tuple[tuple[str, float], ...] = ()
     kernels: float = 0.0
+    unpriced: float = 0.0
     unknown: tuple[str, ...] = ()
 
     def __add__(self, other: "Work") -> "Work":
@@ -49,17 +55,21 @@ class Work:
             # One collective is seen where it starts, goes on inside of other fusions, and ends.
             tuple((dict(self.beside) | dict(other.beside)).items()),
             self.kernels + other.kernels,
+            self.unpriced + other.unpriced,
             self.unknown + other.unknown,
         )
 
     def times(self, n: int) -> "Work":
         beside = tuple((channel, n * sent) for channel, sent in self.beside)
-        return Work(n * self.cycles, n * self.waited, beside, n * self.kernels, self.unknown)
+        return Work(
+            n * self.cycles, n * self.waited, beside, n * self.kernels, n * self.unpriced, self.unknown
+        )
 
 
 @dataclass
 class _Program:
     computations: dict[str, list[str]]
+    shapes: dict[str, str]  # of all instructions
     fused: set[str]  # computations that fusions and asynchronous instructions call
     known: dict[str, Work] = field(default_factory=dict)
 
@@ -99,7 +109,7 @@ class _Program:
                 return Work(beside=((channel[1] if channel else line, sent),))
             return Work(waited=sent)
         if op == "custom-call" and "tpu_custom_call" in line:
-            return Work(kernels=1)
+            return self._kernel(shape, line)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         called = _CALLED.search(line) if op == "fusion" or op.endswith("-start") else None
         inside = self.work(called[1]) if called else Work()
@@ -107,8 +117,19 @@ class _Program:
             float(cycles[1]) if cycles else 0.0,
             beside=inside.beside,
             kernels=inside.kernels,
+            unpriced=inside.unpriced
+            if cycles or op not in _UNPRICED
+            else float(_bytes(shape, started=False)),
             unknown=inside.unknown,
         )
+
+    def _kernel(self, shape: str, line: str) -> Work:
+        """Of a Pallas kernel; one that multiplies is priced by whoever knows how much."""
+        if _MATMULS.search(_NAME.search(line)[1]):
+            return Work(kernels=1)
+        read = re.findall(r"%([\w.-]+)", _OPERANDS.search(line)[1])
+        moved = sum(_bytes(self.shapes.get(name, ""), started=False) for name in read)
+        return Work(cycles=(moved + _bytes(shape, started=False)) / _MOVED_A_CYCLE)
 
     def _loop(self, line: str) -> Work:
         body, condition = (re.search(rf"{part}=%?([\w.-]+)", line)[1] for part in ("body", "condition"))
@@ -142,6 +163,7 @@ def _bytes(shape: str, started: bool) -> int:
 def work(text: str) -> Work:
     """What one chip does in a program, given as the text of its optimised HLO."""
     computations: dict[str, list[str]] = {}
+    shapes: dict[str, str] = {}
     entry, lines = "", []
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -149,5 +171,7 @@ def work(text: str) -> Work:
             entry = head[2] if head[1] else entry
         else:
             lines.append(line)
+            if found := _INSTRUCTION.match(_COMMENTS.sub("", line)):
+                shapes[found[1]] = found[2]
     fused = {*_FUSED.findall(text), *_BESIDE.findall(text)}
-    return _Program(computations, fused).work(entry)
+    return _Program(computations, shapes, fused).work(entry)

@@ -10,6 +10,8 @@ import pytest
 
 from common.codec import (
     Codec,
+    _summed,
+    _summed_by_block,
     arrays_of,
     decode_states,
     encode_logits,
@@ -194,3 +196,14 @@ def test_rows_of_any_number_lie_where_they_lay(rows, mesh):
     held = jax.device_put(logits, sharding(made, ("row", None, None)))
     found = jax.jit(lambda x: encode_logits(Codec("none", 0, "float32"), x, None))(held)
     np.testing.assert_array_equal(found["argmax"], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("way", [_summed, _summed_by_block])
+@pytest.mark.parametrize("dp", [0, 1, 2])
+def test_every_way_finds_the_first_of_equals(way, dp):
+    logits = expected().astype(np.float32)
+    mesh = make_mesh(dp) if dp else None
+    placed = logits if mesh is None else jax.device_put(logits, sharding(mesh, ("row", None, None)))
+    argmax, logsumexp = jax.jit(way)(placed)
+    np.testing.assert_array_equal(argmax, logits.argmax(-1))
+    np.testing.assert_allclose(logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-6)

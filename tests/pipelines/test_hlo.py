@@ -1,5 +1,7 @@
 """What is read of a compiled TPU program: loops, collectives that wait or not, kernels, dearer branches."""
 
+import pytest
+
 from pipelines.bench.hlo import work
 
 PROGRAM = """
@@ -23,7 +25,7 @@ HloModule step
   %start = (bf16[8,4], bf16[32,4]) fusion(%c), calls=%gathering, backend_config={"estimated_cycles":"10"}
   %done = (bf16[8,4], bf16[32,4]) fusion(%start), calls=%gathering, backend_config={"estimated_cycles":"20"}
   %sum = f32[16]{0} all-reduce(%d), channel_id=8, to_apply=%add
-  %kernel = f32[8,4]{1,0} custom-call(%d), custom_call_target="tpu_custom_call"
+  %gmm.1 = f32[8,4]{1,0} custom-call(%d), custom_call_target="tpu_custom_call"
   %branch = f32[4]{0} conditional(%e, %f, %g), branch_computations={%cheap, %dear}
   ROOT %carry = (s32[], bf16[8,4]) tuple(%i, %done)
 }
@@ -62,11 +64,25 @@ def test_what_sparse_cores_gather_is_waited_for_where_nothing_runs_beside_it():
     call = (
         '%sent = ((bf16[8,4], token[]), bf16[32,4]) call-start(%d, %t), async_execution_thread="sparsecore", '
     )
-    program = PROGRAM.replace("%kernel = ", f"{call}to_apply=%elsewhere\n  %kernel = ")
+    program = PROGRAM.replace("%gmm.1 = ", f"{call}to_apply=%elsewhere\n  %gmm.1 = ")
     program = program.replace("%cheap (", f'{gathering}, execution_thread="sparsecore"\n\n%cheap (', 1)
     found, before = work(program), work(PROGRAM)
     assert (found.waited, found.cycles) == (before.waited, before.cycles)
     assert dict(found.beside) == dict(before.beside) | {"9": 3 * 32 * 4 * 2}
     needed = "%got = bf16[32,4] call-done(%sent)\n  "
     assert work(program.replace("%branch = ", f"{needed}%branch = ")).waited == before.waited, "a kernel runs"
-    assert work(program.replace("%kernel = ", f"{needed}%kernel = ")).waited == before.waited + 3 * 32 * 4 * 2
+    assert work(program.replace("%gmm.1 = ", f"{needed}%gmm.1 = ")).waited == before.waited + 3 * 32 * 4 * 2
+
+
+def test_a_kernel_that_multiplies_nothing_is_priced_by_its_bytes():
+    mover = '%heads.1 = bf16[8,4]{1,0} custom-call(%sum, %none), custom_call_target="tpu_custom_call"\n  '
+    found, before = work(PROGRAM.replace("%branch = ", f"{mover}%branch = ")), work(PROGRAM)
+    a_cycle = 0.5 * 1640e9 / 1.75e9
+    assert found.kernels == before.kernels
+    assert found.cycles == pytest.approx(before.cycles + 3 * (16 * 4 + 8 * 4 * 2) / a_cycle)
+
+
+def test_what_carries_no_estimate_is_told():
+    gather = "%rows.1 = bf16[8,4]{1,0} fusion(%d), kind=kCustom, calls=%x\n  "
+    found = work(PROGRAM.replace("%branch = ", f"{gather}%branch = "))
+    assert (found.unpriced, found.cycles) == (3 * 8 * 4 * 2, work(PROGRAM).cycles)
