@@ -1,8 +1,9 @@
 """Weights lie divided over the chips that compute different rows, and are gathered where they are used.
 
 A batch job has so many tokens a chip that a layer's weights arrive in less time than it takes to compute with
-them, and no activation crosses a wire. Sources: "weight-gathered" in arXiv 2211.05102; ZeRO-3, arXiv
-1910.02054, known as fully sharded data parallelism.
+them, and no activation crosses a wire. Of a layer with experts only those are divided (see weights.py).
+Sources: "weight-gathered" in arXiv 2211.05102; ZeRO-3, arXiv 1910.02054, known as fully sharded data
+parallelism.
 """
 
 from collections.abc import Mapping
