@@ -81,7 +81,7 @@ class TrainConfig:
     teacher: str = setting(
         "recompute", "Logits from states, or stored ones.", choices=("recompute", "stored")
     )
-    head: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
+    kind: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
     layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)
     fc_norm: bool = setting(False, "EAGLE3.1: norm each aux state before they are joined.")
     norm_output: bool = setting(False, "EAGLE3.1: feed the normed state to the next step.")

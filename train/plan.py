@@ -198,7 +198,7 @@ def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -
 
 def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: Published | None) -> Head:
     """The head to train: a new one, or the published one with what may differ of it."""
-    stored, kind = tuple(store.features["aux_layers"]), HEADS[config.head]
+    stored, kind = tuple(store.features["aux_layers"]), HEADS[config.kind]
     aux_layers = config.aux_layers or stored
     if outside := set(aux_layers) - set(stored):
         raise EyasError(

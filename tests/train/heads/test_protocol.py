@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.config import knobs
 from common.layers import linear
 from common.mesh import make_mesh
 from common.params import Param, initialise
 from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import problem
 from train import optimizer
+from train.config import TrainConfig
+from train.heads import HEADS
 from train.metrics import add, summarise
 from train.sample import Sample
 from train.step import State, gradient, score_step, train_step
@@ -58,3 +61,10 @@ def test_another_kind_of_head_learns_and_is_scored():
     score = jax.jit(score_step(head, mesh, STEPS, jnp.float32))
     before, after = (summarise(add(None, score(x, frozen, batch))) for x in (params, state.params))
     assert np.mean(after["acc"]) > np.mean(before["acc"])
+
+
+def test_every_kind_of_head_can_be_chosen_with_its_own_options():
+    (kinds,) = (knob.setting.choices for knob in knobs(TrainConfig) if knob.name == "kind")
+    assert set(kinds) == HEADS.keys()
+    known = {knob.name for knob in knobs(TrainConfig)}
+    assert all(set(kind.options) <= known for kind in HEADS.values())
