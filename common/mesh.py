@@ -40,8 +40,6 @@ _BY_SPARSE_CORES = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_enable_instruction_fusion": "false",
     "xla_sc_disable_megacore_partitioning": "true",
-    # The scheduler thinks of a faster wire than one axis of the mesh is, and would start them too late.
-    "xla_tpu_sparse_core_all_gather_latency_multiplier": "4",
 }
 _SPARSE_CORES = ("TPU v6 lite",)  # kinds of chips that have them and for which this was compiled
 
