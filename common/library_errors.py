@@ -60,7 +60,10 @@ def library_errors(what: str, doing: str = "write", patience: float = _PATIENCE)
             raise
         except (OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError) and doing != "write":
-                raise
+                cause = error.__cause__  # fsspec says so of a web server that does not answer, too
+                if cause is None or not is_librarys(cause) or _status(cause) == 404:
+                    raise
+                raise explained(cause, what, doing) from error
             raise explained(error, what, doing) from error
         except Exception as error:
             if not is_librarys(error):
@@ -109,6 +112,8 @@ def explained(error: Exception, what: str, doing: str = "read") -> EyasError:
         )
     if code == 404 and named:
         return EyasError(f"{what}: {bucket} does not exist; check its name or create it")
+    if isinstance(error, ValueError) and is_librarys(error) and code is None:
+        return EyasError(f"{what}: {text}; check the address")
     if _is_connection(error, code):
         status = f"{code}: " if code else ""
         advice = f"check the network and the address, and {_AGAIN}"

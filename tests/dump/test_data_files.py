@@ -4,17 +4,18 @@ import bz2
 import gzip
 import json
 import lzma
+import socket
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import EyasError, MachineError
+from common.errors import EyasError, MachineError, RestartError
 from dump import data_files
 from dump.clean import Cleaner
 from dump.conversations import DataFile
-from dump.data_files import find_files
+from dump.data_files import find_files, opened
 
 
 def talk(number):
@@ -215,3 +216,16 @@ def test_tables_put_together_from_two_sources(tmp_path):
         cleaner = Cleaner()
         found = [cleaner.clean(record, i, name) for i, record in enumerate(read(tmp_path / name))]
         assert [c.messages[0]["content"] for c in found] == ["Q?", "Q0?", "Q1?"]
+
+
+def test_a_web_server_that_does_not_answer_is_no_missing_file():
+    with socket.socket() as closed:  # bound, and not listened at
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(RestartError, match="no answer from the server"):
+            opened(f"http://127.0.0.1:{closed.getsockname()[1]}/a.jsonl").__enter__()
+
+
+def test_an_address_that_cannot_be_is_a_mistake():
+    with pytest.raises(EyasError, match="check the address") as found:
+        find_files(("hf://datasets/nobody",))
+    assert found.value.exit_code == 2
