@@ -1,8 +1,8 @@
 """The file of answers: a line a conversation, added when it has its outcome, each written once and whole.
 
-A line is {"id", "number", "outcome", "tokens", "messages", "tools"}, its messages OpenAI's, with the finish
-reason of each answer. A conversation without an answer ends with its question, so that `prepare` leaves it
-out. When all are there, the lines are put in the order of their numbers: the same answers are the
+A line is {"id", "number", "outcome", "tokens", "reason", "messages", "tools"}, its messages OpenAI's, with
+the finish reason of each answer. A conversation without an answer ends with its question, so that `prepare`
+leaves it out. When all are there, the lines are put in the order of their numbers: the same answers are the
 same bytes.
 """
 

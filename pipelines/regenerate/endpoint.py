@@ -122,8 +122,9 @@ class Endpoint:
                 return found
         except RubbishError as error:
             raise self._not_an_answer(str(error), began, before) from None
-        except (aiohttp.ClientSSLError, aiohttp.InvalidURL) as error:
-            raise self._give_up(self._told_by(reason(error)), mistake=True) from None
+        except aiohttp.ClientSSLError as error:
+            said = f"{self._told_by(reason(error))}: it speaks no https, or its certificate is not valid"
+            raise self._give_up(said, mistake=True) from None
         except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
             raise self._failed(self._reason(error), began, before) from None
         text = self._told_by(read_problem(body))

@@ -25,18 +25,20 @@ class Record:
     """The record of the file of answers `out`."""
 
     def __init__(self, out: str, settings: dict[str, Any], endpoints: tuple[str, ...]) -> None:
-        """EyasError if there are answers of other settings, or a file that has no record."""
+        """EyasError if there are answers of other settings, or of none that are known."""
         self._place = os.path.splitext(out)[0] + SUFFIX
         self._value = {"schema": 1, "settings": settings, "endpoints": list(endpoints), "complete": False}
+        if not storage.exists(out) or not storage.size(out):
+            return
         if storage.exists(self._place):
             old = schema.read(_Record, self._place, _ADVICE)
             different = differences(old["settings"], settings)
             if different:
                 raise EyasError(
                     f"{out} was answered in another way: {'; '.join(different)}; name another --out, or "
-                    f"delete it and {self._place}"
+                    "delete it"
                 )
-        elif storage.exists(out):
+        else:
             raise EyasError(f"{out} is there, without {os.path.basename(self._place)}; name another --out")
 
     def write(self, **found: Any) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import re
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.regenerate.record import Record
 from pipelines.regenerate.talk import REJECTED, Talk
 from pipelines.regenerate.work import Work
 
+_REASONS = 5  # for rejections that are told
 _SYNC = 5.0  # seconds between two times that what was answered is forced to disk
 
 
@@ -85,9 +87,13 @@ async def _asked(
     shown, before, start = len(answers), answers.tokens, time.monotonic()
     synced = start
 
+    reasons: set[str] = set()
+
     def done(talk: Talk, outcome: str) -> None:
-        if outcome == REJECTED and not answers.outcomes[REJECTED]:
-            note(f"a server rejects a conversation, the first of those counted so: {talk.reason}")
+        kind = re.sub(r"[0-9]+", "#", talk.reason)
+        if outcome == REJECTED and kind not in reasons and len(reasons) < _REASONS:
+            reasons.add(kind)
+            note(f"a conversation is rejected: {talk.reason}")
         answers.add(talk, outcome)
 
     def tick() -> None:

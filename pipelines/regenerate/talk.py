@@ -31,6 +31,8 @@ class Talk:
     def record(self, outcome: str) -> dict[str, Any]:
         """Its line in the file of answers."""
         named = {"id": self.id, "number": self.number, "outcome": outcome, "tokens": self.tokens}
+        if outcome == REJECTED:
+            named["reason"] = self.reason
         return named | {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
 
 

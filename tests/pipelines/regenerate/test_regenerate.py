@@ -361,13 +361,25 @@ def test_a_conversation_that_a_server_rejects_is_recorded_and_one_that_fails_aga
             ask(config, server, patience=2.0)
         (line,) = [line for line in lines(config) if line["outcome"] == "rejected"]
         assert line["messages"] == [SYSTEM, user("question 3.0?")]
+        assert line["reason"] == "400: bad None"
         assert not record(config)["complete"]
         before = len(server.requests)
         server.choose = lambda request: None
         found = ask(config, server)
         assert found["outcomes"] == {"answered": 19, "rejected": 1}
         assert len(server.requests) == before + 2, "only what had no outcome is asked again"
-    assert "a server rejects a conversation, the first of those counted so: 400" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("a conversation is rejected: 400: bad None") == 1
+
+
+def test_a_line_that_is_taken_out_is_asked_again(config, expected):
+    with chat_server() as server:
+        ask(config, server)
+        kept = expected.splitlines(keepends=True)
+        Path(config.out).write_bytes(b"".join(kept[:3] + kept[4:]))
+        server.requests.clear()
+        ask(config, server)
+        assert [r["messages"][-1]["content"] for r in server.requests] == ["question 3.0?"]
+    assert Path(config.out).read_bytes() == expected
 
 
 @pytest.mark.parametrize("left", range(5))
@@ -410,6 +422,19 @@ def test_another_run_is_refused_by_what_differs(config):
         with pytest.raises(EyasError, match="was answered in another way: data"):
             ask(config, server)
         assert Path(config.out).read_bytes() == before
+
+
+def test_what_answered_nothing_does_not_bind(config):
+    with chat_server(lambda request: None if request["model"] == "tiny" else "404") as server:
+        with pytest.raises(EyasError, match="404"):
+            ask(config, server, served_model="tyni")
+        assert ask(config, server)["outcomes"] == {"answered": 20}
+        assert record(config)["settings"]["request"]["model"] == "tiny"
+
+
+def test_a_server_without_https(config):
+    with chat_server() as server, pytest.raises(EyasError, match="it speaks no https"):
+        run(replace(config, endpoint=(server.url.replace("http:", "https:"),)))
 
 
 def test_a_file_that_is_not_of_a_run_is_left_alone(config):
