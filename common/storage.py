@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -25,6 +26,7 @@ from common.library_errors import library_errors
 from common.progress import note
 
 _PARTIAL = ".partial"  # how the name of a file that is being written ends
+_BEGIN_SECONDS = 60.0  # after which who has made a file has locked it
 _TIMEOUT = 30.0  # seconds for a server to connect, or to go on answering; gcsfs tries six times
 _ONE_SLASH = re.compile(r"(gs|gcs|s3|hf|https?|file):/(?!/)")
 _JSON_BYTES = 200_000_000  # beyond any file that a model or a store has
@@ -180,6 +182,7 @@ def _write_local(path: str, pieces: Iterable[bytes]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             _lock(handle)  # until the file has its name
+            _remove_dead(folder, f".{os.path.basename(path)}.")
             file.writelines(pieces)
             file.flush()
             os.fsync(handle)
@@ -204,11 +207,24 @@ def remove_partial(folder: str) -> None:
     """Removes what killed writers left in a local folder, and nothing that one is writing."""
     if is_remote(folder):
         return
-    for name in list_names(folder):
-        path = os.path.join(local_path(folder), name)
-        if name.startswith(".") and name.endswith(_PARTIAL) and os.path.isfile(path):
-            with library_errors(path), suppress(FileNotFoundError), open(path, "rb") as file:
-                if _lock(file.fileno()):
+    with library_errors(folder), suppress(FileNotFoundError):
+        _remove_dead(local_path(folder), ".")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file or folder of that name is being written, or was left by a writer that was killed."""
+    return name.startswith(".") and name.endswith(_PARTIAL)
+
+
+def _remove_dead(folder: str, start: str) -> None:
+    """Removes the files whose names begin with `start` that killed writers left."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(start) and is_partial(name) and os.path.isfile(path):
+            with suppress(FileNotFoundError, PermissionError), open(path, "rb") as file:
+                found = os.fstat(file.fileno())
+                begun = found.st_size == 0 and time.time() - found.st_mtime < _BEGIN_SECONDS
+                if not begun and _lock(file.fileno()):
                     os.unlink(path)
 
 

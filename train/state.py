@@ -74,7 +74,7 @@ def require_own(plan: Plan) -> bool:
     out = plan.config.out
     place = storage.join(out, FILE)
     if not storage.exists(place):
-        foreign = [name for name in storage.list_names(out) if name != LOCK]
+        foreign = [n for n in storage.list_names(out) if n != LOCK and not storage.is_partial(n)]
         if foreign:
             raise EyasError(f"{out} already holds {foreign[0]}; name a new or an empty folder")
         return False

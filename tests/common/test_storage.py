@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -136,6 +137,25 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == [".hidden", "b.partial"]
     storage.remove_partial(f"{tmp_path}/nothing")
     storage.remove_partial("memory://bucket/store")
+
+
+KILLED = """
+import os, signal
+from common import storage
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_of_a_file_left_is_gone_with_the_next_one(tmp_path):
+    """Whatever the file is: a page, a run's description, figures."""
+    for _ in range(2):
+        write = f"storage.write_bytes({f'{tmp_path}/a.json'!r}, b'1')"
+        assert subprocess.run([sys.executable, "-c", KILLED + write]).returncode == -signal.SIGKILL
+        (left,) = os.listdir(tmp_path)
+        assert storage.is_partial(left)
+    (tmp_path / ".a.json.of-now.partial").touch()  # somebody has just begun
+    storage.write_bytes(f"{tmp_path}/a.json", b"2")
+    assert sorted(os.listdir(tmp_path)) == [".a.json.of-now.partial", "a.json"]
 
 
 def test_what_another_writer_is_writing_stays(tmp_path, monkeypatch):

@@ -264,6 +264,15 @@ def test_a_state_of_other_shapes_or_of_another_step_is_refused(config, whole, tm
         continued(config, out)
 
 
+def test_a_run_killed_while_it_begins_is_no_other_experiment(config, tmp_path):
+    """Its description is not whole yet."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".experiment.json.abcd1234.partial").write_text("{")
+    with claimed(plan_of(replace(config, out=str(out)))):
+        assert sorted(os.listdir(out)) == [".lock", "experiment.json"]
+
+
 def test_another_number_of_devices_is_the_same_experiment(config):
     plans = [plan_of(replace(config, dp=dp)) for dp in (1, 2, 4)]
     assert plans[0].identity == plans[1].identity == plans[2].identity
