@@ -16,7 +16,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
     {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}; what
     cannot be measured here has the value None and says "why".
     """
-    from pipelines.bench import data, forward, tpu, training, writing
+    from pipelines.bench import data, forward, sweeping, tpu, training, writing
 
     storage.require_folder(os.path.dirname(out) or ".")
     if os.path.isdir(out):
@@ -30,6 +30,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
             lambda: forward.peak_fraction(model),
             lambda: forward.attention_growth(model),
             lambda: data.streamed(place),
+            lambda: sweeping.figures(f"{place}/streamed", data.STREAMED),
             lambda: writing.write_rate(place),
             lambda: writing.memory_growth(place),
             lambda: writing.first_round(place),

@@ -35,7 +35,7 @@ _CONVERSATIONS = 1_500
 _DUMPED = 24  # rows of 512 tokens: a minute of forward passes on two cores
 _SHARED = 12  # rows that one and two processes dump
 _BEFORE_ROWS = ("manifest.json", "index.parquet", "row_sums.parquet")
-_STREAMED, _LENGTH, _HIDDEN = 256, 1024, 512  # 2.1 MB bfloat16 a row and aux state
+STREAMED, _LENGTH, _HIDDEN = 256, 1024, 512  # 2.1 MB bfloat16 a row and aux state
 
 
 def prepared(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
@@ -204,10 +204,10 @@ def _size(folder: str) -> int:
 def streamed(place: str) -> dict[str, dict[str, Any]]:
     """stream.rate_vs_raw: batches on the device against reading the same files from end to end."""
     url = f"{place}/streamed"
-    note(f"bench: a store of {_STREAMED} rows of {_LENGTH} tokens to stream")
+    note(f"bench: a store of {STREAMED} rows of {_LENGTH} tokens to stream")
     store = _random_store(url)
-    workload = Workload(store, np.arange(_STREAMED), ttt_steps=7)
-    wanted = order(np.arange(_STREAMED), 0, _STREAMED // 4, 4)
+    workload = Workload(store, np.arange(STREAMED), ttt_steps=7)
+    wanted = order(np.arange(STREAMED), 0, STREAMED // 4, 4)
     view = View(wanted, workload, workload.capacity(wanted.rows, 1), "recompute", np.arange(8))
     stream = Stream(store, make_mesh(), [view])
     paths = [os.path.join(where, name) for where, _, names in os.walk(f"{url}/features") for name in names]
@@ -233,7 +233,7 @@ def streamed(place: str) -> dict[str, dict[str, Any]]:
 
 
 def _random_store(url: str) -> Store:
-    store = made.empty_store(url, _STREAMED, _LENGTH, _HIDDEN, block := 32)
+    store = made.empty_store(url, STREAMED, _LENGTH, _HIDDEN, block := 32)
     plan = made.MadePlan(store, tuple(range(store.blocks)))
     with FeatureWriter(url) as writer:
         run_rounds(plan, made.MadePrefill(block, _LENGTH, _HIDDEN), writer)
