@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -16,9 +17,20 @@ MOST_SKIPPED = 10  # steps in a row that may be skipped before a run ends
 _MUON_RMS = 0.2  # of a Muon update's entries, which is about AdamW's (arXiv 2502.16982): one rate suits both
 
 
-def schedule(
-    peak: float, warmup: float, steps: int, kind: str = "cosine", cooldown: float = 0.2
-) -> optax.Schedule:
+class Rates:
+    """The learning rate of every step, which stays as it is after the last. Numbers and no formula, so that
+    they are data: one program serves all rates and schedules."""
+
+    def __init__(self, rate: optax.Schedule, steps: int):
+        size = 1 << steps.bit_length()  # of few sizes, for they are part of the program
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+            self.table = np.asarray(jax.vmap(rate)(jnp.arange(size, dtype=jnp.int32)), np.float32)
+
+    def __call__(self, step: int) -> float:
+        return float(self.table[min(step, len(self.table) - 1)])
+
+
+def schedule(peak: float, warmup: float, steps: int, kind: str = "cosine", cooldown: float = 0.2) -> Rates:
     """Learning rate by step: linear over the first `warmup` share of `steps`, then as `kind` says.
 
     "cosine" and "linear" fall to 0, "constant" stays, "wsd" stays and falls linearly to 0 over the last
@@ -27,15 +39,15 @@ def schedule(
     rising = max(1, round(warmup * steps))
     first, end = peak / (rising + 1), max(steps, rising + 1)
     if kind == "cosine":
-        return optax.schedules.warmup_cosine_decay_schedule(first, peak, rising, end)
+        return Rates(optax.schedules.warmup_cosine_decay_schedule(first, peak, rising, end), steps)
     falling = {"constant": 0, "linear": end - rising, "wsd": max(1, round(cooldown * steps))}[kind]
     later = optax.linear_schedule(peak, 0.0, falling) if falling else optax.constant_schedule(peak)
     parts = [optax.linear_schedule(first, peak, rising), optax.constant_schedule(peak), later]
-    return optax.join_schedules(parts, [rising, end - falling])
+    return Rates(optax.join_schedules(parts, [rising, end - falling]), steps)
 
 
 def make(
-    rate: optax.Schedule,
+    rate: Rates | optax.Schedule,
     clip: float,
     betas: tuple[float, float],
     weight_decay: float,
@@ -65,10 +77,27 @@ def make(
             _direction(betas, muon, still),
             _divided_by(units),
             optax.add_decayed_weights(weight_decay, decaying),
-            optax.scale_by_learning_rate(rate),
+            _scaled(rate) if isinstance(rate, Rates) else optax.scale_by_learning_rate(rate),
             *([_averaged(ema)] if ema else []),
         )
     )
+
+
+class Scaled(NamedTuple):
+    """State of the rate: the number of steps, and the rate of each."""
+
+    steps: jax.Array
+    rates: jax.Array
+
+
+def _scaled(rate: Rates) -> optax.GradientTransformation:
+    """Its state holds the rates, as that of the units does."""
+
+    def update(updates: Any, state: Scaled, _: Any = None) -> tuple[Any, Scaled]:
+        now = state.rates.at[state.steps].get(mode="clip")
+        return jax.tree.map(lambda x: -now * x, updates), Scaled(state.steps + 1, state.rates)
+
+    return optax.GradientTransformation(lambda _: Scaled(jnp.int32(0), jnp.asarray(rate.table)), update)
 
 
 def _direction(
