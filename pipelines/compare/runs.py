@@ -20,13 +20,13 @@ from common.lock import in_use
 from common.schema import Count, TypedDict
 from pipelines.compare.curves import Curve, elapsed, thin
 
-EXPERIMENT, METRICS = "experiment.json", "metrics.jsonl"
+EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
 LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")
 EVALUATED = (GREEDY, SAMPLED, "acc", "loss")
 # Fields of the configuration that the identity holds as they were decided, or that are places.
-_DECIDED = ("store", "out", "epochs", "steps", "draft_vocab", "ffn", "dtype")
+_DECIDED = ("store", "out", "cache", "log_to", "epochs", "steps", "draft_vocab", "ffn", "dtype")
 _DEPTH = 4  # folders below the one that is named
 _MOST_STEPS = 64  # a longer list in a line is damage
 
@@ -42,6 +42,11 @@ class _Identity(TypedDict):
     head: dict[str, Any]
     target: _Target
     steps: Count
+
+
+class _Failed(TypedDict):
+    step: Count
+    reason: str
 
 
 class _Experiment(TypedDict):
@@ -81,7 +86,8 @@ class Run:
     """One folder of `train`. `settings` are all that could differ from another run, flat: {"head.ffn": 1536}.
 
     `store` is the store's hash, `store_url` where it was then.
-    `state` is "done", "running", "stopped" or, where that cannot be told, "unfinished". `best` is the
+    `state` is "done", "running", "stopped", "failed" (of a sweep, which says why) or, where that cannot be
+    told, "unfinished". `best` is the
     evaluation of the head in best/, `last` the last one, None where there is none. `loss` is the last
     training loss.
     """
@@ -162,6 +168,7 @@ def read(url: str, points: int) -> Run:
     measured = [line["evaluation"] for line in evaluations]
     heads = [Evaluation(int(s), t, c, v) for s, t, c, v in zip(*at, measured, strict=True)]
     reached = int(max([0, *steps[-1:], *when[-1:]]))
+    done = reached >= identity["steps"] or _gave_up(heads, experiment["config"])
     return Run(
         url=url,
         store=identity["store"],
@@ -170,7 +177,7 @@ def read(url: str, points: int) -> Run:
         settings=_settings(experiment),
         planned=identity["steps"],
         step=reached,
-        state=_state(url, reached >= identity["steps"] or _gave_up(heads, experiment["config"])),
+        state=_failure(url, notes) or _state(url, done),
         tokens=_last(tokens),
         seconds=_last(seconds),
         loss=_last(columns["loss"][:, 0]) if len(steps) else math.nan,
@@ -194,6 +201,20 @@ def _gave_up(heads: list[Evaluation], config: dict[str, Any]) -> bool:
     if best is None or type(patience) is not int:
         return False
     return sum(head.step > best.step for head in heads) >= patience
+
+
+def _failure(url: str, notes: list[str]) -> str:
+    """ "failed" if a sweep said so, which the notes then tell; else ""."""
+    place = f"{url}/{FAILED}"
+    if not storage.exists(place):
+        return ""
+    try:
+        found = schema.read(_Failed, place, "delete it to try again")
+    except EyasError as error:
+        notes.append(str(error))
+    else:
+        notes.append(f"{url} failed at step {found['step']}: {found['reason']}")
+    return "failed"
 
 
 def _state(url: str, done: bool) -> str:

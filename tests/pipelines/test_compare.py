@@ -154,6 +154,24 @@ def test_a_value_of_the_wrong_kind_is_a_gap(tmp_path, value):
     assert table(found)
 
 
+def test_a_head_that_failed_in_a_sweep_says_why_and_a_damaged_note_of_it_is_one_line(tmp_path):
+    write_run(tmp_path / "good", quality=0.9)
+    write_run(tmp_path / "bad", quality=1.0, reached=100)
+    write_run(tmp_path / "worse", reached=100, quality=0.5)
+    reason = "steps 91 to 100 were all skipped: the loss is nan"
+    (tmp_path / "bad" / runs.FAILED).write_text(json.dumps({"step": 100, "reason": reason}))
+    (tmp_path / "worse" / runs.FAILED).write_text('{"step": "x"}')
+    found = compared(tmp_path)
+    (group,) = found["groups"]
+    states = {row.name: row.run.state for row in group.rows}
+    assert states == {"bad": "failed", "good": "done", "worse": "failed"}
+    said = "\n".join(found["notes"])
+    assert f"bad failed at step 100: {reason}" in said
+    assert "worse/failed.json: step is" in said
+    assert "failed at 100 of 400" in table(found)
+    assert f"failed at step 100: {reason}" in page.render(found["groups"], found["notes"])
+
+
 def test_a_run_at_work_is_running_and_is_not_disturbed(tmp_path):
     run = write_run(tmp_path / "run", reached=100)
     with locked(str(run)):
