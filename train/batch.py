@@ -29,9 +29,10 @@ class Batch(NamedTuple):
     logsumexp: jax.Array  # float32 [B, T]
     live: jax.Array  # int32 [C], flat indices; n where free
     targets: jax.Array  # int32 [M], flat positions; n where free
-    count: jax.Array  # int32 [1], how many targets are real
+    count: jax.Array  # int32 [1], how many targets are real; so many as there are parts, see `in_parts`
     topk_logits: jax.Array | None = None  # [B, T, k], the target's largest
     topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
+    row: jax.Array | None = None  # int32 [B], of the store
 
 
 class Frozen(NamedTuple):
@@ -40,6 +41,13 @@ class Frozen(NamedTuple):
     embed: jax.Array  # [V, H]; a chip's part of the columns where they are divided
     lm_head: jax.Array | None  # [D, H], the draft vocabulary's rows; None where stored logits teach
     draft_index: jax.Array  # int32 [V]: a token's place in the draft vocabulary, or -1
+
+
+def in_parts(batch: Batch) -> Batch:
+    """A shard's parts [P, ...], each of which is a batch: its live indices and targets are those of its own
+    rows."""
+    count = len(batch.count)
+    return jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), batch)
 
 
 def pick(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -17,9 +17,13 @@ def _cache() -> Any:
     return setting(None, text, otherwise="nothing is kept")
 
 
-def _check_batch(batch_rows: int, dp: int) -> None:
+def _check_batch(batch_rows: int, dp: int, accumulate: int = 1) -> None:
     if batch_rows % dp:
         raise ValueError(f"batch_rows={batch_rows} must be a multiple of dp={dp}")
+    if batch_rows // dp % accumulate:
+        raise ValueError(
+            f"accumulate={accumulate} must divide the rows of a chip, batch_rows={batch_rows} over dp={dp}"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class TrainConfig:
         None, "Optimiser steps; overrides --epochs.", least=1, otherwise="from --epochs"
     )
     batch_rows: int = setting(4, "Rows a step.", least=1)
+    accumulate: int = setting(
+        1, "Parts of a step's rows, computed one after the other: less memory, the same step.", least=1
+    )
+    noise: float = setting(
+        0.0, "Standard deviation of noise on the aux states, as a share of each value.", least=0, most=1
+    )
     ttt_steps: int = setting(7, "Steps K of the rollout.", least=1, most=64)
     decay: float = setting(0.8, "Step k's loss weighs decay^k.", above=0)
     loss: str = setting(
@@ -126,7 +136,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        _check_batch(self.batch_rows, self.dp)
+        _check_batch(self.batch_rows, self.dp, self.accumulate)
         if self.cache:
             row_cache.parse(self.cache)
         if self.teacher_temperature != 1 and self.loss not in _TEMPERED:

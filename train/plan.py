@@ -36,7 +36,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
-_FREE = ("out", "log_every", "log_to", "cache", "eval_every", "save_every", "patience", "dp")
+_FREE = ("out", "log_every", "log_to", "cache", "eval_every", "save_every", "patience", "accumulate", "dp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
@@ -149,10 +149,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         view=View(
             wanted,
             workload,
-            workload.capacity(wanted.rows, source.mesh.size),
+            workload.capacity(wanted.rows, source.mesh.size * config.accumulate),
             config.teacher,
             draft_ids,
             head.aux_layers,
+            config.accumulate,
         ),
         counted=counted,
         eval_every=config.eval_every or pace,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from common.mesh import spec
 from train import placing
-from train.batch import Batch, Frozen, Params
+from train.batch import Batch, Frozen, Params, in_parts
 from train.heads import Head
 from train.losses import Loss, cross_entropy
 from train.metrics import Sums, shard_sums
@@ -46,12 +46,12 @@ class Metrics(NamedTuple):
 
 
 def _over_mesh(
-    head: Head, mesh: Mesh, dtype: Any, fn: Callable, gradients: bool
+    head: Head, mesh: Mesh, dtype: Any, fn: Callable, context: Callable | None = None
 ) -> Callable[[Params, Frozen, Batch], Any]:
     """`fn(params, frozen, batch)` on every chip's own rows; the result is summed up and the same on all.
 
-    With `gradients` also those of the first result, which lie as the parameters do: (results, gradients).
-    `fn` gets whole parameters, the matrices in `dtype`.
+    `fn` gets whole parameters, the matrices in `dtype`. With a `context(frozen, batch)`, which it gets too,
+    also the gradients of its first result, which lie as the parameters do: (results, gradients).
     """
     declared = placing.layout(head.parameters(), mesh)
 
@@ -59,16 +59,16 @@ def _over_mesh(
         axes = placing.frozen_axes(frozen, mesh)
 
         def on_shard(params: Params, frozen: Frozen, batch: Batch) -> Any:
-            def on_rows(params: Params) -> Any:
-                return fn(*placing.gathered(params, frozen, declared, axes, dtype), batch)
+            def gathered(params: Params) -> tuple[Params, Frozen]:
+                return placing.gathered(params, frozen, declared, axes, dtype)
 
-            if not gradients:
-                return _summed(on_rows(params))
-            found, by_params = jax.value_and_grad(on_rows, has_aux=True)(params)
+            if context is None:
+                return _summed(fn(*gathered(params), batch))
+            found, by_params = _gradients(fn, gathered, params, batch, context(frozen, batch))
             return _summed(found), by_params
 
         in_specs = (*placing.in_specs(head.parameters(), frozen, mesh), _ROW)
-        out_specs = (_ALL, in_specs[0]) if gradients else _ALL
+        out_specs = _ALL if context is None else (_ALL, in_specs[0])
         over_chips = jax.shard_map(
             on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -76,6 +76,28 @@ def _over_mesh(
         return over_chips(*jax.sharding.reshard((params, frozen, batch), where))
 
     return over_mesh
+
+
+def _gradients(
+    fn: Callable, gathered: Callable, params: Params, batch: Batch, given: Any
+) -> tuple[Any, Params]:
+    """(what `fn` gives, the gradients of the first of it) of a chip's rows. Where they are in several parts,
+    one after the other: so the memory of one is enough."""
+    if len(batch.count) == 1:
+        return jax.value_and_grad(lambda x: fn(*gathered(x), batch, given), has_aux=True)(params)
+    whole, pullback, frozen = jax.vjp(gathered, params, has_aux=True)
+
+    def of_part(part: Batch) -> tuple[Any, Params]:
+        return jax.value_and_grad(lambda x: fn(x, frozen, part, given), has_aux=True)(whole)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(lambda x, y: x + y.astype(jnp.float32), total, of_part(part)), None
+
+    parts = in_parts(batch)
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    (found, by_whole), _ = jax.lax.scan(add, zeros, parts)
+    return found, pullback(jax.tree.map(lambda x, w: x.astype(w.dtype), by_whole, whole))[0]
 
 
 def _summed(tree: Any) -> Any:
@@ -98,15 +120,19 @@ def gradient(
     """
     decays_K = decay ** jnp.arange(steps, dtype=jnp.float32)
 
-    def loss(params: Params, frozen: Frozen, batch: Batch) -> Any:
-        counts_K = jax.lax.psum(shard_counts(frozen, batch, steps), _ROW[0])
-        by_K = jnp.maximum(counts_K, 1.0)
+    def divisors(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """By what the loss and the counts of right ones are divided [K], over all parts of all chips."""
+        own_K = jax.lax.map(lambda part: shard_counts(frozen, part, steps), in_parts(batch)).sum(0)
+        counts_K = jnp.maximum(jax.lax.psum(own_K, _ROW[0]), 1.0)
         if compat == "specforge":
-            by_K = jnp.full((steps,), float(batch.tokens.size * mesh.size))
-        total, sums = shard_loss(head, loss_of, params, frozen, batch, decays_K / by_K, dtype)
-        return total, (sums.loss / by_K, sums.correct / jnp.maximum(counts_K, 1.0))
+            return jnp.full((steps,), float(batch.tokens.size * mesh.size)), counts_K
+        return counts_K, counts_K
 
-    over_mesh = _over_mesh(head, mesh, dtype, loss, gradients=True)
+    def loss(params: Params, frozen: Frozen, batch: Batch, by: tuple[jax.Array, jax.Array]) -> Any:
+        total, sums = shard_loss(head, loss_of, params, frozen, batch, decays_K / by[0], dtype)
+        return total, (sums.loss / by[0], sums.correct / by[1])
+
+    over_mesh = _over_mesh(head, mesh, dtype, loss, divisors)
 
     def gradient_of(params: Params, frozen: Frozen, batch: Batch) -> Any:
         (total, (loss_K, acc_K)), gradients = over_mesh(params, frozen, batch)
@@ -116,13 +142,16 @@ def gradient(
 
 
 def train_step(
-    gradients_of: Callable, optimizer: optax.GradientTransformation
+    gradients_of: Callable,
+    optimizer: optax.GradientTransformation,
+    changed: Callable[[Batch, jax.Array], Batch] = lambda batch, step: batch,
 ) -> Callable[[State, Frozen, Batch], tuple[State, Metrics]]:
-    """One optimiser step; to be jitted with the state donated."""
+    """One optimiser step; to be jitted with the state donated. `changed` gives what of a batch is trained on
+    at a step."""
     with_loss = optax.with_extra_args_support(optimizer)
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
-        (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, batch)
+        (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, changed(batch, state.step))
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it; our own code runs under "strict"
             params, moments, norm = _updated(with_loss, state, gradients, loss)
         metrics = Metrics(loss, loss_K, acc_K, norm, *skipped(moments))
@@ -163,4 +192,4 @@ def score_step(
         scores, valid_MK, known_M = shard_scores(head, params, frozen, batch, steps, dtype)
         return shard_sums(scores, valid_MK, known_M, batch, answer_tokens)
 
-    return _over_mesh(head, mesh, dtype, on_rows, gradients=False)
+    return _over_mesh(head, mesh, dtype, on_rows)

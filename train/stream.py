@@ -89,6 +89,7 @@ class View:
     teacher: str
     draft_ids: np.ndarray
     aux_layers: tuple[int, ...] | None = None  # those of the store that the head reads; None: all
+    parts: int = 1  # of a chip's rows, each of that capacity
 
 
 class _Read(NamedTuple):
@@ -148,7 +149,7 @@ class Stream:
         for part, counts in zip(read.parts, read.counts, strict=True):
             view = self._views[part.order]
             names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
-            rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names}}
+            rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names, "row"}}
             if view.teacher == "stored" and read.drafts:
                 rows["draft_logits"] = read.drafts[_vocabulary(view)]
             rows |= {name: _chosen(rows[name], self._places(view)) for name in _BY_LAYER if name in rows}
@@ -170,8 +171,8 @@ class Stream:
 
     def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
         """On several processes each reads its own rows only."""
-        put = self._rows.place
-        found = self._read(self._rows.own(rows))
+        put, own = self._rows.place, self._rows.own(rows)
+        found = self._read(own) | {"row": own.astype(np.int32)}
         masks = {name: found[name] for name in _MASKING}
         logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
         drafts = {}
@@ -190,7 +191,7 @@ class Stream:
         if not part.whole:
             masks = self._read(self._rows.own(view.order.rows[part.step]), _MASKING)
         live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
-        put, shards = self._rows.place, self._rows.chips
+        put, shards = self._rows.place, self._rows.chips * view.parts
         return {
             "live": put(compact(live, shards, view.capacity.live)),
             "targets": put(compact(targets, shards, view.capacity.targets)),

@@ -4,6 +4,7 @@ import math
 import posixpath
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -20,6 +21,7 @@ from train.evaluate import Evaluator
 from train.export import export, target_identity
 from train.logs import Logs
 from train.metrics import LENGTH, better
+from train.noise import noised
 from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Lines, Saved
@@ -138,7 +140,8 @@ class Trainer:
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
         rule = plan.optimizer(self._rate, self._no_sample())
-        step = jax.jit(train_step(gradients, rule), donate_argnums=0)
+        changed = partial(noised, c.noise, c.seed)
+        step = jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
         return step.lower(self._state, self._frozen, batch).compile()
 
     @property

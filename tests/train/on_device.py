@@ -51,11 +51,11 @@ def batch_of(p: Problem, compat=None, shards=1, taught=None) -> Batch:
     )
 
 
-def on_mesh(p: Problem, mesh: Mesh, compat=None) -> tuple[dict, Frozen, Batch]:
+def on_mesh(p: Problem, mesh: Mesh, compat=None, parts=1) -> tuple[dict, Frozen, Batch]:
     """(parameters, frozen, batch) where a jitted step has them."""
     everywhere = jax.device_put((parameters_of(p), frozen_of(p)), sharding(mesh, ()))
     rows = jax.tree.map(
         lambda x: jax.device_put(x, sharding(mesh, ("row",) + (None,) * (x.ndim - 1))),
-        batch_of(p, compat, shards=mesh.size),
+        batch_of(p, compat, shards=mesh.size * parts),
     )
     return *everywhere, rows

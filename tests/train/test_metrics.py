@@ -1,5 +1,7 @@
 """Metrics and the meshed steps against the float64 reference."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from common.mesh import make_mesh
 from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import head_config, problem
 from train import loss, optimizer
+from train.batch import Batch
 from train.metrics import add, better, summarise
+from train.noise import noised
 from train.step import State, gradient, score_step, train_step
 from train.targets import counted_targets
 
@@ -77,6 +81,40 @@ def test_a_step_minimises_the_references_loss_on_any_mesh(chips, compat):
     fall = float(metrics.gradient_norm) ** 2 * 1e-4
     np.testing.assert_allclose(expected.total - after, fall, rtol=0.02)
     assert int(new.step) == 1
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_give_its_gradients():
+    """Divided by what counts in all parts, whose numbers differ, on a chip or on two."""
+    p, found = problem(B=4, T=24), {}
+    for chips, parts in ((1, 1), (2, 2)):
+        mesh = make_mesh(chips)
+        params, frozen, batch = on_mesh(p, mesh, parts=parts)
+        assert len(set(np.asarray(batch.count).tolist())) == len(batch.count)
+        fn = jax.jit(gradient(CONFIG, mesh, STEPS, DECAY, jnp.float32))
+        found[chips, parts] = jax.device_get(fn(params, frozen, batch))
+    for other in found.values():
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(found[1, 1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_a_function_of_seed_step_and_row():
+    rng = np.random.default_rng(0)
+    aux = np.repeat(rng.normal(size=(1, 5, 3, 4)), 3, 0).astype(np.float32) * np.float32(100)
+    names = dict.fromkeys(Batch._fields)
+    batch = Batch(**names | {"aux_hidden": jnp.asarray(aux), "row": jnp.asarray([7, 2, 7], jnp.int32)})
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def noisy(amount, seed, step):
+        return noised(amount, seed, batch, step).aux_hidden
+
+    found = np.asarray(noisy(0.1, 0, 3))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found, noisy(0.1, 0, 3))
+    for other in (found[1], noisy(0.1, 0, 4)[0], noisy(0.1, 1, 3)[0]):
+        assert (found[0] != np.asarray(other)).all()
+    assert np.std(found / aux - 1) == pytest.approx(0.1, rel=0.3)
+    np.testing.assert_array_equal(noisy(0.0, 0, 3), aux)
 
 
 def test_warm_up_starts_above_zero_and_the_cosine_ends_at_zero():

@@ -128,6 +128,7 @@ def test_options_of_the_optimiser_that_would_do_nothing_are_refused():
         ({"ema": 1.0}, "ema=1.0"),
         ({"optimizer": "sgd"}, "use one of adamw, muon"),
         ({"patience": 0}, "patience=0"),
+        ({"batch_rows": 6, "dp": 2, "accumulate": 2}, "accumulate=2 must divide the rows of a chip"),
     ):
         with pytest.raises(ValueError, match=match):
             TrainConfig(store="s", out="o", **changed)

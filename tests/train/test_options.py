@@ -37,6 +37,8 @@ def config(tmp_path_factory):
         ema=0.9,
         schedule="wsd",
         cooldown=0.5,
+        accumulate=2,
+        noise=0.05,
         aux_layers=(5, 2),
         layers=2,
         fc_norm=True,
