@@ -116,8 +116,11 @@ def _kernel(
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
-    """Of the keys, which are fewer than the queries."""
-    return x * jnp.asarray(scale, x.dtype)
+    """Of the keys, which are fewer than the queries.
+
+    In float32: a rounded scale would sharpen, or flatten, all of the softmax alike.
+    """
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _heads_first(x_TNd: jax.Array) -> jax.Array:

@@ -75,10 +75,12 @@ class Mla:
         w_NXC = w["kv_b_proj"].reshape(-1, P + self.value_dim, self.latent)
         w_k = _with_shared(w_NXC[:, :P], R).reshape(-1, self.latent + R)
         w_v = w_NXC[:, P:].reshape(-1, self.latent)
-        k = heads_of(linear(jnp.concatenate([c_BTC, shared_BT1R[:, :, 0]], -1), w_k), P + R)
+        # The scale belongs to queries times keys: here it multiplies the least.
+        shared = jnp.concatenate([c_BTC, shared_BT1R[:, :, 0]], -1).astype(jnp.float32) * self.scale
+        k = heads_of(linear(shared.astype(c_BTC.dtype), w_k), P + R)
         v = heads_of(linear(c_BTC, w_v), self.value_dim)
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, context.segments_BT, self.scale)
+        out = attend(q, k, v, context.segments_BT, 1.0)
         return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
 
     def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
