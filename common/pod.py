@@ -15,9 +15,7 @@ there is one process.
 import itertools
 import json
 import os
-import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
-from common import progress, stopping
+from common import joining, progress, stopping
 from common.config import differences
 from common.errors import EyasError, MachineError, RestartError
 from common.stopping import STOPPED, Stopped, exit_code
@@ -66,7 +64,7 @@ def initialise(
     if processes == 1:
         return
     if any(x is not None for x in given):
-        _check_given(*given)
+        joining.check_given(*given)
     # Only here: every verb imports this file, and few need jax. What is asked of its insides has no public
     # name; orbax asks the same.
     import jax
@@ -75,10 +73,10 @@ def initialise(
     if jax.distributed.is_initialized() or (coordinator is None and xla_bridge.backends_are_initialized()):
         return  # a second command in one Python program
     if process == 0:
-        _check_port(coordinator)
+        joining.check_port(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
     try:
-        jax.distributed.initialize(*given)
+        joining.join(*given)
     except ValueError as error:
         if coordinator is None:
             return  # no pod was found
@@ -94,33 +92,6 @@ def initialise(
         if not is_first():
             progress.silence()
         threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
-
-
-def _check_given(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """EyasError unless JAX could begin with these; of some mistakes it would die without a word."""
-    if None in (coordinator, processes, process):
-        raise EyasError(
-            f"--coordinator is {coordinator}, --processes {processes}, --process {process}: give all three "
-            "or none (EYAS_COORDINATOR, EYAS_PROCESSES and EYAS_PROCESS count as given)"
-        )
-    if not 0 <= process < processes:
-        raise EyasError(f"--process {process} of {processes}: give a number from 0 to {processes - 1}")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise EyasError(
-            f"--coordinator {coordinator!r} is no HOST:PORT; give that of process 0, 10.0.0.1:8476 say"
-        )
-
-
-def _check_port(coordinator: str) -> None:
-    """EyasError unless this process, the first one, can listen there."""
-    try:
-        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
-    except OSError as error:
-        raise EyasError(
-            f"--coordinator {coordinator}: this host cannot listen there ({os.strerror(error.errno)}); end "
-            "what uses the port, or give another one on every host"
-        ) from None
 
 
 def size() -> int:

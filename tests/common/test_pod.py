@@ -87,6 +87,29 @@ def work():
     assert all("no row is left" in p.err and "Traceback" not in p.err for p in found), found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("me", [0, 1])
+def test_a_process_that_is_left_alone_says_so(me):
+    """JAX itself would end with a stack trace of its own language."""
+    with socket.create_server(("", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"""
+import sys
+from common import joining, pod
+from common.errors import RestartError
+joining.SECONDS, joining._PATIENCE = 3, 1
+try:
+    pod.initialise({address!r}, 2, {me})
+except RestartError as error:
+    print("Error:", error, file=sys.stderr)
+    pod.leave(error.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 42, done.stderr
+    assert "waiting for the other processes" in done.stderr
+    assert "do not find each other (not all came within 3 seconds)" in done.stderr.splitlines()[-1]
+
+
 def test_what_differs_between_processes_is_named():
     work = """
 def work():

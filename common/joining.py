@@ -1,0 +1,75 @@
+"""How the processes of a pod meet: what was given by hand is checked, and the others are waited for."""
+
+import os
+import re
+import socket
+import threading
+import time
+from concurrent.futures import Future, wait
+
+from common import progress, stopping
+from common.errors import EyasError
+
+SECONDS = 300  # for all processes to start
+_LONGER = 8.0  # seconds that the first process, which the others ask, waits longer
+_PATIENCE = 8.0  # seconds after which the user is told
+_LOOK_SECONDS = 0.5  # between two looks whether to stop
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Initialises jax.distributed, in a thread: it hears no signal while it waits, and would end the process
+    with a trace when it has waited enough.
+
+    RuntimeError if not all come, Stopped if asked to stop meanwhile, and what JAX raises.
+    """
+    import jax  # only here: every verb imports this file
+
+    joined: Future = Future()
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=2 * SECONDS)
+            joined.set_result(None)
+        except BaseException as error:
+            joined.set_exception(error)
+
+    threading.Thread(target=join, name="pod-join", daemon=True).start()
+    start, last = time.monotonic(), SECONDS + (_LONGER if process == 0 else 0)
+    told = False
+    while not joined.done():
+        wait([joined], _LOOK_SECONDS)
+        stopping.check()
+        seconds = time.monotonic() - start
+        if seconds > last:
+            raise RuntimeError(f"not all came within {SECONDS} seconds")
+        if seconds > _PATIENCE and not told:
+            told = True
+            progress.note("waiting for the other processes of the pod: the same command runs on every host")
+    joined.result()
+
+
+def check_given(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """EyasError unless JAX could begin with these; of some mistakes it would die without a word."""
+    if None in (coordinator, processes, process):
+        raise EyasError(
+            f"--coordinator is {coordinator}, --processes {processes}, --process {process}: give all three "
+            "or none (EYAS_COORDINATOR, EYAS_PROCESSES and EYAS_PROCESS count as given)"
+        )
+    if not 0 <= process < processes:
+        raise EyasError(f"--process {process} of {processes}: give a number from 0 to {processes - 1}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise EyasError(
+            f"--coordinator {coordinator!r} is no HOST:PORT; give that of process 0, 10.0.0.1:8476 say"
+        )
+
+
+def check_port(coordinator: str) -> None:
+    """EyasError unless this process, the first one, can listen there."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise EyasError(
+            f"--coordinator {coordinator}: this host cannot listen there ({os.strerror(error.errno)}); end "
+            "what uses the port, or give another one on every host"
+        ) from None
