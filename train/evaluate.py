@@ -49,7 +49,7 @@ class Evaluator:
         # The default mask, whatever the training's was: figures of different runs compare.
         workload = source.workload(ttt_steps, test=True)
         self.source, self.counted = source, workload.counted(rows)
-        capacity = workload.capacity(np.maximum(batches, rows[0]), chips)
+        capacity = workload.capacity(batches, chips)
         self.view = View(listed(batches), workload, capacity, teacher, draft_ids, head.aux_layers)
         self.score: Callable = jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens))
 

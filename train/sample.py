@@ -129,7 +129,7 @@ def _batches(
     filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
     filled[: len(rows)] = rows
     wanted = filled.reshape(-1, size)
-    capacity = workload.capacity(np.maximum(wanted, rows[0]), mesh.size)
+    capacity = workload.capacity(wanted, mesh.size)
     view = View(listed(wanted), workload, capacity, "recompute", np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 

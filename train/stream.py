@@ -57,9 +57,11 @@ class Workload:
         return live_queries(segments_BT, targets, self.ttt_steps), targets
 
     def capacity(self, batches: np.ndarray, shards: int) -> Capacity:
-        """What the fullest shard of `batches` int64 [n, B] needs."""
+        """What the fullest shard of `batches` int64 [n, B] needs; a row of -1 is empty."""
         parts = batches.reshape(len(batches) * shards, -1)
-        live, targets = (counts[parts].sum(1).max() for counts in (self._live, self.targets))
+        live, targets = (
+            np.where(parts < 0, 0, counts[parts]).sum(1).max() for counts in (self._live, self.targets)
+        )
         return Capacity(round_up(int(live)), round_up(int(targets)))
 
 

@@ -35,12 +35,22 @@ def stream_of(store, rows, chips=1):
     mesh = make_mesh(chips)
     workload = Workload(store, store.split_rows("train"), STEPS)
     wanted = np.atleast_2d(rows)
-    capacity = workload.capacity(np.maximum(wanted, 0), mesh.size)
+    capacity = workload.capacity(wanted, mesh.size)
     return Stream(store, mesh, [View(listed(wanted), workload, capacity, "recompute", np.arange(4))])
 
 
 def batches(stream):
     return [batch for dealt in stream.batches() for _, batch in dealt]
+
+
+def test_room_is_what_the_fullest_batch_needs_in_whatever_order_rows_come(store):
+    """Rows of very different work, and empty ones, of which none stands for another."""
+    workload = Workload(store, store.split_rows("train"), STEPS)
+    workload._live = workload.targets = np.array([1000, 5, 3000, 7, 900, 20])
+    for rows in ([[5, 2], [4, 0]], [[2, -1], [5, -1]], [[5, 3], [1, 2]], [[0, 4], [-1, 2]]):
+        needed = max(sum(int(workload.targets[row]) for row in batch if row >= 0) for batch in rows)
+        assert needed <= workload.capacity(np.array(rows), 1).live < needed + 128
+    assert workload.capacity(np.full((1, 2), -1), 1).targets == 128
 
 
 def test_a_batch_holds_the_rows_asked_for(store):
