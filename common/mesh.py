@@ -40,6 +40,8 @@ _BY_SPARSE_CORES = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_enable_instruction_fusion": "false",
     "xla_sc_disable_megacore_partitioning": "true",
+    # Sparse cores do one thing after another: behind small scatters of experts gatherings would start late.
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
 }
 _SPARSE_CORES = ("TPU v6 lite",)  # kinds of chips that have them and for which this was compiled
 
