@@ -51,7 +51,10 @@ class Evaluator:
         self.source, self.counted = source, workload.counted(rows)
         capacity = workload.capacity(batches, chips)
         self.view = View(listed(batches), workload, capacity, teacher, draft_ids, head.aux_layers)
-        self.score: Callable = jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens))
+        self.score: Callable = source.once(
+            ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
+            lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),
+        )
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
         """The metrics of train/metrics.py."""

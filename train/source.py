@@ -1,5 +1,6 @@
 """A complete store on a mesh: what all runs from it share is read once, and lies on the devices once."""
 
+import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -33,19 +34,25 @@ class Source:
         self.train_rows, self.test_rows = self.store.split_rows("train"), self.store.split_rows("test")
         self._kept: dict[Hashable, Any] = {}
 
-    def _once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What `make` gave for this key."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
+    def program(self, lowered: Any, compile: Callable[[], Callable]) -> Callable:
+        """What `compile` makes of a lowered program; of one that is the same to the letter, that one's."""
+        text = hashlib.sha256(lowered.as_text().encode()).digest()
+        return self.once(("program", text), compile)
+
     def rows(self, seed: int, share: float) -> np.ndarray:
         """A share of the train split's rows."""
-        return self._once(("rows", seed, share), lambda: share_of(self.train_rows, seed, share))
+        return self.once(("rows", seed, share), lambda: share_of(self.train_rows, seed, share))
 
     def workload(self, ttt_steps: int, compat: str | None = None, test: bool = False) -> Workload:
         """Of the train split, or of the test split."""
         rows = self.test_rows if test else self.train_rows
-        return self._once(
+        return self.once(
             ("workload", ttt_steps, compat, test), lambda: Workload(self.store, rows, ttt_steps, compat)
         )
 
@@ -61,7 +68,7 @@ class Source:
     ) -> Sample:
         """What a head is told of its target before it trains: the same for all seeds of heads."""
         of = self.store, self.mesh, workload, self.rows(seed, share)
-        return self._once(
+        return self.once(
             ("sample", workload.compat, seed if share < 1 else 0, share, aux_layers, eps, fitted, str(dtype)),
             lambda: measure(*of, self.embed(dtype) if fitted else None, eps, aux_layers),
         )
@@ -71,7 +78,7 @@ class Source:
         return tensor if tensor_file(tensor) in self.store.features["target_files"] else "embed_tokens"
 
     def _tensor(self, name: str) -> np.ndarray:
-        return self._once(name, lambda: self.store.target_tensor(name))
+        return self.once(name, lambda: self.store.target_tensor(name))
 
     def forget_tensors(self) -> None:
         """Frees the host's copies of the target's matrices, which are gigabytes."""
@@ -86,7 +93,7 @@ class Source:
             axes = placing.frozen_axes(Frozen(found, None, found), self.mesh)
             return placing.place(found, sharding(self.mesh, axes.embed), dtype)
 
-        return self._once(("embed", jnp.dtype(dtype)), make)
+        return self.once(("embed", jnp.dtype(dtype)), make)
 
     def rows_of(self, tensor: str, draft_ids: np.ndarray, dtype: Any) -> jax.Array:
         """The rows [D, H] of a draft vocabulary of "lm_head" or "embed_tokens", divided over the chips."""
@@ -97,7 +104,7 @@ class Source:
             axes = placing.frozen_axes(Frozen(found, found, found), self.mesh)
             return placing.place(found, sharding(self.mesh, axes.lm_head), dtype)
 
-        return self._once((name, jnp.dtype(dtype), zarr.crc32(draft_ids)), make)
+        return self.once((name, jnp.dtype(dtype), zarr.crc32(draft_ids)), make)
 
     def frozen(self, draft_ids: np.ndarray, teacher: str, dtype: Any) -> Frozen:
         """What a head takes from the target."""
@@ -108,4 +115,4 @@ class Source:
             return placing.place(found, sharding(self.mesh, (None,)))
 
         rows = self.rows_of("lm_head", draft_ids, dtype) if teacher == "recompute" else None
-        return Frozen(self.embed(dtype), rows, self._once(("index", zarr.crc32(draft_ids)), index))
+        return Frozen(self.embed(dtype), rows, self.once(("index", zarr.crc32(draft_ids)), index))

@@ -142,7 +142,8 @@ class Trainer:
         rule = plan.optimizer(self._rate, self._no_sample())
         changed = partial(noised, c.noise, c.seed)
         step = jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
-        return step.lower(self._state, self._frozen, batch).compile()
+        lowered = step.lower(self._state, self._frozen, batch)
+        return plan.source.program(lowered, lowered.compile)
 
     @property
     def is_evaluated(self) -> bool:

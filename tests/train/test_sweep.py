@@ -18,6 +18,7 @@ from train import sweep, together
 from train.config import TrainConfig
 from train.order import order
 from train.run import run
+from train.source import Source
 from train.sweep import FAILED
 from train.trainer import Trainer
 
@@ -191,3 +192,24 @@ def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
     for name, config in configs_of(common, by_itself, **different).items():
         run(config)
         assert_same(f"{out}/{name}", f"{by_itself}/{name}")
+
+
+def test_heads_of_one_shape_have_one_program(common, tmp_path, monkeypatch):
+    """Other seeds, rates, schedules and shares are other data; another loss is another program."""
+    compiled, program = [], Source.program
+
+    def counted(self, lowered, compile):
+        return program(self, lowered, lambda: compiled.append(1) or compile())
+
+    monkeypatch.setattr(Source, "program", counted)
+    different = {
+        "a": {},
+        "seed": {"seed": 4},
+        "rate": {"learning_rate": 1e-4, "schedule": "linear", "warmup": 0.5},
+        "steps": {"steps": 3},
+        "loss": {"loss": "reverse-kl"},
+    }
+    short = replace(common, steps=2, eval_every=2)
+    out = str(tmp_path / "out")
+    assert sweep.run(configs_of(short, out, **different), out)["failed"] == {}
+    assert len(compiled) == 2
