@@ -294,17 +294,19 @@ def write_folder(folder: str, files: dict[str, bytes], mark: str = "architecture
     *others, last = files
     if not is_remote(place) and os.path.isfile(place):
         raise EyasError(f"{folder} is a file; name a folder")
-    parent, name = posixpath.split(place)
-    partial = f"{parent}/.{name}{_PARTIAL}"
-    old = _last_file(place, last) or (None if is_remote(place) else _last_file(partial, last))
-    _refuse_foreign(folder, list_names(place), files, old, mark)
     if is_remote(place):
+        old = _last_file(place, last)
+        _refuse_foreign(folder, list_names(place), files, old, mark)
         if old not in (None, files[last]):
             _remove(join(place, last))
         for name, content in files.items():
             write_bytes(join(place, name), content)
         return
-    with library_errors(folder):
+    parent, name = posixpath.split(place)
+    partial = f"{parent}/.{name}{_PARTIAL}"
+    with library_errors(folder), _alone(parent):
+        old = _last_file(place, last) or _last_file(partial, last)
+        _refuse_foreign(folder, list_names(place), files, old, mark)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
@@ -315,6 +317,19 @@ def write_folder(folder: str, files: dict[str, bytes], mark: str = "architecture
             _flush(parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(parent: str) -> Iterator[None]:
+    """Waits until no other process makes a folder in `parent`: two at once would make one of both."""
+    os.makedirs(parent, exist_ok=True)
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _last_file(folder: str, name: str) -> bytes | None:

@@ -278,6 +278,23 @@ def test_a_writer_killed_at_any_step_is_followed_by_the_next(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["head"]
 
 
+def test_of_two_writers_at_once_each_makes_the_whole_folder(tmp_path):
+    """Neither fails, and what is there at the end is of one of them."""
+    code = """
+import json, sys
+from common.storage import write_folder
+for _ in range(60):
+    config = json.dumps({"architectures": ["Head"], "of": sys.argv[2]}).encode()
+    write_folder(sys.argv[1], {"a": sys.argv[2].encode(), "b": sys.argv[2].encode(), "config.json": config})
+"""
+    place = tmp_path / "head"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(place), who]) for who in ("one", "two")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    found = {name: data.decode() for name, data in content(place).items()}
+    assert found["a"] == found["b"] == json.loads(found["config.json"])["of"]
+    assert os.listdir(tmp_path) == ["head"]
+
+
 def test_a_link_keeps_pointing_to_the_replaced_folder(tmp_path):
     write_folder(str(tmp_path / "head"), head(b"1"))
     (tmp_path / "best").symlink_to("head")
