@@ -49,6 +49,7 @@ def _announce(plan: Plan) -> str:
         f"train: {plan.steps} steps of {B} x {T} tokens, {plan.counted:,} counted positions an "
         f"epoch; a head of {parameters / 1e6:.1f}M parameters, draft vocabulary {len(plan.draft_ids):,}; "
         f"an evaluation every {plan.eval_every} steps, a checkpoint every {plan.save_every}"
+        + "".join(f"\ntrain: {limit.sentence()}" for limit in plan.head.limits())
     )
 
 

@@ -70,31 +70,41 @@ def _attend(q_TQD, k_TKD, v_TKD):
     return np.einsum("qts,sqd->tqd", weights, v).reshape(T, Q * D)
 
 
-def served_logits(folder, aux_TAH, embed_TH, positions_T) -> np.ndarray:
-    """Draft logits [T, N] of the first step over one document.
+def served_logits(folder, aux_TAH, embed_TH, positions_T, server="vllm") -> np.ndarray:
+    """Draft logits [T, N] of the first step over one document, as a server reads the folder.
 
-    `aux_TAH` are the target's states, `embed_TH` the embeddings of the tokens one place later.
+    `aux_TAH` are the target's states, `embed_TH` the embeddings of the tokens one place later. vLLM reads
+    `norm_before_residual`, and norms what enters a later layer by its input_layernorm; SGLang knows no
+    `norm_before_residual`, and takes the later layer's hidden_norm (their `models/llama_eagle3.py`).
     """
     config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     w = {n: a.astype(np.float64) for n, a in read_tensors(pathlib.Path(folder) / "model.safetensors").items()}
     eps, D, T = config["rms_norm_eps"], config["head_dim"], len(positions_T)
-    block = {name.removeprefix("midlayer."): a for name, a in w.items()}
-
-    state = np.asarray(aux_TAH, np.float64).reshape(T, -1) @ w["fc.weight"].T
-    x = np.concatenate(
-        [
-            _rms(np.asarray(embed_TH, np.float64), block["input_layernorm.weight"], eps),
-            _rms(state, block["hidden_norm.weight"], eps),
-        ],
-        -1,
-    )
-    q, k, v = ((x @ block[f"self_attn.{p}_proj.weight"].T).reshape(T, -1, D) for p in "qkv")
-    assert (q.shape[1], k.shape[1]) == (config["num_attention_heads"], config["num_key_value_heads"])
     angles = np.asarray(positions_T, np.float64)[:, None] * inverse_frequencies(config)
-    state = state + _attend(_rotate(q, angles), _rotate(k, angles), v) @ block["self_attn.o_proj.weight"].T
-    y = _rms(state, block["post_attention_layernorm.weight"], eps)
-    gate = y @ block["mlp.gate_proj.weight"].T
-    state = state + (gate / (1 + np.exp(-gate)) * (y @ block["mlp.up_proj.weight"].T)) @ (
-        block["mlp.down_proj.weight"].T
-    )
+    aux_TAH = np.asarray(aux_TAH, np.float64)
+    if config.get("fc_norm"):
+        aux_TAH = np.stack(
+            [_rms(aux_TAH[:, a], w[f"fc_norm.{a}.weight"], eps) for a in range(aux_TAH.shape[1])], 1
+        )
+    state = aux_TAH.reshape(T, -1) @ w["fc.weight"].T
+    for number in range(config["num_hidden_layers"]):
+        prefix = f"layers.{number}." if number else "midlayer."
+        block = {name.removeprefix(prefix): a for name, a in w.items() if name.startswith(prefix)}
+        if number:
+            norm = {"vllm": "input_layernorm", "sglang": "hidden_norm"}[server]
+            x = _rms(state, block[f"{norm}.weight"], eps)
+        else:
+            normed = _rms(state, block["hidden_norm.weight"], eps)
+            embedded = _rms(np.asarray(embed_TH, np.float64), block["input_layernorm.weight"], eps)
+            x = np.concatenate([embedded, normed], -1)
+            if server == "vllm" and config["norm_before_residual"]:
+                state = normed
+        q, k, v = ((x @ block[f"self_attn.{p}_proj.weight"].T).reshape(T, -1, D) for p in "qkv")
+        assert (q.shape[1], k.shape[1]) == (config["num_attention_heads"], config["num_key_value_heads"])
+        mixed = _attend(_rotate(q, angles), _rotate(k, angles), v)
+        state = state + mixed @ block["self_attn.o_proj.weight"].T
+        y = _rms(state, block["post_attention_layernorm.weight"], eps)
+        gate = y @ block["mlp.gate_proj.weight"].T
+        wide = gate / (1 + np.exp(-gate)) * (y @ block["mlp.up_proj.weight"].T)
+        state = state + wide @ block["mlp.down_proj.weight"].T
     return _rms(state, w["norm.weight"], eps) @ w["lm_head.weight"].T

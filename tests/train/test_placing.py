@@ -8,10 +8,12 @@ import pytest
 
 from common.mesh import make_mesh, sharding
 from tests.train.on_device import STEPS, on_mesh, parameters_of
-from tests.train.problem import problem
-from train import placing
+from tests.train.problem import head_config, problem
+from train import optimizer, placing
 from train.batch import embeddings
 from train.step import State, gradient, train_step
+
+CONFIG = head_config()
 
 
 def held(x):
@@ -19,7 +21,32 @@ def held(x):
     return {shard.data.size for shard in x.addressable_shards}
 
 
-@pytest.mark.parametrize("made", [optax.adamw, optax.contrib.muon])
+def ours(rate):
+    """All that our optimiser can keep beside the weights."""
+    muon, still = CONFIG.matrices(), frozenset({"lm_head.weight"})
+    return optimizer.make(
+        optax.constant_schedule(rate), 1.0, (0.9, 0.99), 0.1, muon=muon, still=still, ema=0.5
+    )
+
+
+@pytest.mark.slow
+def test_muon_and_the_average_are_the_same_on_any_mesh():
+    p, found = problem(), []
+    for chips in (1, 2):
+        mesh, rule = make_mesh(chips), ours(0.1)
+        _, frozen, batch = on_mesh(p, mesh)
+        params = parameters_of(p)
+        state = State(params, rule.init(params), jnp.int32(0))
+        state = jax.device_put(state, placing.along(state, p.config.parameters(), mesh))
+        step = jax.jit(train_step(gradient(p.config, mesh, STEPS, 0.8, jnp.float32), rule))
+        after, _ = step(state, frozen, batch)
+        found.append(jax.device_get((after.params, optimizer.weights(after.optimizer, None))))
+    for one, two in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    assert (found[0][0]["fc.weight"] != parameters_of(p)["fc.weight"]).all()
+
+
+@pytest.mark.parametrize("made", [optax.adamw, ours])
 def test_a_step_leaves_weights_and_moments_where_they_lay(made):
     p, mesh = problem(), make_mesh(2)
     declared, rule = p.config.parameters(), made(1e-3)

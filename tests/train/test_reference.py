@@ -82,8 +82,19 @@ def test_later_steps_add_their_own_index_and_no_other(packed):
             np.testing.assert_allclose(found[k, i], logits, rtol=1e-10)
 
 
-def test_the_first_step_is_what_a_server_computes(packed, tmp_path):
-    """Against a reading of the exported folder that was compared with vLLM."""
+@pytest.mark.parametrize(
+    ("variant", "servers"),
+    [
+        ({}, {"vllm", "sglang"}),
+        ({"fc_norm": True, "norm_output": True, "layers": 3}, {"vllm", "sglang"}),
+        ({"norm_before_residual": True}, {"vllm"}),
+        ({"norm_before_residual": True, "fc_norm": True, "layers": 2}, {"vllm"}),
+    ],
+)
+def test_the_first_step_is_what_a_server_computes(tmp_path, variant, servers):
+    """Against a reading of the exported folder that was compared with vLLM. Who would read the folder as
+    something else is named by the check of the folder."""
+    packed = problem(**variant)
     target = {
         "model_type": "llama",
         "hidden_size": 10,
@@ -108,8 +119,12 @@ def test_the_first_step_is_what_a_server_computes(packed, tmp_path):
     one = replace(one, params={n: a.astype(np.float64) for n, a in bfloat16.items()})
     export(str(tmp_path / "head"), bfloat16, one.config, one.draft_ids, target, metadata={})
     embedded = one.embed[[*one.tokens[0, 1:], 0]]
-    served = served_logits(tmp_path / "head", one.aux[0], embedded, one.positions[0])
-    np.testing.assert_allclose(one.logits(1)[0, 0], served, rtol=1e-6, atol=1e-6)
+    expected = one.logits(1)[0, 0]
+    cannot = {name for limit in one.config.limits() if "residual" in limit.what for name in limit.servers}
+    for server in ("vllm", "sglang"):
+        served = served_logits(tmp_path / "head", one.aux[0], embedded, one.positions[0], server)
+        assert np.allclose(served, expected, rtol=1e-6, atol=1e-6) == (server in servers)
+        assert server in servers or server in cannot
 
 
 def test_the_loss_of_one_step_by_a_direct_formula(packed, logits):

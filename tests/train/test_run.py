@@ -268,9 +268,11 @@ def test_impossible_options_name_the_field():
             TrainConfig(store="s", out="o", **changed)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(config, tmp_path):
-    with pytest.raises(EyasError, match="lower --learning-rate"):
-        run(replace(config, out=str(tmp_path / "out"), learning_rate=1e30, clip=1e30, steps=30))
+def test_losses_that_are_not_finite_end_the_run(config, tmp_path):
+    with pytest.raises(EyasError, match=r"steps 2 to 11 were all skipped: .* use a lower --learning-rate"):
+        run(
+            replace(config, out=str(tmp_path / "out"), learning_rate=1e30, clip=1e30, steps=30, eval_every=30)
+        )
 
 
 def test_without_held_out_rows_best_is_the_last(config, tmp_path):
