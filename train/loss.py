@@ -2,7 +2,7 @@
 
 A loss (train/losses.py) is one function of a chunk's logits and its teacher; its derivative is `jax.vjp`'s,
 taken while the chunk's logits are there. The teacher of a target is computed once for all K steps. So the
-largest array is [CHUNK, K, D], never [B, T, D] of any kind.
+largest array is [c, K, D], never [B, T, D] of any kind.
 
 Dimensions: M targets, c a chunk of them, K TTT steps, H hidden size, D draft vocabulary.
 """
@@ -42,6 +42,13 @@ def is_right(logits_cKD: jax.Array, argmax_c: jax.Array) -> jax.Array:
     return loses.all(-1) & (argmax_c[:, None] >= 0)
 
 
+class Reads(NamedTuple):
+    """Which of a rollout's states [K, C, H] is read for which target at which step; each is once at most."""
+
+    place_MK: jax.Array  # int32, into [K * C]; K * C where there is none
+    reader_KC: jax.Array  # int32, into [M * K], the inverse; M * K where there is none
+
+
 class Scores(NamedTuple):
     """Per target and step, float32 [M, K]."""
 
@@ -54,7 +61,7 @@ def _taught(teacher: Teacher, start: jax.Array, logits_cKD: jax.Array) -> Taught
     """The teacher of the chunk at `start`, beside the head's logits there."""
 
     def part(x):
-        return jax.lax.dynamic_slice_in_dim(x, start, CHUNK)
+        return jax.lax.dynamic_slice_in_dim(x, start, len(logits_cKD))
 
     logsumexp_c = part(teacher.logsumexp_M)
     if teacher.top_Mk is not None:
@@ -91,36 +98,57 @@ def _filled_up(
     )
 
 
-def _chunks(M: int, count: jax.Array) -> jax.Array:
+def chunk_size(M: int, dtype: Any) -> int:
+    """How many targets are taken at a time.
+
+    Each chunk adds to the gradient [D, H] of the output matrix. On accelerators that waits for memory, unless
+    thousands of rows, K of each target, share it; in float32, on CPUs, it does not, and logits are the
+    larger half of what is held.
+    """
+    if dtype == jnp.float32:
+        return CHUNK // 2
+    return CHUNK * next(n for n in (4, 3, 2, 1) if M % (n * CHUNK) == 0)
+
+
+def _chunks(M: int, count: jax.Array, chunk: int) -> jax.Array:
     """How many chunks hold `count` of M targets."""
-    assert M % CHUNK == 0, (M, CHUNK)  # a slice over the end would be moved, not cut
-    return -(-count // CHUNK)
+    assert M % chunk == 0, (M, chunk)  # a slice over the end would be moved, not cut
+    return -(-count // chunk)
+
+
+def _read(z_PH: jax.Array, reads: Reads, start: jax.Array, chunk: int) -> jax.Array:
+    """The states [c, K, H] of the targets of the chunk at `start`, zeros where there is none."""
+    return z_PH.at[jax.lax.dynamic_slice_in_dim(reads.place_MK, start, chunk)].get(mode="fill", fill_value=0)
 
 
 def _put(whole: Any, part: Any, start: jax.Array) -> Any:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), whole, part)
 
 
-def score(z_MKH: jax.Array, lm_head_DH: jax.Array, teacher: Teacher, count: jax.Array) -> Scores:
+def score(
+    z_KCH: jax.Array, reads: Reads, lm_head_DH: jax.Array, teacher: Teacher, count: jax.Array
+) -> Scores:
     """Scores of the first `count` of M targets (M a multiple of CHUNK); the rest stay zero."""
+    M, K = reads.place_MK.shape
+    chunk, z_PH = chunk_size(M, z_KCH.dtype), z_KCH.reshape(-1, z_KCH.shape[-1])
 
     def step(number, scores):
-        start = number * CHUNK
-        l_cKD = einsum("ckh,dh->ckd", jax.lax.dynamic_slice_in_dim(z_MKH, start, CHUNK), lm_head_DH)
+        start = number * chunk
+        l_cKD = einsum("ckh,dh->ckd", _read(z_PH, reads, start, chunk), lm_head_DH)
         taught = _taught(teacher, start, l_cKD)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
         new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught))
         return _put(scores, new, start)
 
-    M, K, _ = z_MKH.shape
     zeros = Scores(*(jnp.zeros((M, K), jnp.float32) for _ in Scores._fields))
-    return jax.lax.fori_loop(0, _chunks(M, count), step, zeros)
+    return jax.lax.fori_loop(0, _chunks(M, count, chunk), step, zeros)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(
     loss: Loss,
-    z_MKH: jax.Array,
+    z_KCH: jax.Array,
+    reads: Reads,
     lm_head_DH: jax.Array,
     weight_MK: jax.Array,
     teacher: Teacher,
@@ -130,21 +158,25 @@ def weighted_loss(
 
     `weight_MK` is zero where a step does not count. Only the first has a gradient, to `z` and `lm_head`.
     """
-    return _loss_and_gradients(loss, z_MKH, lm_head_DH, weight_MK, teacher, count)[0]
+    return _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, count)[0]
 
 
-def _loss_and_gradients(loss, z_MKH, lm_head_DH, weight_MK, teacher, count):
+def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, count):
+    (M, K), H = weight_MK.shape, z_KCH.shape[-1]
+    chunk, z_PH = chunk_size(M, z_KCH.dtype), z_KCH.reshape(-1, H)
+
     def step(number, carry):
         total, by_target, dz_MKH, dw_DH = carry
-        start = number * CHUNK
-        z_cKH, weight_cK = (jax.lax.dynamic_slice_in_dim(x, start, CHUNK) for x in (z_MKH, weight_MK))
+        start = number * chunk
+        z_cKH = _read(z_PH, reads, start, chunk)
+        weight_cK = jax.lax.dynamic_slice_in_dim(weight_MK, start, chunk)
         l_cKD = einsum("ckh,dh->ckd", z_cKH, lm_head_DH)
         taught = _taught(teacher, start, l_cKD)
         loss_cK, pull = jax.vjp(lambda logits: loss(logits, taught), l_cKD)
         (d_cKD,) = pull(weight_cK)
         d_cKD = d_cKD.astype(z_cKH.dtype)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
-        rows = CHUNK * z_cKH.shape[1]  # one dimension: XLA for CPU sums over two more slowly
+        rows = chunk * K  # one dimension: XLA for CPU sums over two more slowly
         dz_cKH = einsum("ckd,dh->ckh", d_cKD, lm_head_DH).astype(z_cKH.dtype)
         return (
             total + (loss_cK * weight_cK).sum(),
@@ -157,17 +189,18 @@ def _loss_and_gradients(loss, z_MKH, lm_head_DH, weight_MK, teacher, count):
     carry = (
         jnp.float32(0),
         (zero_MK, zero_MK),
-        jnp.zeros_like(z_MKH),
+        jnp.zeros((M, K, H), z_KCH.dtype),
         jnp.zeros(lm_head_DH.shape, jnp.float32),
     )
-    total, by_target, dz, dw = jax.lax.fori_loop(0, _chunks(len(z_MKH), count), step, carry)
-    return (total, *by_target), (dz, dw.astype(lm_head_DH.dtype))
+    total, by_target, dz, dw = jax.lax.fori_loop(0, _chunks(M, count, chunk), step, carry)
+    return (total, *by_target), (dz, dw.astype(lm_head_DH.dtype), reads)
 
 
 def _pull_back(loss, saved, cotangents):
-    dz, dw = saved
+    dz_MKH, dw, reads = saved
     g = cotangents[0]
-    return (dz * g.astype(dz.dtype)), (dw * g.astype(dw.dtype)), None, None, None
+    dz_KCH = dz_MKH.reshape(-1, dz_MKH.shape[-1]).at[reads.reader_KC].get(mode="fill", fill_value=0)
+    return (dz_KCH * g.astype(dz_KCH.dtype)), None, (dw * g.astype(dw.dtype)), None, None, None
 
 
 weighted_loss.defvjp(_loss_and_gradients, _pull_back)

@@ -12,23 +12,23 @@ import numpy as np
 from common.codec import decode
 from train.batch import Batch, Frozen, Params, pick
 from train.heads import Head
-from train.loss import Scores, Teacher, score, weighted_loss
+from train.loss import Reads, Scores, Teacher, score, weighted_loss
 from train.losses import Loss
-from train.targets import ahead, drafting_index, permute, slots, valid_targets
+from train.targets import ahead, drafting_index, slots, valid_targets
 
 
-def at_targets(z_KCH: jax.Array, batch: Batch, valid_MK: jax.Array) -> jax.Array:
-    """z [M, K, H] of the index that predicts each target at each step; zeros where that is not valid."""
-    K, C, H = z_KCH.shape
-    M, n, step_K = len(batch.targets), batch.tokens.size, np.arange(K, dtype=np.int32)
+def reads(batch: Batch, valid_MK: jax.Array) -> Reads:
+    """Each target reads at each step the state of the index that predicts it, where that is valid."""
+    (M, K), C, n = valid_MK.shape, len(batch.live), batch.tokens.size
+    step_K = np.arange(K, dtype=np.int32)
     index_MK = slots(batch.live, n).at[drafting_index(batch.targets, K)].get(mode="clip")
-    place_MK = jnp.where(valid_MK, C * step_K[None] + index_MK, K * C)
-    reader_KC = (
-        slots(batch.targets, n).at[batch.live[None] + ahead(step_K)[:, None]].get(mode="fill", fill_value=M)
-    )
+    target_KC = batch.live[None] + ahead(step_K)[:, None]
+    reader_KC = slots(batch.targets, n).at[target_KC].get(mode="fill", fill_value=M)
     is_read = valid_MK.T.at[step_K[:, None], reader_KC].get(mode="fill", fill_value=False)
-    inverse_KC = jnp.where(is_read, K * reader_KC + step_K[:, None], M * K)
-    return permute(z_KCH.reshape(K * C, H), place_MK.reshape(-1), inverse_KC.reshape(-1)).reshape(M, K, H)
+    return Reads(
+        jnp.where(valid_MK, C * step_K[None] + index_MK, K * C),
+        jnp.where(is_read, K * reader_KC + step_K[:, None], M * K),
+    )
 
 
 def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
@@ -68,12 +68,12 @@ def shard_loss(
     """
     K = len(weight_K)
     valid_MK = valid_targets(batch, K)
-    z_MKH = at_targets(head.rollout(params, frozen, batch, K, dtype), batch, valid_MK)
     taught = teacher(frozen, batch, dtype)
     counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
     total, per_MK, correct_MK = weighted_loss(
         loss,
-        z_MKH,
+        head.rollout(params, frozen, batch, K, dtype),
+        reads(batch, valid_MK),
         head.output(params).astype(dtype),
         counts_MK * weight_K[None],
         taught,
@@ -93,7 +93,7 @@ def shard_scores(
 ) -> tuple[Scores, jax.Array, jax.Array]:
     """(Scores [M, K], valid [M, K], known [M]) of a shard's targets; `known`: in the draft vocabulary."""
     valid_MK = valid_targets(batch, steps)
-    z_MKH = at_targets(head.rollout(params, frozen, batch, steps, dtype), batch, valid_MK)
+    z_KCH = head.rollout(params, frozen, batch, steps, dtype)
     taught = teacher(frozen, batch, dtype)
-    scores = score(z_MKH, head.output(params).astype(dtype), taught, batch.count[0])
+    scores = score(z_KCH, reads(batch, valid_MK), head.output(params).astype(dtype), taught, batch.count[0])
     return scores, valid_MK, taught.argmax_M >= 0

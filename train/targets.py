@@ -22,7 +22,7 @@ import numpy as np
 
 from train.batch import Batch
 
-CHUNK = 128  # capacities are multiples of this, and the loss takes so many targets at once: a matmul's tile
+CHUNK = 128  # capacities are multiples of this: a matmul's tile
 
 
 def ahead(step: Any) -> Any:
@@ -70,8 +70,10 @@ def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) ->
 
 
 def round_up(count: int) -> int:
-    """The smallest multiple of CHUNK that holds `count`, at least one."""
-    return max(1, -(-count // CHUNK)) * CHUNK
+    """The smallest multiple of CHUNK that holds `count`, at least one; of 4 CHUNK where that adds 6% at most,
+    so that the loss can take as many at once."""
+    step = CHUNK if count <= 64 * CHUNK else 4 * CHUNK
+    return max(1, -(-count // step)) * step
 
 
 def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from common.layers import einsum
 from train import loss, losses
 from train.config import LOSSES, TrainConfig
-from train.loss import Teacher, is_right, score, weighted_loss
+from train.loss import Reads, Teacher, is_right, weighted_loss
 from train.losses import Taught
 
 M, K, H, D, COUNT = 32, 2, 6, 9, 27
@@ -19,6 +19,17 @@ M, K, H, D, COUNT = 32, 2, 6, 9, 27
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 16)
+
+
+def by_step(z_MKH):
+    """(the states as a rollout gives them, [K, M, H], and who reads them)."""
+    M, K, _ = z_MKH.shape
+    m, k = np.arange(M, dtype=np.int32), np.arange(K, dtype=np.int32)
+    return z_MKH.swapaxes(0, 1), Reads(jnp.asarray(m[:, None] + M * k), jnp.asarray(K * m + k[:, None]))
+
+
+def score(z, *args):
+    return loss.score(*by_step(z), *args)
 
 
 def made(seed=0, rounding=0.0):
@@ -105,8 +116,8 @@ def test_a_loss_is_its_formula_and_its_derivative_the_numerical_one(name, temper
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
 
 
-def total(fn, *args):
-    return weighted_loss(fn, *args)[0]
+def total(fn, z, *args):
+    return weighted_loss(fn, *by_step(z), *args)[0]
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "lk-lambda"])
@@ -203,5 +214,5 @@ def test_options_that_would_do_nothing_are_refused():
 
 def test_a_capacity_that_chunks_do_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 24)
-    with pytest.raises(AssertionError, match="24"):
+    with pytest.raises(AssertionError, match="12"):
         score(*made()[:2], made()[3], jnp.int32(M))
