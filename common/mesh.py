@@ -49,12 +49,17 @@ _SPARSE_CORES = ("TPU v6 lite",)  # kinds of chips that have them and for which 
 def make_mesh(dp: int = 1, tp: int = 1) -> Mesh:
     """A (dp, tp) mesh of the first dp*tp devices, axes Explicit: a wrong sharding fails at trace time.
 
-    EyasError when there are fewer devices.
+    EyasError when there are fewer devices, and when several processes would leave some idle.
     """
     devices = jax.devices()
     if dp * tp > len(devices):
         raise EyasError(
             f"dp={dp} x tp={tp} needs {dp * tp} devices, found {len(devices)}; give a smaller --dp or --tp"
+        )
+    if jax.process_count() > 1 and dp * tp != len(devices):
+        raise EyasError(
+            f"dp*tp={dp * tp}, but the {jax.process_count()} processes have {len(devices)} chips; all of "
+            "them must take part: change --dp or --tp"
         )
     return jax.make_mesh((dp, tp), ("dp", "tp"), devices=devices[: dp * tp])
 

@@ -9,13 +9,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from common.errors import RestartError
 
+Value = TypeVar("Value")
 STOPPED = "stopped; the same command continues"
 _NOTE = "\nstopping at the next step; once more stops at once\n"
+_CHECK_SECONDS = 0.2
 _checked: list["Stop"] = []  # those that `check` looks at, the innermost last
 
 
@@ -92,6 +95,23 @@ class Stop:
             signal.signal(number, handler)
         if self._everywhere:
             _checked.remove(self)
+
+
+def interruptible(work: Callable[[], Value], check: Callable[[], None]) -> Value:
+    """What `work()` gives, which may take minutes outside of Python: in a thread, with `check` called
+    meanwhile, whose exception leaves the work alone to its end or that of the program."""
+    found: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([found], _CHECK_SECONDS).done:
+        check()
+    return found.result()
 
 
 def check() -> None:

@@ -21,7 +21,7 @@ from train.config import EvaluateConfig, TrainConfig
 from train.serving_config import SERVERS
 
 EMBEDDED = recipes.EMBEDDED
-ON_A_POD = ("dump",)  # the same command on every host
+ON_A_POD = ("dump", "train")  # the same command on every host
 RECIPES = "default: the recipe's, else {}"
 
 
@@ -220,7 +220,8 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 )
 @options(TrainConfig, RECIPES)
 def train(model: str, store: str, out: str, **given: Any) -> None:
-    """Trains a head from the store; the target's checkpoint is not needed.
+    """Trains a head from the store; the target's checkpoint is not needed. On a pod the same command runs on
+    every host.
 
     Example: eyas train --model qwen3-32b --store gs://bucket/qwen3-32b --out runs/lr2e-4 --learning-rate 2e-4
     """
@@ -229,7 +230,8 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
 
     recipe = recipes.find(model)
     config = configure(TrainConfig, recipe, "train", given | {"store": store, "out": out})
-    require_same_target(store, model, recipe)
+    with pod.together():
+        require_same_target(store, model, recipe)
     show(stage.run(config))
 
 

@@ -61,13 +61,16 @@ class Evaluator:
         return score_all([(self, params, taught)], label)[0]
 
 
-def score_all(heads: Sequence[tuple[Evaluator, Params, Frozen]], label: str) -> list[dict[str, Any]]:
-    """The metrics of every head, all of one source, from one reading of its test rows."""
+def score_all(
+    heads: Sequence[tuple[Evaluator, Params, Frozen]], label: str, check: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """The metrics of every head, all of one source, from one reading of its test rows. `check` is called at
+    every batch and may raise."""
     sums: list[Sums | None] = [None] * len(heads)
     source, view = heads[0][0].source, heads[0][0].view
     stream = Stream(source.store, source.mesh, [evaluator.view for evaluator, _, _ in heads])
     with Progress(label, view.order.rows.size * source.store.length, "tok") as progress:
-        for dealt in stream.batches():
+        for dealt in stream.batches(check=check):
             for number, batch in dealt:
                 evaluator, params, taught = heads[number]
                 sums[number] = add(sums[number], evaluator.score(params, taught, batch))

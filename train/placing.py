@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from common import pod
 from common.fsdp import AXIS, divided
 from common.mesh import RULES, sharding, spec, ways
 from common.params import Declaration, Param
@@ -59,6 +60,16 @@ def place(value: np.ndarray, where: NamedSharding, dtype: Any = None) -> jax.Arr
     return jax.make_array_from_callback(
         value.shape, where, lambda index: value[index].astype(dtype or value.dtype, copy=False)
     )
+
+
+def on_host(params: Params, dtype: Any) -> dict[str, np.ndarray]:
+    """The whole parameters in another type, on the first process; {} on the others, which take part."""
+    found = {}
+    for name, x in params.items():
+        whole = jax.sharding.reshard(x.astype(dtype), NamedSharding(x.sharding.mesh, spec(())))
+        if pod.is_first():
+            found[name] = np.asarray(whole)
+    return found
 
 
 def in_specs(declared: Declaration, frozen: Frozen, mesh: Mesh) -> tuple[Any, Any]:

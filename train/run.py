@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
+from common import pod
+from common.config import to_json
 from common.errors import EyasError
 from common.progress import note
 from common.stopping import Stop
@@ -19,7 +22,8 @@ __all__ = ["TrainConfig", "run"]
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains a head from `config.store` into `config.out`, or continues: the weights come out the same.
+    """Trains a head from `config.store` into `config.out`, or continues: the weights come out the same. On
+    several processes each calls this, with the same configuration.
 
     Returns {"out", "steps", "steps_before", "rows", "tokens", "seconds", "tokens_per_s", "stall", "best",
     "last"}, of this run but for steps, best and last. EyasError for whatever is wrong, before anything is
@@ -27,18 +31,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     note(f"train: checking {config.store}")
-    plan = make_plan(config)
-    with claimed(plan) as require_ours, Stop() as stop:
+    with pod.together():
+        plan = make_plan(config)
+    pod.require_same(to_json(config) | plan.identity | {"version of jax": jax.__version__}, "options")
+    with claimed(plan) as require_ours:
         note(_announce(plan))
-        trainer = Trainer(plan)
-        try:
-            with trainer:
+        with Trainer(plan) as trainer, Stop() as stop:
+            try:
                 found = _train(plan, trainer, stop, require_ours)
-        except KeyboardInterrupt:
-            raise EyasError(
-                f"train stopped; step {trainer.saved_step} of {plan.steps} is saved in {config.out}/state: "
-                "continue with the same command"
-            ) from None
+            except KeyboardInterrupt:
+                raise EyasError(
+                    f"train stopped; step {trainer.saved_step} of {plan.steps} is saved in "
+                    f"{config.out}/state: continue with the same command"
+                ) from None
     return found | {"seconds": round(time.monotonic() - start, 3)}
 
 

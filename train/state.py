@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from common import schema, storage, strict_json
+from common import pod, schema, storage, strict_json
 from common.config import differences, to_json
 from common.errors import EyasError, MachineError
 from common.library_errors import explained, is_librarys, is_refusal, library_errors
@@ -47,12 +47,29 @@ class _Noted(TypedDict):
 
 @contextmanager
 def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Holds the plan's folder, for this process alone, with the plan in its experiment.json.
+    """Holds the plan's folder, for this pod alone, with the plan in its experiment.json.
 
-    Yields a check that raises EyasError once another process has it.
+    Yields a check, for the first process, that raises EyasError once another one has it.
 
-    EyasError if another process is at work there, or the folder holds another experiment or anything else.
+    EyasError if another process is at work there, the folder holds another experiment or anything else, or
+    it is not the same folder on all hosts.
     """
+    with ExitStack() as held:
+        check: Callable[[], None] = lambda: None  # noqa: E731
+        with pod.together():
+            if pod.is_first():
+                check = held.enter_context(_claimed(plan))
+        with pod.together():
+            if not pod.is_first() and not require_own(plan):
+                raise EyasError(
+                    f"{plan.config.out} is not the same folder on every host; name a gs:// prefix, or a "
+                    "folder that the hosts share"
+                )
+        yield check
+
+
+@contextmanager
+def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     out = plan.config.out
     require_own(plan)
     with locked(out) as require_ours:
@@ -240,12 +257,17 @@ class Lines:
     """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped.
 
     An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
-    are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with.
+    are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with. Of
+    several processes the first one writes.
     """
 
     def __init__(self, out: str, step: int):
         """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
         self._url = storage.join(out, "metrics.jsonl")
+        self._unwritten = False
+        self._file: BinaryIO = io.BytesIO()
+        if not pod.is_first():
+            return
         kept: list[bytes] = []
         if storage.exists(self._url):
             lines = storage.read_bytes(self._url).splitlines(keepends=True)
@@ -255,9 +277,7 @@ class Lines:
                 if line.endswith(b"\n") and self._step_of(line, number) <= step
             ]
         storage.write_bytes(self._url, b"".join(kept))
-        self._unwritten = False
         if storage.is_remote(self._url):
-            self._file: BinaryIO = io.BytesIO()
             self._file.write(b"".join(kept))
             return
         with library_errors(self._url):
@@ -269,7 +289,7 @@ class Lines:
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line, on a disk at once."""
-        self._unwritten = True
+        self._unwritten = pod.is_first()
         with library_errors(self._url):
             self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
             self._file.flush()

@@ -5,7 +5,7 @@ Dimensions: R rows of a split, B rows of a batch, T positions.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common import zarr
+from common import pod, zarr
 from common.codec import arrays_of
 from common.errors import EyasError
 from common.rows import Rows
@@ -33,7 +33,8 @@ _MASKING = ("segment_ids", "loss_mask")
 
 
 class Workload:
-    """Which positions of every row are computed (see train/targets.py), from the store's masks alone.
+    """Which positions of every row are computed (see train/targets.py), from the store's masks alone. Of
+    several processes each reads a part of them.
 
     `targets` int64 [R]: how many of each row are targets.
     """
@@ -41,20 +42,29 @@ class Workload:
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
         self.ttt_steps, self.compat = ttt_steps, compat
         self._live, self.targets = np.zeros((2, store.rows), np.int64)
+        shares = np.array_split(rows, pod.size())
+        with pod.together():
+            counts = self._counts(store, shares[pod.index()])
+        for share, (live, targets) in zip(shares, pod.exchange(counts), strict=True):
+            self._live[share], self.targets[share] = live, targets
+
+    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], list[int]]:
+        """(live indices, targets) of each of these rows."""
+        counts: tuple[list[int], list[int]] = [], []
         for start in range(0, len(rows), _MASKS):
-            part = rows[start : start + _MASKS]
-            found = store.read(("segment_ids", "loss_mask"), part)
-            live, targets = self.masks(found["segment_ids"], found["loss_mask"])
-            self._live[part], self.targets[part] = live.sum(1), targets.sum(1)
+            found = store.read(_MASKING, rows[start : start + _MASKS])
+            for known, mask in zip(counts, self.masks(**found), strict=True):
+                known.extend(mask.sum(1).tolist())
+        return counts
 
     def counted(self, rows: np.ndarray) -> int:
         """The targets of these rows."""
         return int(self.targets[rows].sum())
 
-    def masks(self, segments_BT: np.ndarray, loss_mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def masks(self, segment_ids: np.ndarray, loss_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool [B, T] each: live queries, counted targets."""
-        targets = counted_targets(segments_BT, loss_mask_BT, self.compat)
-        return live_queries(segments_BT, targets, self.ttt_steps), targets
+        targets = counted_targets(segment_ids, loss_mask, self.compat)
+        return live_queries(segment_ids, targets, self.ttt_steps), targets
 
     def capacity(self, batches: np.ndarray, shards: int) -> Capacity:
         """What the fullest shard of `batches` int64 [n, B] needs; a row of -1 is empty."""
@@ -122,9 +132,15 @@ class Stream:
         """What is to be read so that each view has its batches from this step on."""
         return Reading([view.order for view in self._views], first or [0] * len(self._views))
 
-    def batches(self, reading: Reading | None = None) -> Iterator[list[tuple[int, Batch]]]:
+    def batches(
+        self, reading: Reading | None = None, check: Callable[[], None] = lambda: None
+    ) -> Iterator[list[tuple[int, Batch]]]:
         """The batches that are complete with each part of a reading, all by default, and the numbers of their
-        views. The next rows are read while the last ones are used."""
+        views. The next rows are read while the last ones are used.
+
+        `check` is called before each and may raise. What it raises on one process, and what one cannot read,
+        is raised on all.
+        """
         pending: dict[int, Batch] = {}
         with ThreadPoolExecutor(AHEAD - 1, thread_name_prefix="stream") as pool:
             ahead: deque[Future] = deque()
@@ -132,16 +148,18 @@ class Stream:
                 for rows, parts in self.reading() if reading is None else reading:
                     ahead.append(pool.submit(self._load, rows, parts))
                     if len(ahead) == AHEAD:
-                        yield self._deal(self._next(ahead), pending)
+                        yield self._deal(self._next(ahead, check), pending)
                 while ahead:
-                    yield self._deal(self._next(ahead), pending)
+                    yield self._deal(self._next(ahead, check), pending)
             finally:
                 for request in ahead:
                     request.cancel()
 
-    def _next(self, ahead: deque[Future]) -> _Read:
+    def _next(self, ahead: deque[Future], check: Callable[[], None]) -> _Read:
         start = time.monotonic()
-        found = ahead.popleft().result()
+        with pod.together():
+            check()
+            found = ahead.popleft().result()
         self.waited += time.monotonic() - start
         return found
 

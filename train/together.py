@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from common import pod
 from common.errors import EyasError, MachineError
 from common.progress import Progress
 from common.stopping import Stop
+from train.batch import Batch
 from train.evaluate import score_all
 from train.metrics import LENGTH
 from train.stream import Stream
@@ -48,10 +50,21 @@ def train(
                 live.remove(trainer)
                 failed(trainer, error)
 
+    def check() -> None:
+        """Whether to go on; what is said here is said on all processes."""
+        stop.check()
+        if pod.is_first():
+            require_ours()  # before anything is saved
+
+    def take(trainer: Trainer, batch: Batch) -> None:
+        trainer.compile(batch, check)
+        trainer.take(batch)
+
     def evaluate() -> None:
         due = [one for one in live if one.is_evaluated]
         measured = [one.measured for one in due if one.evaluator]  # all or none: they have one source
-        found = score_all(measured, f"evaluate step {due[0].step}") if measured else [{}] * len(due)
+        label = f"evaluate step {due[0].step}" if due else ""
+        found = score_all(measured, label, check) if measured else [{}] * len(due)
         metrics = dict(zip(due, found, strict=True))
         each(lambda one: one.keep(metrics[one]), due)
 
@@ -65,23 +78,22 @@ def train(
     reading = stream.reading([one.plan.steps if one.done else one.step for one in trainers])
     tokens = trainers[0].plan.config.batch_rows * source.store.length
     before = max(0, max(one.plan.steps for one in trainers) - len(reading))
-    evaluate()  # what a stopped run had not come to
-    retire()
-    with Progress(label, (before + len(reading)) * tokens, "tok", done=before * tokens) as progress:
-        for dealt in stream.batches(reading):
-            for number, batch in dealt:
-                each(lambda one, batch=batch: one.take(batch), [trainers[number]])
-            require_ours()  # before anything is saved
-            progress.update(tokens, _status(live))
-            taken = [trainers[number] for number, _ in dealt]
-            if stop.asked and not all(one.done for one in live):
-                each(Trainer.save, live)
-                each(Trainer.finish, live)
-                stop.check()
-            evaluate()
-            each(Trainer.save, [one for one in taken if one.is_saved])
-            retire()
-            if not live:
-                break
+    try:
+        evaluate()  # what a stopped run had not come to
+        retire()
+        with Progress(label, (before + len(reading)) * tokens, "tok", done=before * tokens) as progress:
+            for dealt in stream.batches(reading, check):
+                for number, batch in dealt:
+                    each(lambda one, batch=batch: take(one, batch), [trainers[number]])
+                progress.update(tokens, _status(live))
+                evaluate()
+                each(Trainer.save, [trainers[number] for number, _ in dealt if trainers[number].is_saved])
+                retire()
+                if not live:
+                    break
+    except KeyboardInterrupt:
+        each(Trainer.save, live)
+        each(Trainer.finish, live)
+        raise
     each(Trainer.finish, live)
     return stream.waited

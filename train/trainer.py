@@ -4,6 +4,7 @@ import math
 import posixpath
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
 
@@ -11,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import storage
+from common import pod, storage
 from common.config import to_json
 from common.errors import EyasError
 from common.progress import note
+from common.stopping import interruptible
 from train import losses, optimizer, placing
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
@@ -64,13 +66,17 @@ class Trainer:
         self._state = self._begin()
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
-        self._lines = Lines(plan.config.out, self.step)
         told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
-        self._logs = Logs(() if self.done else plan.config.log_to or (), plan.config.out, told)
+        logs = plan.config.log_to if pod.is_first() and not self.done else None
+        with pod.together():
+            self._lines = Lines(plan.config.out, self.step)
+            self._logs = Logs(logs or (), plan.config.out, told)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
+        self._exporting = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._exported: Future | None = None
         self._clock = time.monotonic()
         self.status = ""
 
@@ -78,6 +84,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._exporting.shutdown()
         self._logs.close(self.done)
         self._lines.close()
         self._saved.close()
@@ -125,25 +132,30 @@ class Trainer:
         shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
         return Evaluator(*shape, c.teacher)
 
+    def compile(self, batch: Batch, check: Callable[[], None] = lambda: None) -> None:
+        """Makes the program for batches like this one, if there is none yet; `check` may end the waiting."""
+        if self._compiled is None:
+            with pod.together():
+                note("train: compiling")
+                lowered = self._program().lower(self._state, self._frozen, batch)
+                compiling = partial(self._plan.source.program, lowered, lowered.compile)
+                self._compiled = interruptible(compiling, check)
+
     def take(self, batch: Batch) -> None:
         """One step. EyasError once too many steps in a row turn out not to be finite."""
-        if self._compiled is None:
-            self._compiled = self._compile(batch)
+        assert self._compiled
         self._state, metrics = self._compiled(self._state, self._frozen, batch)
         self._read()  # one step late: the device has the next one to do meanwhile
         self.step += 1
         self._unread = metrics
 
-    def _compile(self, batch: Batch) -> Callable:
+    def _program(self) -> Any:
         plan, c = self._plan, self._plan.config
-        note("train: compiling")
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
         rule = plan.optimizer(self._rate, self._no_sample())
         changed = partial(noised, c.noise, c.seed)
-        step = jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
-        lowered = step.lower(self._state, self._frozen, batch)
-        return plan.source.program(lowered, lowered.compile)
+        return jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
 
     @property
     def is_evaluated(self) -> bool:
@@ -163,17 +175,20 @@ class Trainer:
         return self.evaluator, self._weights(), self._frozen
 
     def save(self) -> None:
-        """Begins to save the state; what is known of all steps up to it is in metrics.jsonl before."""
+        """Begins to save the state; what is known of all steps up to it is on disk before."""
         self._read()
         if self._kept == self.step:
             return
-        self._lines.flush()
+        self._wait_for_export()
+        with pod.together():
+            self._lines.flush()
         self._saved.save(self._state, self.best, self.last)
         self._kept = self.step
 
     def finish(self) -> None:
         """Waits until everything is on disk."""
         self._read()
+        self._wait_for_export()
         self._saved.finish()
 
     def _read(self) -> None:
@@ -221,7 +236,8 @@ class Trainer:
         self._logs.add(line)
 
     def keep(self, metrics: dict[str, Any]) -> None:
-        """Exports the head, of which an evaluation says this, to last/, and to best/ if none was better.
+        """Begins to export the head, of which an evaluation says this, to last/, and to best/ if none was
+        better.
 
         EyasError if the metrics or the loss of the last step are not finite.
         """
@@ -233,13 +249,18 @@ class Trainer:
                     f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
                     "lower --learning-rate, or --dtype float32, in a new folder"
                 )
-            self._tell({"step": self.step, "evaluation": found})
-            self._lines.flush()
+            with pod.together():
+                self._tell({"step": self.step, "evaluation": found})
+                self._lines.flush()
+        self._wait_for_export()
         self.last = found
-        self._export("last", found)
+        folders = ["last"]
         if better(found, self.best):
             self.best = found
-            self._export("best", found)
+            folders.append("best")
+        weights = placing.on_host(self._weights(), "bfloat16")
+        if pod.is_first():
+            self._exported = self._exporting.submit(self._export, folders, weights, found)
         if self.done and self.step < self._plan.steps:
             note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
 
@@ -247,7 +268,14 @@ class Trainer:
         """What is evaluated and exported."""
         return optimizer.weights(self._state.optimizer, self._state.params)
 
-    def _export(self, name: str, found: dict[str, Any]) -> None:
+    def _wait_for_export(self) -> None:
+        """Until the last export is whole. What is wrong with it is raised on all processes."""
+        exported, self._exported = self._exported, None
+        with pod.together():
+            if exported:
+                exported.result()
+
+    def _export(self, folders: list[str], weights: dict[str, np.ndarray], found: dict[str, Any]) -> None:
         plan, steps = self._plan, self._plan.config.ttt_steps
         facts = {
             "target": plan.store.features["target"]["name"],
@@ -264,7 +292,8 @@ class Trainer:
                 "held-out rows": len(plan.source.test_rows),
                 "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
             }
-        folder = storage.join(plan.config.out, name)
-        target = plan.store.target_config()
+        about = plan.head, plan.draft_ids, plan.store.target_config()
         origin = target_identity(plan.store)
-        export(folder, self._weights(), plan.head, plan.draft_ids, target, metadata=facts, trained_for=origin)
+        for name in folders:
+            folder = storage.join(plan.config.out, name)
+            export(folder, weights, *about, metadata=facts, trained_for=origin)

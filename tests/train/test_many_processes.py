@@ -1,0 +1,145 @@
+"""Training on several processes gives the losses of one, and ends on all of them alike."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from common import storage
+from tests import pod as miniature
+from tests.train import small_store
+from tests.train.served import read_tensors
+from train.run import TrainConfig, run
+
+TRAIN = """
+import sys
+from common.errors import EyasError
+from train.run import TrainConfig, run
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+try:
+    found = run(TrainConfig(**{config}))
+    print(found["steps_before"], found["steps"])
+    code = 0
+except EyasError as error:
+    print("Error:", error, file=sys.stderr)
+    code = error.exit_code
+pod.leave(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pod")
+    return TrainConfig(
+        store=small_store.write_store(str(place / "store")),
+        out=str(place / "alone"),
+        steps=2,
+        batch_rows=4,
+        ttt_steps=2,
+        draft_vocab=32,
+        learning_rate=1e-2,
+        log_every=1,
+        init="target",
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    run(config)
+    return config.out
+
+
+def train(config, processes, devices, prelude=""):
+    text = prelude + TRAIN.format(config=asdict(config))
+    return miniature.wait(miniature.start(text, processes, devices), seconds=300)
+
+
+def lines_of(out):
+    return [json.loads(line) for line in storage.read_bytes(f"{out}/metrics.jsonl").splitlines()]
+
+
+def require_same(out, alone):
+    """The same losses and weights, but for rounding."""
+    for line, wanted in zip(lines_of(out), lines_of(alone), strict=True):
+        for name in ("loss", "gradient_norm"):
+            np.testing.assert_allclose(line.get(name, 0), wanted.get(name, 0), rtol=2e-3)
+        if "evaluation" in line:
+            np.testing.assert_allclose(line["evaluation"]["loss"], wanted["evaluation"]["loss"], rtol=2e-3)
+    for name, weight in read_tensors(f"{alone}/last/model.safetensors").items():
+        found = read_tensors(f"{out}/last/model.safetensors")[name]
+        atol = 0.02 * np.abs(weight.astype(np.float32)).max()
+        np.testing.assert_allclose(found.astype(np.float32), weight.astype(np.float32), atol=atol)
+
+
+def last_lines(found):
+    return [(p.code, p.out.strip().splitlines()[-1]) for p in found]
+
+
+def test_two_processes_train_the_head_of_one(config, alone, tmp_path):
+    here = replace(config, out=f"{tmp_path}/out", dp=4)
+    found = train(here, 2, 2)
+    assert last_lines(found) == [(0, "0 2")] * 2, found
+    assert not found[1].err.strip(), "one process tells what happens, the others are silent"
+    require_same(here.out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("processes", "devices"), [(4, 4), (1, 16)])
+def test_sixteen_chips_train_the_head_of_one(config, tmp_path, processes, devices):
+    """The fitted start too, which every process computes from its own rows."""
+    config = replace(config, batch_rows=16, steps=4, eval_every=2, init="fitted")
+    run(replace(config, out=f"{tmp_path}/alone"))
+    here = replace(config, out=f"{tmp_path}/out", dp=16)
+    assert last_lines(train(here, processes, devices)) == [(0, "0 4")] * processes
+    require_same(here.out, f"{tmp_path}/alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_error_of_one_process_ends_both_and_other_processes_go_on(config, tmp_path):
+    """A row that one of them cannot read; what is saved stays, and one process ends the run."""
+    broken = """
+from common import store
+if me == 1:
+    read, count = store.Store.read, []
+    def fail(self, names, rows):
+        count.extend(name for name in names if name == "aux_hidden")
+        if len(count) > 8:
+            raise store.EyasError(f"row {rows[0]} is damaged; prepare it anew")
+        return read(self, names, rows)
+    store.Store.read = fail
+"""
+    config = replace(config, steps=20, save_every=1, eval_every=20)
+    run(replace(config, out=f"{tmp_path}/alone"))
+    here = replace(config, out=f"{tmp_path}/out", dp=4)
+    found = train(here, 2, 2, broken)
+    assert [p.code for p in found] == [2, 2], found
+    assert "Error: process 1: row" in found[0].err
+    assert not any("Traceback" in p.err for p in found)
+    assert 0 < run(replace(here, dp=1))["steps_before"] < 20
+    require_same(here.out, f"{tmp_path}/alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_signal_to_one_process_saves_the_state_of_all(config, tmp_path):
+    config = replace(config, steps=4000, save_every=4000, eval_every=4000)
+    here = replace(config, out=f"{tmp_path}/out", dp=4)
+    started = miniature.start(TRAIN.format(config=asdict(here)), 2, 2)
+    moment = time.monotonic() + 200
+    while not os.path.exists(f"{here.out}/metrics.jsonl") or not lines_of(here.out):
+        assert time.monotonic() < moment
+        time.sleep(0.1)
+    asked = time.monotonic()
+    started[1].send_signal(signal.SIGTERM)
+    found = miniature.wait(started)
+    assert time.monotonic() - asked < 10
+    assert all("train stopped; step" in p.err for p in found), found
+    step = found[0].err.split("train stopped; step ")[1].split()[0]
+    assert int(step) > 0
+    assert step in storage.list_names(f"{here.out}/state")
