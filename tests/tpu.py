@@ -110,7 +110,7 @@ def train(recipe: str) -> dict[str, float]:
     known = recipes.load(recipe)
     config = TrainConfig("store", "out", **known.train)
     aux = target.default_aux_layers(known.layers)
-    c = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, config.ffn)
+    c = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, ffn=config.ffn)
     kind = known.train_slice.split("-")[0]
     mesh, B, K = mesh_of(config.dp, 1, kind), config.batch_rows, config.ttt_steps
     rate = optimizer.schedule(config.learning_rate, config.warmup, 1000)

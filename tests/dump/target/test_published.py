@@ -92,7 +92,7 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     cfg, recipe = read(name, tmp_path)
     config = TrainConfig("store", "out", **recipe.train)
     aux = target.default_aux_layers(cfg.num_layers)
-    head = Eagle3.for_target(cfg.text, config.draft_vocab, aux, config.ffn)
+    head = Eagle3.for_target(cfg.text, config.draft_vocab, aux, ffn=config.ffn)
     storage.write_json(f"{tmp_path}/head.json", head.serving_config(cfg.text, "bfloat16"))
     again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
