@@ -95,6 +95,7 @@ def read_turn(turn: Any) -> Turn:
     if not any(key in turn for key in (*TEXT_KEYS, "tool_calls", "function_call")):
         raise MalformedError("dropped_malformed")
     content, thoughts = _parts(first(turn, *TEXT_KEYS))
+    cut = turn.get("finish_reason") in ("length", "max_tokens")
     calls: list[dict[str, Any]] = []
     if role == "assistant":
         thoughts += [_thought(turn.get(key)) for key in _REASONING_KEYS]
@@ -103,6 +104,9 @@ def read_turn(turn: Any) -> Turn:
             calls, content = [*calls, *_calls(content)], ""
         inline, content = split_reasoning(content)
         thoughts.append(inline)
+        if cut and not inline:
+            inline, content = _unfinished(content)
+            thoughts.append(inline)
     elif turn.get("tool_calls"):
         raise MalformedError("dropped_malformed")
     # A turn under two names says the same thing twice: OpenRouter gives `reasoning` and `reasoning_details`.
@@ -116,7 +120,7 @@ def read_turn(turn: Any) -> Turn:
         call_id=_string(turn.get("tool_call_id")),
         counted=not _masked(turn),
         renamed=given not in PLAIN_ROLES,
-        cut=turn.get("finish_reason") in ("length", "max_tokens"),
+        cut=cut,
     )
 
 
@@ -143,6 +147,13 @@ def split_reasoning(text: str) -> tuple[str, str]:
         answer = next(filter(None, solution.groups()), "").strip() if solution else answer
         return (reasoning if opened else before).strip(), answer.lstrip()
     return "", text
+
+
+def _unfinished(text: str) -> tuple[str, str]:
+    """(reasoning, "") of a text that was cut off while it was reasoning, else ("", text)."""
+    begun = text.lstrip()
+    opening = next((opening for opening, _ in _TAGS if begun.startswith(opening)), None)
+    return (begun.removeprefix(opening).strip(), "") if opening else ("", text)
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """What can be chosen about regenerating answers."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from common import strict_json
 from common.config import check, setting
 
 _OURS = (
@@ -79,8 +79,8 @@ class RegenerateConfig:
 
     def _extra(self) -> dict[str, Any]:
         try:
-            value = json.loads(self.extra or "{}", parse_constant=lambda name: [][0])
-        except (ValueError, IndexError, RecursionError):
+            value = strict_json.parse((self.extra or "{}").encode(), "extra")
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ValueError(f"extra={self.extra!r} must be an object of JSON")
@@ -105,7 +105,7 @@ def _require_plain(url: str, number: int) -> None:
         good = False
     if not good or not url.isprintable() or " " in url:
         raise ValueError(f"endpoint {number} must be an address such as http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+    if any(sign in url for sign in "@?#"):
         raise ValueError(
             f"endpoint {number} must be an address without user, password, ? and #; a key is given by the "
             "environment variable EYAS_API_KEY"

@@ -47,7 +47,7 @@ class Work:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, answerer: Answerer) -> None:
-        while await self._some_left():
+        while answerer.name not in self.gone and await self._some_left():
             try:
                 await answerer.ready()
             except GoneError as error:

@@ -245,11 +245,13 @@ def test_an_answer_that_was_cut_off_or_held_back_is_known_by_its_finish_reason()
         *(ASKED, answered("whole", "stop"), ASKED, answered("half", "length")),
         *(ASKED, answered("no", "content_filter"), ASKED),
         answered("", "length", reasoning_content="hm"),
+        *(ASKED, answered("<think>\nhm, half a", "length")),
     ]
     messages = cleaner.clean({"messages": turns}, 0, "f.json").messages[1::2]
-    assert [m.get("cut", False) for m in messages] == [False, True, False, True]
-    assert [m.get("counted", True) for m in messages] == [True, True, False, False]
-    assert (cleaner.counts["turns_cut_off"], cleaner.counts["turns_masked"]) == (2, 2)
+    assert [m.get("cut", False) for m in messages] == [False, True, False, True, True]
+    assert [m.get("counted", True) for m in messages] == [True, True, False, False, False]
+    assert messages[-1]["reasoning"] == "hm, half a"
+    assert (cleaner.counts["turns_cut_off"], cleaner.counts["turns_masked"]) == (3, 3)
 
 
 def test_a_turn_that_goes_on_behind_one_that_was_cut_off_is_whole():

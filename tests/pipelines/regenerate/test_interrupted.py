@@ -12,8 +12,8 @@ import pytest
 
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.run import run
+from tests.pipelines.regenerate.asking import write_data
 from tests.pipelines.regenerate.chat_server import chat_server
-from tests.pipelines.regenerate.test_regenerate import write_data
 
 ROOT = Path(__file__).parents[3]
 EYAS = [sys.executable, "-m", "pipelines"]
