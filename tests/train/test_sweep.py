@@ -186,6 +186,14 @@ def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
         "fifth": {"share": 0.2, "steps": 2},
         "long": {"steps": 11},
         "mask": {"compat": "specforge"},
+        "parts": {"accumulate": 2, "noise": 0.1, "seed": 2},
+        "muon": {"optimizer": "muon", "ema": 0.9},
+        "wsd": {"schedule": "wsd", "cooldown": 0.5, "weight_decay": 0.1, "clip": 0.1},
+        "loss": {"loss": "lk-lambda", "lk_decay": 1.0},
+        "kind": {"fc_norm": True, "norm_output": True, "layers": 2},
+        "frozen": {"lm_head": "frozen", "norm_before_residual": True},
+        "layers": {"aux_layers": (2, 5), "share": 0.5, "steps": 4},
+        "patient": {"patience": 1, "eval_every": 1, "learning_rate": 1.0, "steps": 9},
     }
     out, by_itself = str(tmp_path / "out"), str(tmp_path / "alone")
     assert sweep.run(configs_of(common, out, **different), out, at_once=7)["failed"] == {}
