@@ -21,7 +21,7 @@ from train.config import EvaluateConfig, TrainConfig
 from train.serving_config import SERVERS
 
 EMBEDDED = recipes.EMBEDDED
-ON_A_POD = ("dump", "train")  # the same command on every host
+ON_A_POD = ("dump", "train", "sweep")  # the same command on every host
 RECIPES = "default: the recipe's, else {}"
 
 
@@ -251,7 +251,8 @@ def sweep(file: str, model: str, store: str, out: str | None, at_once: int | Non
 
     The file has common [settings], [[experiments]] with a name and what differs, and a [grid] of lists whose
     combinations are experiments too; keys are the options of `eyas train` with _ for -. Each head comes out
-    as `eyas train` would make it. The same command continues, and trains what was added to the file.
+    as `eyas train` would make it. The same command continues, and trains what was added to the file. On a pod
+    the same command runs on every host.
 
     Example: eyas sweep rates.toml --store stores/qwen3-8b --model qwen3-8b
     """
@@ -262,10 +263,13 @@ def sweep(file: str, model: str, store: str, out: str | None, at_once: int | Non
 
     recipe = recipes.find(model)
     place = out or stage.default_out(file)
-    configs = stage.read(file, store, place, recipe.train if recipe else {})
-    require_same_target(store, model, recipe)
+    with pod.together():
+        configs = stage.read(file, store, place, recipe.train if recipe else {})
+        require_same_target(store, model, recipe)
     found = training.run(configs, place, at_once)
-    _show_runs(comparison.CompareConfig((place,), f"{place}/compare.html", plots=plots), False)
+    with pod.together():
+        if pod.is_first():
+            _show_runs(comparison.CompareConfig((place,), f"{place}/compare.html", plots=plots), False)
     if found["failed"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found["failed"].items())
         raise EyasError(f"{len(found['failed'])} of {len(configs)} heads failed; {reasons}")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from common import schema, storage
+from common import pod, schema, storage
+from common.config import to_json
 from common.errors import EyasError, MachineError
 from common.lock import locked
 from common.progress import note
@@ -40,17 +41,20 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
     """
     start, first = time.monotonic(), next(iter(configs.values()))
     note(f"sweep: checking {first.store}")
-    source = Source(first.store, first.dp, first.cache)
-    plans = {name: _plan(name, config, source) for name, config in configs.items()}
-    _require_place(plans, out)
-    with locked(out) as require_ours, ExitStack() as held, Stop() as stop:
-        checks = [require_ours, *(held.enter_context(claimed(plan)) for plan in plans.values())]
-        failed = {name: reason for name, plan in plans.items() if (reason := _failed_before(plan))}
-        left = {name: plan for name, plan in plans.items() if name not in failed and not is_done(plan)}
-        note(f"sweep: {len(left)} of {len(plans)} heads to train, {len(failed)} failed before")
-        waited, names, size = 0.0, list(left), at_once or len(left)
+    with pod.together():
+        source = Source(first.store, first.dp, first.cache)
+        plans = {name: _plan(name, config, source) for name, config in configs.items()}
+        _require_place(plans, out)
+    pod.require_same({n: to_json(plan.config) | plan.identity for n, plan in plans.items()}, "experiments")
+    with ExitStack() as held:
+        checks = _claimed(plans, out, held)
+        with pod.together():
+            failed, names = _begun(plans)
+        pod.require_same({"failed": failed, "left": names}, "heads to train")
+        note(f"sweep: {len(names)} of {len(plans)} heads to train, {len(failed)} failed before")
+        waited, size = 0.0, at_once or len(names)
         for group in (names[at : at + size] for at in range(0, len(names), size or 1)):
-            waited += _train({name: left[name] for name in group}, stop, checks, failed)
+            waited += _train({name: plans[name] for name in group}, checks, failed)
     seconds = time.monotonic() - start
     return {
         "out": out,
@@ -79,6 +83,21 @@ def _require_place(plans: dict[str, Plan], out: str) -> None:
     require_room(out, need, f"checkpoints and {len(new)} heads", "name a folder on another disk")
 
 
+def _claimed(plans: dict[str, Plan], out: str, held: ExitStack) -> list[Callable[[], None]]:
+    """Holds all folders while `held` lasts; checks, for the first process, that they still are held."""
+    checks: list[Callable[[], None]] = []
+    with pod.together():
+        if pod.is_first():
+            checks.append(held.enter_context(locked(out)))
+    return checks + [held.enter_context(claimed(plan)) for plan in plans.values()]
+
+
+def _begun(plans: dict[str, Plan]) -> tuple[dict[str, str], list[str]]:
+    """(the reasons of those that failed, the names of those that are not at their end)."""
+    failed = {name: reason for name, plan in plans.items() if (reason := _failed_before(plan))}
+    return failed, [name for name, plan in plans.items() if name not in failed and not is_done(plan)]
+
+
 def _failed_before(plan: Plan) -> str | None:
     place = storage.join(plan.config.out, FAILED)
     if not storage.exists(place):
@@ -88,9 +107,7 @@ def _failed_before(plan: Plan) -> str | None:
     return found["reason"]
 
 
-def _train(
-    plans: dict[str, Plan], stop: Stop, checks: Sequence[Callable[[], None]], failed: dict[str, str]
-) -> float:
+def _train(plans: dict[str, Plan], checks: Sequence[Callable[[], None]], failed: dict[str, str]) -> float:
     """Trains these heads together; the seconds that all waited for data. `failed` takes reasons by name."""
     names = {plan.config.out: name for name, plan in plans.items()}
 
@@ -98,9 +115,12 @@ def _train(
         name = names[plan.config.out]
         failed[name] = str(error)
         note(f"sweep: {name} ends after step {step}, the others go on: {error}")
-        storage.write_json(storage.join(plan.config.out, FAILED), _Failed(step=step, reason=str(error)))
+        with pod.together():
+            if pod.is_first():
+                what = _Failed(step=step, reason=str(error))
+                storage.write_json(storage.join(plan.config.out, FAILED), what)
 
-    with ExitStack() as held:
+    with ExitStack() as held, Stop() as stop:
         trainers = []
         for plan in plans.values():
             try:

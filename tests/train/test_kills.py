@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -59,7 +58,11 @@ def config(tmp_path_factory):
 
 def saved_step(out: Path) -> int:
     """The newest state of the runs in `out`."""
-    return max((int(p.name) for p in out.rglob("state/*") if p.name.isdigit()), default=0)
+    found = 0
+    for folder in (out, *out.glob("*")):
+        names = storage.list_names(str(folder / "state"))
+        found = max([found, *(int(name) for name in names if name.isdigit())])
+    return found
 
 
 def killed_again_and_again(command: list[str], out: Path, seed: int) -> None:
@@ -73,16 +76,18 @@ def killed_again_and_again(command: list[str], out: Path, seed: int) -> None:
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
         start, before = time.monotonic(), saved_step(out)
-        if number % 3 == 0:
-            time.sleep(chance.uniform(0, begins))
-        else:
-            while saved_step(out) <= before and time.monotonic() - start < 200 and process.poll() is None:
-                time.sleep(0.002)
-            begins = time.monotonic() - start
-            time.sleep(chance.uniform(0, 0.05))
-        assert process.poll() is None, f"it ended before kill {number}: {log.read_text()[-3000:]}"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            if number % 3 == 0:
+                time.sleep(chance.uniform(0, begins))
+            else:
+                while saved_step(out) <= before and time.monotonic() - start < 200 and process.poll() is None:
+                    time.sleep(0.002)
+                begins = time.monotonic() - start
+                time.sleep(chance.uniform(0, 0.05))
+            assert process.poll() is None, f"it ended before kill {number}: {log.read_text()[-3000:]}"
+        finally:
+            process.kill()
+            process.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

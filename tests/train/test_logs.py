@@ -210,7 +210,8 @@ def test_a_tracker_has_what_metrics_has_each_number_once(request, name):
     assert [x[:2] for x in found] == [x[:2] for x in expected]
     assert [x[2] for x in found] == pytest.approx([x[2] for x in expected], rel=1e-6)
     for place in (Path(where, file) for where, _, files in os.walk(folder) for file in files):
-        assert SECRET.encode() not in place.read_bytes(), f"{place} has a secret"
+        if place.is_file():  # and no link to a place of its library's own
+            assert SECRET.encode() not in place.read_bytes(), f"{place} has a secret"
     assert storage.read_json(str(folder / "out" / logs.FILE))[name]["train"] == 7
 
 

@@ -143,3 +143,44 @@ def test_a_signal_to_one_process_saves_the_state_of_all(config, tmp_path):
     step = found[0].err.split("train stopped; step ")[1].split()[0]
     assert int(step) > 0
     assert step in storage.list_names(f"{here.out}/state")
+
+
+SWEEP = """
+import sys
+from common.errors import EyasError
+from train import sweep
+from train.config import TrainConfig
+from train.trainer import Trainer
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+take = Trainer.take
+def fails(self, batch):
+    take(self, batch)
+    if self.name == "bad":
+        raise EyasError("it comes to nothing")
+Trainer.take = fails
+try:
+    found = sweep.run({{name: TrainConfig(**c) for name, c in {configs}.items()}}, {out!r})
+    print(found["done"], found["failed"])
+    code = 0
+except EyasError as error:
+    print("Error:", error, file=sys.stderr)
+    code = error.exit_code
+pod.leave(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_processes_gives_the_heads_of_one(config, alone, tmp_path):
+    """Rows of half the data cross from one process to the other; a head that fails does so on both."""
+    out = f"{tmp_path}/out"
+    half = replace(config, share=0.5, seed=3)
+    run(replace(half, out=f"{tmp_path}/half"))
+    heads = {"one": config, "half": half, "bad": replace(config, seed=1)}
+    configs = {name: asdict(replace(c, out=f"{out}/{name}", dp=4)) for name, c in heads.items()}
+    text = SWEEP.format(configs=configs, out=out)
+    found = miniature.wait(miniature.start(text, 2, 2), seconds=300)
+    said = "['one', 'half'] {'bad': 'it comes to nothing'}"
+    assert last_lines(found) == [(0, said)] * 2, found
+    assert not found[1].err.strip()
+    require_same(f"{out}/one", alone)
+    require_same(f"{out}/half", f"{tmp_path}/half")
