@@ -13,6 +13,7 @@ _FULL = 0.9  # of a row; below it a length that fills better is advised
 _EXPLAINED = {
     "dropped_tools": "conversations with tools are left out, since the target's chat template knows none",
     "turns_system_folded": "system turns stand in front of the first question, since the template knows none",
+    "turns_cut_off": "answers were cut off: their text is learnt from, and not that they end there",
     "turns_reasoning_removed": "turns lose their reasoning: the template leaves it out, as a server does",
 }
 

@@ -103,7 +103,8 @@ class Endpoint:
                 await asyncio.sleep(wait)
                 continue
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._works.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._works.wait()
         if not works:
             self._next = now + _STAGGER
 
@@ -204,7 +205,7 @@ class Endpoint:
     def _told_by(self, text: str) -> str:
         """What a server says, on one short line, without the key, which some repeat."""
         text = text.replace(self._key, "(the key)") if self._key else text
-        return " ".join(text.split())[:200]
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
 
 def _is_stream(headers: Any) -> bool:

@@ -108,14 +108,17 @@ async def _asked(
 
     left = questions.talks(answers.is_there(number) for number in range(len(questions)))
     work = Work(left, done, config.seed, config.truncated == "keep")
-    async with AsyncExitStack() as open_endpoints:
-        endpoints = [
-            await open_endpoints.enter_async_context(Endpoint(url, key, config))
-            for url, key in zip(config.endpoint, keys, strict=True)
-        ]
-        await work.run(endpoints, tick)
+    async with AsyncExitStack() as stack:
+        await work.run(
+            [await stack.enter_async_context(answerer) for answerer in _answerers(config, keys)], tick
+        )
     answers.sync()
     return work
+
+
+def _answerers(config: RegenerateConfig, keys: list[str | None]) -> list[Endpoint]:
+    """Who answers: whatever keeps the protocol `Answerer` and is opened by `async with`."""
+    return [Endpoint(url, key, config) for url, key in zip(config.endpoint, keys, strict=True)]
 
 
 def _unfinished(config: RegenerateConfig, left: int, total: int, work: Work | None) -> EyasError:

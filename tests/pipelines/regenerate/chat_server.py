@@ -122,8 +122,8 @@ def chat_server(choose: Choose = lambda request: None, delay: float = 0.0) -> It
                 return self._send(200, RAW[way])
             if way and way.split()[0].isdigit():
                 status, *after = way.split(maxsplit=1)
-                headers = {"Retry-After": after[0]} if after else {}
-                said = f"bad {self.headers.get('authorization')}"
+                headers = {"Retry-After": after[0]} if status == "429" and after else {}
+                said = f"bad {self.headers.get('authorization')}\x1b\n"
                 return self._send(int(status), _json({"error": {"message": said}}), headers)
             if way in ("close", "hang"):
                 server.over.wait(60 if way == "hang" else 0)

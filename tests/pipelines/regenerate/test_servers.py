@@ -124,6 +124,7 @@ def test_a_server_that_fails_for_good_is_named_and_the_others_go_on(config, expe
     [
         ("401", EyasError, "401: bad None; give its key in EYAS_API_KEY.*; mend that"),
         ("404", EyasError, "404: .*check the address"),
+        ("402", EyasError, "402: bad None; check the address"),
         ("301", EyasError, "301: .*check the address"),
         ("400", EyasError, "it rejects a plain question too .400: bad None"),
         ("html", EyasError, "none of 8 replies was an answer .the reply is not JSON"),
