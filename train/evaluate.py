@@ -38,7 +38,6 @@ class Evaluator:
         ttt_steps: int,
         batch_rows: int,
         dtype: Any,
-        teacher: str = "recompute",
         answer_tokens: int | None = None,
     ):
         rows, chips = source.test_rows, source.mesh.size
@@ -50,7 +49,8 @@ class Evaluator:
         workload = source.workload(ttt_steps, test=True)
         self.source, self.counted = source, workload.counted(rows)
         capacity = workload.capacity(batches, chips)
-        self.view = View(listed(batches), workload, capacity, teacher, draft_ids, head.aux_layers)
+        # The whole teacher, whatever the training's was.
+        self.view = View(listed(batches), workload, capacity, "recompute", draft_ids, head.aux_layers)
         self.score: Callable = source.once(
             ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
             lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),

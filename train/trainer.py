@@ -72,6 +72,7 @@ class Trainer:
             self._lines = Lines(plan.config.out, self.step)
             self._logs = Logs(logs or (), plan.config.out, told)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
+        self._taught = plan.source.frozen(plan.draft_ids, "recompute", plan.dtype)  # for evaluations
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
@@ -130,7 +131,7 @@ class Trainer:
             note("train: the store has no held-out rows, so best/ is the last head")
             return None
         shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
-        return Evaluator(*shape, c.teacher)
+        return Evaluator(*shape)
 
     def compile(self, batch: Batch, check: Callable[[], None] = lambda: None) -> None:
         """Makes the program for batches like this one, if there is none yet; `check` may end the waiting."""
@@ -172,7 +173,7 @@ class Trainer:
     def measured(self) -> tuple[Evaluator, Any, Any]:
         """What `score_all` takes."""
         assert self.evaluator
-        return self.evaluator, self._weights(), self._frozen
+        return self.evaluator, self._weights(), self._taught
 
     def save(self) -> None:
         """Begins to save the state; what is known of all steps up to it is on disk before."""
