@@ -43,6 +43,30 @@ def test_a_line_that_is_taken_out_is_asked_again(config, expected):
     assert Path(config.out).read_bytes() == expected
 
 
+def test_one_that_ends_while_its_lines_are_put_in_order_is_continued(config, expected, monkeypatch):
+    with chat_server(delay=0.01) as server:
+        monkeypatch.setattr(
+            "os.replace", lambda old, new: raise_full() if new == config.out else rename(old, new)
+        )
+        with pytest.raises(MachineError, match="the disk is full"):
+            ask(config, server)
+        assert len(lines(config)) == 20
+        assert sorted(Path(config.out).read_bytes().splitlines()) == sorted(expected.splitlines())
+        monkeypatch.undo()
+        server.requests.clear()
+        ask(config, server)
+        assert not server.requests
+    assert Path(config.out).read_bytes() == expected
+    assert not list(Path(config.out).parent.glob(".*.partial"))
+
+
+rename = os.replace
+
+
+def raise_full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_an_answered_file_is_left_as_it_is(config, capfd):
     with chat_server() as server:
         first = ask(config, server)

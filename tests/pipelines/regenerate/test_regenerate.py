@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from common.errors import EyasError
@@ -127,6 +129,14 @@ def test_questions_of_any_shape_and_max_conversations(config):
         found = ask(config, server, max_conversations=2)
         assert [line["id"] for line in lines(config)] == ["x", "chats.jsonl#1"]
         assert found["data"] == {"read": 2}
+
+
+def test_a_table_of_prompts(config, tmp_path):
+    pq.write_table(pa.table({"prompt": ["a?", None, "b?"], "label": [1, 2, 3]}), tmp_path / "prompts.parquet")
+    with chat_server() as server:
+        found = ask(config, server, data=(str(tmp_path / "prompts.parquet"), config.data[0]))
+    assert [line["id"] for line in lines(config)][:3] == ["prompts.parquet#0", "prompts.parquet#2", "chat0"]
+    assert found["data"] == {"read": 23, "dropped_malformed": 1}
 
 
 def test_a_stream_gives_the_same_answers(config, expected):
