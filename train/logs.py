@@ -5,6 +5,7 @@ each knows the run, and up to which step it was told: a run that is continued go
 is computed once more, to the same numbers, is not told twice.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -132,12 +133,23 @@ TRACKERS: dict[str, Callable[[str, str, str, dict[str, Any]], Tracker]] = {
 }
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def require(names: Sequence[str], out: str) -> None:
     """EyasError for a tracker whose package is missing, or that cannot tell of a run in `out`."""
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, which wandb makes, is no package
             raise EyasError(f"--log-to {name} needs a package that is not here: pip install 'eyas[{name}]'")
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of a version that does not go with the others that are here
+            raise EyasError(
+                f"--log-to {name}: its package here cannot be used ({_reason(error)}); pip install --upgrade "
+                f"'eyas[{name}]'"
+            ) from None
         if name == "tensorboard" and storage.is_remote(out):
             raise EyasError(f"--log-to tensorboard appends to files, which {out} has none of; leave it out")
 
@@ -194,8 +206,7 @@ class Logs:
                 action()
         except Exception as error:  # of a service or a library of any kind, hours into a run
             self._trackers.pop(name, None)
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            note(f"{name} fails, and is told no more of this run: {reason}; metrics.jsonl has it all")
+            note(f"{name} fails, and is told no more of this run: {_reason(error)}; metrics.jsonl has it all")
 
     def add(self, line: dict[str, Any]) -> None:
         """Tells the trackers of a line, now or a little later."""

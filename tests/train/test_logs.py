@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sqlite3
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_a_missing_package_is_refused_with_what_installs_it(tmp_path, monkeypatc
         EyasError, match=r"trackio needs a package that is not here: pip install 'eyas\[trackio"
     ):
         require(("trackio",), "out")
+
+
+def test_a_package_that_cannot_be_used_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "__init__.py").write_text("from numpy import of_another_version")
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    config = TrainConfig(str(tmp_path / "none"), str(tmp_path / "out"), log_to=["mlflow"])
+    with pytest.raises(EyasError, match=r"mlflow: its package here cannot be used \(cannot import name"):
+        run(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_note_is_one_line(tmp_path):
