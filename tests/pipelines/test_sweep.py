@@ -2,11 +2,15 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from common.errors import EyasError
+from pipelines.cli import main
 from pipelines.sweep import default_out, read
+from tests.train import small_store
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ ONE = '[[experiments]]\nname = "a"\n'
         (ONE + "ttt_steps = 0", "experiment a: ttt_steps=0 must be a whole number of at least 1"),
         (ONE + "seed = true", "experiment a: seed=True must be a whole number"),
         (ONE + "learning_rate = nan", "experiment a: learning_rate=nan must be a number"),
-        (ONE + "init = 'fited'", "experiment a: init='fited' is unknown; use one of fitted"),
+        (ONE + "loss = 'hard'", "experiment a: loss='hard' is unknown; use one of cross-entropy"),
         (ONE + "batch_rows = 8", "experiment a: batch_rows is of the stream that all share; move it"),
         ("[grid]\nseed = 3", "[grid]: seed must be a list of values"),
         ("[grid]\nseed = []", "[grid]: seed must be a list of values"),
@@ -99,3 +103,44 @@ def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(EyasError, match=r"none.toml is missing; check the path"):
         read(str(tmp_path / "none.toml"), "s", "o", {})
     assert os.listdir(tmp_path) == []
+
+
+def refused(result):
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+def test_the_command_refuses_a_mistake_before_it_writes_anything(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = small_store.write_store(str(tmp_path / "store"))
+    place = ["--store", store, "--model", f"{store}/target"]
+    before = sorted(tmp_path.rglob("*"))
+    for text, said in (
+        (ONE + "draft_vocab = 65", "experiment a: a draft vocabulary of 65 tokens; the target has 64"),
+        (ONE + "teacher = 'stored'", "experiment a: .* has no logits to teach with"),
+        (ONE + "aux_layers = [2, 3]", "experiment a: .*3"),
+        (ONE + "log_to = ['nowhere']", "experiment a: log_to=.* is unknown"),
+        ("[settings]\ndp = 64\nbatch_rows = 64\n" + ONE, "needs 64 devices"),
+    ):
+        assert re.search(said, refused(CliRunner().invoke(main, ["sweep", file(text), *place])))
+    assert sorted({*tmp_path.rglob("*")} - {tmp_path / "rates.toml"}) == before
+
+
+@pytest.mark.slow
+def test_the_command_trains_compares_and_says_what_failed(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = small_store.write_store(str(tmp_path / "store"))
+    settings = "[settings]\nsteps = 3\nttt_steps = 2\ndraft_vocab = 32\ninit = 'normal'\n"
+    url = file(f"{settings}[grid]\nlearning_rate = [1e-3, 1e-2]\n")
+    command = ["sweep", url, "--store", store, "--model", f"{store}/target", "--no-plots"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    names = ["learning_rate=0.001", "learning_rate=0.01"]
+    assert all(name in done.stdout for name in names)
+    assert "written: runs/rates/compare.html" in done.stderr
+    assert sorted(p.name for p in Path("runs/rates").iterdir()) == [".lock", "compare.html", *names]
+    Path("runs/rates", names[0], "failed.json").write_text('{"step": 2, "reason": "it came to nothing"}')
+    assert "1 of 2 heads failed; learning_rate=0.001: it came to nothing" in refused(
+        CliRunner().invoke(main, command)
+    )
