@@ -20,7 +20,8 @@ class Order(NamedTuple):
     places: np.ndarray
 
 
-def _permutation(n: int, seed: int, number: int) -> np.ndarray:
+def permutation(n: int, seed: int, number: int) -> np.ndarray:
+    """The numbers below n in the order of a seed's epoch `number`."""
     # Philox: numpy promises its stream for ever, unlike that of default_rng.
     return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(n)
 
@@ -28,7 +29,7 @@ def _permutation(n: int, seed: int, number: int) -> np.ndarray:
 def share_of(rows: np.ndarray, seed: int, share: float) -> np.ndarray:
     """A share of the rows, ascending, one at least; a smaller share's rows are among a larger one's."""
     count = max(1, round(share * len(rows)))
-    return rows if count >= len(rows) else np.sort(rows[_permutation(len(rows), seed, _SHARES)[:count]])
+    return rows if count >= len(rows) else np.sort(rows[permutation(len(rows), seed, _SHARES)[:count]])
 
 
 def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int, share: float = 1.0) -> Order:
@@ -38,7 +39,7 @@ def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int, share: float
     inside = np.isin(rows, share_of(rows, seed, share))
     epochs = []
     for epoch in range(-(-count // int(inside.sum()))):
-        mixed = _permutation(N, seed, epoch)
+        mixed = permutation(N, seed, epoch)
         at = np.flatnonzero(inside[mixed])
         epochs.append((rows[mixed[at]], epoch * N + at))
     return Order(*(np.concatenate(x)[:count].reshape(steps, batch_rows) for x in zip(*epochs, strict=True)))

@@ -27,6 +27,7 @@ from train.config import TrainConfig
 from train.heads import HEADS, Head
 from train.init import start
 from train.order import Order, order
+from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
 from train.stream import View, teaching_arrays
@@ -55,7 +56,8 @@ class Plan:
     view: View
     counted: int
     eval_every: int
-    save_every: int
+    eval_rows: int  # of the test split
+    save_every: int | None  # None: as the cost allows
     published: Published | None
     identity: dict[str, Any]
 
@@ -137,8 +139,8 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         )
     wanted = order(source.train_rows, config.data_seed, steps, config.batch_rows, config.share)
     dtype = compute_dtype(config.dtype)
-    # An evaluation costs about a third of as many training rows; all of them stay below a tenth.
-    pace = max(-(-steps // 10), -(-len(source.test_rows) * 10 // (3 * config.batch_rows)))
+    held_out = len(source.test_rows)
+    every, part = evaluations(steps, config.batch_rows, store.length, held_out)
     return Plan(
         config=config,
         source=source,
@@ -156,8 +158,9 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             config.accumulate,
         ),
         counted=counted,
-        eval_every=config.eval_every or pace,
-        save_every=config.save_every or -(-steps // 20),
+        eval_every=config.eval_every or every,
+        eval_rows=held_out if config.eval_every else part,
+        save_every=config.save_every,
         published=published,
         identity=_identity(config, store, head, draft_ids, steps, dtype)
         | ({"init": published.sums} if published else {}),

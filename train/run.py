@@ -25,9 +25,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Trains a head from `config.store` into `config.out`, or continues: the weights come out the same. On
     several processes each calls this, with the same configuration.
 
-    Returns {"out", "steps", "steps_before", "rows", "tokens", "seconds", "tokens_per_s", "stall", "best",
-    "last"}, of this run but for steps, best and last. EyasError for whatever is wrong, before anything is
-    computed or written where it can be known before, and after Ctrl-C or SIGTERM, which save the state.
+    Returns {"out", "steps", "steps_before", "rows", "tokens", "seconds", "tokens_per_s", "stall", "pace",
+    "best", "last"}, of this run but for steps, best and last; "stall" is the share of waiting for data,
+    "pace" that of evaluations and checkpoints. EyasError for whatever is wrong, before anything is computed
+    or written where it can be known before, and after Ctrl-C or SIGTERM, which save the state.
     """
     start = time.monotonic()
     note(f"train: checking {config.store}")
@@ -53,7 +54,8 @@ def _announce(plan: Plan) -> str:
     return (
         f"train: {plan.steps} steps of {B} x {T} tokens, {plan.counted:,} counted positions an "
         f"epoch; a head of {parameters / 1e6:.1f}M parameters, draft vocabulary {len(plan.draft_ids):,}; "
-        f"an evaluation every {plan.eval_every} steps, a checkpoint every {plan.save_every}"
+        f"an evaluation of {plan.eval_rows} rows every {plan.eval_every} steps, a checkpoint "
+        + (f"every {plan.save_every}" if plan.save_every else "as often as its cost allows")
         + "".join(f"\ntrain: {limit.sentence()}" for limit in plan.head.limits())
     )
 
@@ -61,7 +63,7 @@ def _announce(plan: Plan) -> str:
 def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], None]) -> dict[str, Any]:
     """Gives the trainer every batch that it has not had yet. If it is stopped, its state is saved."""
     first, tokens, began = trainer.step, plan.config.batch_rows * plan.store.length, time.monotonic()
-    waited = together.train([trainer], "train", stop, require_ours, together.raise_it)
+    spent = together.train([trainer], "train", stop, require_ours, together.raise_it)
     seconds, steps = time.monotonic() - began, trainer.step - first
     return {
         "out": plan.config.out,
@@ -70,7 +72,8 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], 
         "rows": steps * plan.config.batch_rows,
         "tokens": steps * tokens,
         "tokens_per_s": round(steps * tokens / seconds, 1),
-        "stall": round(waited / seconds, 4),
+        "stall": round(spent.waiting / seconds, 4),
+        "pace": round(spent.pausing / seconds, 4),
         "best": trainer.best,
         "last": trainer.last,
     }

@@ -38,9 +38,11 @@ class _Evaluation(TypedDict):
 
 
 class _Noted(TypedDict):
-    """Beside a saved state: its checksums, and the evaluations of the heads in best/ and last/."""
+    """Beside a saved state: its checksums, the seconds that the run took up to it, and the evaluations of the
+    heads in best/ and last/."""
 
     sums: dict[str, Crc32]
+    seconds: float
     best: _Evaluation | None
     last: _Evaluation
 
@@ -195,9 +197,9 @@ class Saved:
         """The newest saved step, None if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, like: State, where: State) -> tuple[State, dict[str, Any] | None, dict[str, Any]]:
+    def restore(self, like: State, where: State) -> tuple[State, dict[str, Any]]:
         """(the newest state, in the shapes and dtypes of `like`, lying as `where` says; what `save` was given
-        beside it)."""
+        beside it, by name)."""
         step = self.step()
         place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
         try:
@@ -212,7 +214,7 @@ class Saved:
         damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
         if damaged:
             raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
-        return state, noted["best"], noted["last"]
+        return state, noted
 
     def noted(self) -> tuple[int, dict[str, Any] | None, dict[str, Any]] | None:
         """(step, best, last) of the newest state, of which nothing else is read; None if there is none."""
@@ -235,9 +237,14 @@ class Saved:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
         return dict(self._manager.restore(step, args=args).items())
 
-    def save(self, state: State, best: dict[str, Any] | None, last: dict[str, Any]) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is still being written."""
+        return self._manager.is_saving_in_progress()
+
+    def save(self, state: State, best: dict[str, Any] | None, last: dict[str, Any], seconds: float) -> None:
         """Begins to save; waits only for an earlier save. MachineError if that or this one fails."""
-        noted = {"sums": _checksums(state), "best": best, "last": last}
+        noted = {"sums": _checksums(state), "seconds": float(seconds), "best": best, "last": last}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=ocp.args.JsonSave(noted))
         with self._writing():
             self._manager.save(int(state.step), args=args, force=True)

@@ -54,7 +54,7 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
         note(f"sweep: {len(names)} of {len(plans)} heads to train, {len(failed)} failed before")
         waited, size = 0.0, at_once or len(names)
         for group in (names[at : at + size] for at in range(0, len(names), size or 1)):
-            waited += _train({name: plans[name] for name in group}, checks, failed)
+            waited += _train({name: plans[name] for name in group}, checks, failed).waiting
     seconds = time.monotonic() - start
     return {
         "out": out,
@@ -107,8 +107,10 @@ def _failed_before(plan: Plan) -> str | None:
     return found["reason"]
 
 
-def _train(plans: dict[str, Plan], checks: Sequence[Callable[[], None]], failed: dict[str, str]) -> float:
-    """Trains these heads together; the seconds that all waited for data. `failed` takes reasons by name."""
+def _train(
+    plans: dict[str, Plan], checks: Sequence[Callable[[], None]], failed: dict[str, str]
+) -> together.Spent:
+    """Trains these heads together; what all spent time on beside. `failed` takes reasons by name."""
     names = {plan.config.out: name for name, plan in plans.items()}
 
     def fail(plan: Plan, step: int, error: EyasError) -> None:

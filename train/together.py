@@ -1,6 +1,8 @@
 """Trainers that take the batches of one stream: each reading of the store serves all of them."""
 
+import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from common import pod
 from common.errors import EyasError, MachineError
@@ -11,6 +13,13 @@ from train.evaluate import score_all
 from train.metrics import LENGTH
 from train.stream import Stream
 from train.trainer import Trainer
+
+
+class Spent(NamedTuple):
+    """Seconds: of waiting for data, and of evaluations and checkpoints in which no step was done."""
+
+    waiting: float
+    pausing: float
 
 
 def raise_it(trainer: Trainer, error: EyasError) -> None:
@@ -32,13 +41,13 @@ def train(
     stop: Stop,
     require_ours: Callable[[], None],
     failed: Callable[[Trainer, EyasError], None],
-) -> float:
-    """Gives every trainer the batches that it has not had yet; returns the seconds that all waited for data.
+) -> Spent:
+    """Gives every trainer the batches that it has not had yet; returns what else all spent time on.
 
     A trainer whose head comes to nothing is given to `failed`, and the others go on, unless that raises. What
     the machine does ends all. If asked to stop, all states are saved first.
     """
-    live = list(trainers)
+    live, pausing = list(trainers), 0.0
 
     def each(action: Callable[[Trainer], None], of: Sequence[Trainer]) -> None:
         for trainer in [one for one in of if one in live]:
@@ -62,8 +71,10 @@ def train(
 
     def evaluate() -> None:
         due = [one for one in live if one.is_evaluated]
+        if not due:
+            return
         measured = [one.measured for one in due if one.evaluator]  # all or none: they have one source
-        label = f"evaluate step {due[0].step}" if due else ""
+        label = f"evaluate step {due[0].step}"
         found = score_all(measured, label, check) if measured else [{}] * len(due)
         metrics = dict(zip(due, found, strict=True))
         each(lambda one: one.keep(metrics[one]), due)
@@ -86,9 +97,11 @@ def train(
                 for number, batch in dealt:
                     each(lambda one, batch=batch: take(one, batch), [trainers[number]])
                 progress.update(tokens, _status(live))
+                began = time.monotonic()
                 evaluate()
                 each(Trainer.save, [trainers[number] for number, _ in dealt if trainers[number].is_saved])
                 retire()
+                pausing += time.monotonic() - began
                 if not live:
                     break
     except KeyboardInterrupt:
@@ -96,4 +109,4 @@ def train(
         each(Trainer.finish, live)
         raise
     each(Trainer.finish, live)
-    return stream.waited
+    return Spent(stream.waited, pausing)

@@ -24,6 +24,7 @@ from train.export import export, target_identity
 from train.logs import Logs
 from train.metrics import LENGTH, better
 from train.noise import noised
+from train.pace import LOOK, Saving
 from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Lines, Saved
@@ -63,6 +64,8 @@ class Trainer:
         self._saved = Saved(plan.config.out)
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] = {"step": 0}
+        before = time.monotonic()
+        self._seconds = 0.0  # of the run before this process
         self._state = self._begin()
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
@@ -78,7 +81,10 @@ class Trainer:
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
         self._exporting = ThreadPoolExecutor(1, thread_name_prefix="export")
         self._exported: Future | None = None
-        self._clock = time.monotonic()
+        self._clock = before
+        self._first, self._stepping = self.step, 0.0  # when this process's first step was done
+        self._saving = Saving(sum(x.nbytes for x in jax.tree.leaves(self._state)))
+        self._save_at = plan.steps if plan.save_every is None else 0
         self.status = ""
 
     def __enter__(self) -> Self:
@@ -114,7 +120,8 @@ class Trainer:
             where = placing.along(jax.eval_shape(self._new_state, *made), declared, plan.mesh)
             return jax.jit(self._new_state, out_shardings=where)(*made)
         like = jax.eval_shape(self._new_state, plan.shapes(), self._no_sample())
-        state, self.best, self.last = self._saved.restore(like, placing.along(like, declared, plan.mesh))
+        state, noted = self._saved.restore(like, placing.along(like, declared, plan.mesh))
+        self.best, self.last, self._seconds = noted["best"], noted["last"], noted["seconds"]
         note(f"train: continuing after step {int(state.step)} of {plan.steps}")
         return state
 
@@ -127,11 +134,12 @@ class Trainer:
 
     def _make_evaluator(self) -> Evaluator | None:
         plan, c = self._plan, self._plan.config
-        if not len(plan.source.test_rows):
+        held_out = len(plan.source.test_rows)
+        if not held_out:
             note("train: the store has no held-out rows, so best/ is the last head")
             return None
         shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
-        return Evaluator(*shape)
+        return Evaluator(*shape, count=plan.eval_rows if plan.eval_rows < held_out else None)
 
     def compile(self, batch: Batch, check: Callable[[], None] = lambda: None) -> None:
         """Makes the program for batches like this one, if there is none yet; `check` may end the waiting."""
@@ -149,6 +157,18 @@ class Trainer:
         self._read()  # one step late: the device has the next one to do meanwhile
         self.step += 1
         self._unread = metrics
+        if not self._saved.is_busy:
+            self._saving.end()
+        if self.step == self._first + 1:
+            self._stepping = time.monotonic()
+        if self.step == self._first + LOOK:
+            self._plan_save()
+
+    def _plan_save(self) -> None:
+        """Decides, for all processes, after which step the state is saved next."""
+        if self._plan.save_every is None and self.step > self._first + 1:
+            seconds = (time.monotonic() - self._stepping) / (self.step - self._first - 1)
+            self._save_at = self.step + pod.told(lambda: self._saving.steps(seconds))
 
     def _program(self) -> Any:
         plan, c = self._plan, self._plan.config
@@ -167,7 +187,9 @@ class Trainer:
     @property
     def is_saved(self) -> bool:
         """Whether this step is one after which the state is saved."""
-        return self.step % self._plan.save_every == 0 or self.done
+        every = self._plan.save_every
+        due = self.step >= self._save_at if every is None else self.step % every == 0
+        return due or self.done
 
     @property
     def measured(self) -> tuple[Evaluator, Any, Any]:
@@ -183,8 +205,10 @@ class Trainer:
         self._wait_for_export()
         with pod.together():
             self._lines.flush()
-        self._saved.save(self._state, self.best, self.last)
+        self._saving.begin()
+        self._saved.save(self._state, self.best, self.last, self._run_seconds)
         self._kept = self.step
+        self._plan_save()
 
     def finish(self) -> None:
         """Waits until everything is on disk."""
@@ -220,17 +244,25 @@ class Trainer:
         self.status = f"loss {loss:.3f}, acc_0 {acc[0]:.1%}{length}"
         self._tell(
             {
-                "step": self.step,
-                "tokens": self.step * self._plan.config.batch_rows * self._plan.store.length,
+                **self._now(),
                 "loss": loss,
                 "loss_k": np.asarray(metrics.loss_K).tolist(),
                 "acc_in_vocab_k": acc,
                 "gradient_norm": norm,
                 "skipped": int(metrics.skipped),
                 "learning_rate": float(self._rate(self.step - 1)),
-                "seconds": round(time.monotonic() - self._clock, 2),
             }
         )
+
+    def _now(self) -> dict[str, Any]:
+        """Where the run is, at the beginning of every line."""
+        tokens = self.step * self._plan.config.batch_rows * self._plan.store.length
+        return {"step": self.step, "tokens": tokens, "seconds": round(self._run_seconds, 2)}
+
+    @property
+    def _run_seconds(self) -> float:
+        """What the run took so far, over all of its processes."""
+        return self._seconds + time.monotonic() - self._clock
 
     def _tell(self, line: dict[str, Any]) -> None:
         self._lines.add(line)
@@ -251,7 +283,7 @@ class Trainer:
                     "lower --learning-rate, or --dtype float32, in a new folder"
                 )
             with pod.together():
-                self._tell({"step": self.step, "evaluation": found})
+                self._tell(self._now() | {"evaluation": found})
                 self._lines.flush()
         self._wait_for_export()
         self.last = found
@@ -290,7 +322,7 @@ class Trainer:
             facts |= {
                 f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
                 f"the same, temperature 1 with sampled drafts ({how})": found["length_sampled"],
-                "held-out rows": len(plan.source.test_rows),
+                "held-out rows": plan.eval_rows,
                 "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
             }
         about = plan.head, plan.draft_ids, plan.store.target_config()

@@ -57,12 +57,3 @@ def means(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     total = _reduce(np.add, np.where(known, values, 0.0), starts)
     count = _reduce(np.add, known.astype(np.float64), starts)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def elapsed(steps: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Seconds of the run over all its processes, [N]: a clock that falls back belongs to a new process."""
-    known = np.isfinite(seconds)
-    if not known.any():
-        return seconds
-    seconds = np.interp(steps, steps[known], seconds[known])
-    return seconds + np.concatenate([[0.0], np.cumsum(np.where(np.diff(seconds) < 0, seconds[:-1], 0.0))])

@@ -18,7 +18,7 @@ from common import schema, storage
 from common.errors import EyasError
 from common.lock import in_use
 from common.schema import Count, TypedDict
-from pipelines.compare.curves import Curve, elapsed, thin
+from pipelines.compare.curves import Curve, thin
 
 EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
 LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
@@ -162,9 +162,9 @@ def read(url: str, points: int) -> Run:
     columns = _columns(lines, TRAINED)
     steps = np.array([line["step"] for line in lines], np.float64)
     tokens = _column([line.get("tokens") for line in lines])[:, 0]
-    seconds = elapsed(steps, _column([line.get("seconds") for line in lines])[:, 0])
+    seconds = _column([line.get("seconds") for line in lines])[:, 0]
     when = np.array([line["step"] for line in evaluations], np.float64)
-    at = (when, _interpolate(when, steps, tokens, True), _interpolate(when, steps, seconds, False))
+    at = (when, *(_column([line.get(name) for line in evaluations])[:, 0] for name in ("tokens", "seconds")))
     measured = [line["evaluation"] for line in evaluations]
     heads = [Evaluation(int(s), t, c, v) for s, t, c, v in zip(*at, measured, strict=True)]
     reached = int(max([0, *steps[-1:], *when[-1:]]))
@@ -297,16 +297,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= _MOST_STEPS and all(map(_is_number, value))
-
-
-def _interpolate(at: np.ndarray, steps: np.ndarray, values: np.ndarray, through_zero: bool) -> np.ndarray:
-    """`values` at other steps than those they were logged at; NaN if there is nothing to tell it from."""
-    known = np.isfinite(values)
-    if not known.any():
-        return np.full(len(at), math.nan)
-    if through_zero:  # in proportion, also beyond what was logged
-        return at * float(np.median(values[known] / np.maximum(steps[known], 1)))
-    return np.interp(at, steps[known], values[known])
 
 
 def _last(values: np.ndarray) -> float:

@@ -58,7 +58,7 @@ def write_run(
         if step % log_every == 0 or step in (1, steps):
             lines.append(_training(rng, step, done, K, rate, steps))
         if eval_every and (step % eval_every == 0 or step == steps):
-            lines.append({"step": step, "evaluation": _evaluation(rng, step, done, K)})
+            lines.append(_when(step) | {"evaluation": _evaluation(rng, step, done, K)})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -66,15 +66,17 @@ def write_run(
 def _training(rng, step: int, done: float, K: int, rate: float, steps: int) -> dict[str, Any]:
     loss = [2 + 5 * math.exp(-4 * done) + 0.12 * k + float(rng.normal(0, 0.12)) for k in range(K)]
     return {
-        "step": step,
-        "tokens": step * 8192,
+        **_when(step),
         "loss": sum(0.8**k * x for k, x in enumerate(loss)),
         "loss_k": loss,
         "acc_in_vocab_k": [min(1.0, 0.6 * done * 0.93**k + float(rng.normal(0.05, 0.02))) for k in range(K)],
         "gradient_norm": 0.4 + math.exp(-3 * done) + float(rng.exponential(0.08)),
         "learning_rate": rate * min(1.0, 50 * step / steps) * 0.5 * (1 + math.cos(math.pi * step / steps)),
-        "seconds": round(12 + 1.37 * step, 2),
     }
+
+
+def _when(step: int) -> dict[str, Any]:
+    return {"step": step, "tokens": step * 8192, "seconds": round(12 + 1.37 * step, 2)}
 
 
 def _evaluation(rng, step: int, done: float, K: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from common.errors import EyasError
 from common.lock import in_use, locked
 from pipelines import cli, compare
 from pipelines.compare import CompareConfig, page, readable, runs
-from pipelines.compare.curves import elapsed, thin
+from pipelines.compare.curves import thin
 from pipelines.compare.tables import table, to_json
 from tests.pipelines.made_runs import write_run
 
@@ -198,12 +198,6 @@ def test_what_holds_no_readable_run_is_one_line(tmp_path, sweep):
     (tmp_path / "one" / "experiment.json").write_text("{}")
     with pytest.raises(EyasError, match=r"one/experiment.json has no identity; restore the file"):
         compared(tmp_path / "one")
-
-
-def test_time_goes_on_when_a_run_is_continued():
-    steps, clock = np.arange(1.0, 7), np.array([10.0, 20.0, 5.0, 9.0, 2.0, np.nan])
-    np.testing.assert_array_equal(elapsed(steps, clock), [10, 20, 25, 29, 31, 31])
-    assert np.isnan(elapsed(steps, np.full(6, np.nan))).all()
 
 
 def test_a_long_curve_keeps_its_ends_and_its_extremes():

@@ -1,0 +1,49 @@
+"""How often a run is measured and saved: both together cost a twentieth of it at most, however long it is.
+
+Evaluations follow from the length of a run alone, because the best head depends on them. When a state is
+saved changes nothing of a run, so that is decided by what it costs here.
+"""
+
+import math
+import time
+
+_SHARE = 0.06  # rows that are evaluated, of those that are trained on: one costs a third of a training row
+_LEAST, _MOST = 4, 20  # evaluations, if the rows suffice
+_ENOUGH = 2**20  # positions of an evaluation
+_RATE = 0.5e9  # bytes a second, until a save was timed
+_TIMES = 40  # how much longer than a save the time between two is
+LOOK = 8  # steps after which it is known how long one takes
+
+
+def evaluations(steps: int, batch_rows: int, length: int, held_out: int) -> tuple[int, int]:
+    """(steps between two evaluations, held-out rows of one): the same rows each time, whole batches or all.
+
+    Where the held-out rows are many for so short a run, a part of them is measured; `eyas eval` takes all.
+    """
+    if not held_out:
+        return -(-steps // _LEAST), 0
+    budget = int(_SHARE * steps * batch_rows)
+    wanted = min(budget // _LEAST, _ENOUGH // length)
+    rows = min(held_out, max(1, wanted // batch_rows) * batch_rows)
+    return -(-steps // min(_MOST, max(1, budget // rows))), rows
+
+
+class Saving:
+    """What a save costs, and after how many steps the next one is due."""
+
+    def __init__(self, nbytes: int):
+        self._seconds = nbytes / _RATE
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """A save begins."""
+        self._since = time.monotonic()
+
+    def end(self) -> None:
+        """What was saved is on disk."""
+        if self._since is not None:
+            self._seconds, self._since = time.monotonic() - self._since, None
+
+    def steps(self, seconds: float) -> int:
+        """Until the next one, for steps of so many seconds."""
+        return max(1, math.ceil(_TIMES * self._seconds / max(seconds, 1e-9)))
