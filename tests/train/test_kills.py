@@ -25,7 +25,7 @@ name = "one"
 [[experiments]]
 name = "half"
 share = 0.5
-steps = 700
+steps = 250
 seed = 3
 [[experiments]]
 name = "long"
@@ -34,17 +34,17 @@ learning_rate = 1e-2
 """
 DIFFERENT = {
     "one": {},
-    "half": {"share": 0.5, "steps": 700, "seed": 3},
+    "half": {"share": 0.5, "steps": 250, "seed": 3},
     "long": {"ttt_steps": 3, "learning_rate": 1e-2},
 }
 SETTINGS = {
-    "steps": 1500,  # so many that no life is long enough for them
+    "steps": 600,  # so many that no life is long enough for them
     "batch_rows": 2,
     "ttt_steps": 2,
     "draft_vocab": 32,
     "learning_rate": 3e-2,
     "log_every": 7,
-    "eval_every": 100,
+    "eval_every": 60,
     "save_every": 9,
     "init": "normal",
 }
