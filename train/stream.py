@@ -5,7 +5,7 @@ Dimensions: R rows of a split, B rows of a batch, T positions.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -201,15 +201,27 @@ class Stream:
             drafts[key] = put(logits["draft_logits"] if full is None else np.take(full, ids, axis=-1))
         del found["loss_mask"]
         on_mesh = {name: put(x) for name, x in found.items()}
-        return _Read(on_mesh, drafts, parts, [self._counts(part, masks) for part in parts])
+        return _Read(on_mesh, drafts, parts, self._all_counts(parts, masks))
 
-    def _counts(self, part: Part, masks: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """What of a complete batch counts; `masks` are those of the rows that were just read."""
-        if not part.complete:
-            return {}
-        view = self._views[part.order]
-        if not part.whole:
-            masks = self._read(self._rows.own(view.order.rows[part.step]), _MASKING)
+    def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, jax.Array]]:
+        """What of each complete batch counts; `masks` are those of the rows that were just read."""
+        known: dict[Hashable, dict[str, jax.Array]] = {}  # of the batch that was read, which many may have
+        found = []
+        for part in parts:
+            view = self._views[part.order]
+            alike = id(view.workload), view.capacity, view.parts
+            if not part.complete:
+                found.append({})
+            elif part.whole:
+                if alike not in known:
+                    known[alike] = self._counts(view, masks)
+                found.append(known[alike])
+            else:
+                own = self._rows.own(view.order.rows[part.step])
+                found.append(self._counts(view, self._read(own, _MASKING)))
+        return found
+
+    def _counts(self, view: View, masks: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
         put, shards = self._rows.place, self._rows.chips * view.parts
         return {
