@@ -1,4 +1,9 @@
-"""Several heads from one stream: every batch is read, checked and put on the devices once, for all."""
+"""Several heads from one stream: every batch is read, checked and put on the devices once, for all.
+
+Their steps are computed one after the other. As one vmapped program, four heads took 1.03 to 1.09 times as
+much CPU time (H of 128 and 256 on 2 cores; `make bench` measures it for eight) and four times the
+temporaries, and were rounded otherwise: a head would not be the one that it is alone.
+"""
 
 import time
 from collections.abc import Callable, Sequence
