@@ -1,7 +1,9 @@
 """The training-time test (TTT), its losses and metrics, in float64 NumPy loops over rows, positions, steps.
 
 It shares no code with the trainer except the RoPE frequencies; it is slow, and meant to be read. Sources:
-EAGLE-3 (arXiv 2503.01840), SafeAILab/EAGLE `eagle/traineagle3/cnets.py`, and SpecForge for `compat`.
+EAGLE-3 (arXiv 2503.01840), SafeAILab/EAGLE `eagle/traineagle3/cnets.py`, and SpecForge for `compat`. The
+model of speculators 0.9 (`models/eagle3/core.py`, with torch's own attention) gave the same logits within
+2e-6 at three steps: of the plain head, of EAGLE3.1, with norm_before_residual, of three layers with them all.
 
 Dimensions: K steps, B rows, T positions, A aux states, H hidden size, V target vocabulary, N draft
 vocabulary, Q query heads, G key/value heads, D head_dim, S visible keys.
