@@ -39,7 +39,7 @@ def config(tmp_path_factory):
         cooldown=0.5,
         accumulate=2,
         noise=0.05,
-        aux_layers=(5, 2),
+        aux_layers=(2, 5),
         layers=2,
         fc_norm=True,
         norm_output=True,
@@ -101,7 +101,8 @@ def test_a_run_ends_where_its_head_gets_no_better(config, tmp_path, capsys):
 def test_aux_layers_that_the_store_lacks_are_refused(config):
     for aux_layers, match in (
         ((2, 3), r"aux_layers=\[2, 3\], but .* has those of \[2, 4, 5\] and not 3"),
-        ((2, 2), r"takes aux layers \[2, 2\] .* expected different layers"),
+        ((2, 2), r"takes aux layers \[2, 2\] .* expected layers of that target in ascending order"),
+        ((5, 2), r"takes aux layers \[5, 2\] .* in ascending order, as servers give them"),
     ):
         with pytest.raises(EyasError, match=match):
             make_plan(replace(config, aux_layers=aux_layers))

@@ -1,5 +1,6 @@
 """Heads of other trainers are read in both layouts, map and all; what is not the target's head is refused."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -137,6 +138,11 @@ def test_a_run_begins_with_the_published_head(tmp_path, store, head, params):
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 9]}, "aux layers .* of 8 layers"),
         ({"draft_vocab_size": 19}, "lm_head.weight has shape"),
         ({"fc_norm": True}, "lacks fc_norm.0.weight"),
+        ({"eagle_aux_hidden_state_layer_ids": [4, 2, 5]}, r"takes aux layers \[4, 2, 5\] .* ascending order"),
+        (
+            {"transformer_layer_config": [1]},
+            r"transformer_layer_config is \[1\], but input should be",
+        ),
         ({"drop": ("norm.weight",)}, "lacks norm.weight"),
         ({"drop": ("d2t",)}, "lacks d2t, the map of its 20 of 64 tokens"),
     ],
@@ -146,6 +152,21 @@ def test_a_head_that_cannot_be_trained_on_is_refused_by_name(made, match, tmp_pa
     with pytest.raises(EyasError, match=match) as caught:
         open_published(folder, store)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [portable, speculators])
+def test_a_config_of_wrong_types_is_refused_in_one_line(layout, tmp_path, store, head, params):
+    place = f"{layout(tmp_path / 'head', store, head, params)}/config.json"
+    config = storage.read_json(place) | {"eagle_config": {}, "rope_parameters": {"rope_theta": 10000.0}}
+    tables = [()] + [(name,) for name, value in config.items() if isinstance(value, dict)]
+    for path in tables:
+        for key in [*(config[path[0]] if path else config), "eagle_aux_hidden_state_layer_ids"]:
+            for wrong in (-1, 1.5, "x", True, [], [[]], {"a": [1]}, [None], ["x"]):
+                changed = json.loads(json.dumps(config))
+                (changed[path[0]] if path else changed)[key] = wrong
+                storage.write_json(place, changed)
+                with contextlib.suppress(EyasError):
+                    open_published(str(tmp_path / "head"), store)
 
 
 def test_a_head_of_another_target_is_refused_by_name(tmp_path, store, head, params):

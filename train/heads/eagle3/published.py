@@ -6,10 +6,14 @@ vllm-project/speculators `models/eagle3/{config,core}.py`, vLLM `transformers_ut
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from common import schema
 from common.aux_layers import default_aux_layers
 from common.errors import EyasError
+from common.schema import NotRequired, TypedDict
 from train.heads.eagle3.sizes import Sizes, parameters, rope_of
 from train.serving_config import AUX_KEY
 
@@ -34,6 +38,20 @@ _BESIDE = re.compile(
 )
 
 
+class _Fields(TypedDict):
+    """Fields that are not counts or flags, which are checked where they are read."""
+
+    transformer_layer_config: NotRequired[dict[str, Any] | None]
+    eagle_config: NotRequired[dict[str, Any] | None]
+    eagle_aux_hidden_state_layer_ids: NotRequired[list[int] | None]
+    model_type: NotRequired[str]
+    rms_norm_eps: NotRequired[Annotated[float, Field(gt=0)]]
+    rope_theta: NotRequired[Annotated[float, Field(gt=0)] | None]
+    rope_parameters: NotRequired[dict[str, Any] | None]
+    rope_scaling: NotRequired[dict[str, Any] | None]
+    full_attention: NotRequired[dict[str, Any] | None]
+
+
 def is_published(config: dict[str, Any]) -> bool:
     """Whether a config.json is of an EAGLE3 head, in one of the two layouts."""
     if _SPECULATORS in config:
@@ -45,10 +63,11 @@ def is_published(config: dict[str, Any]) -> bool:
 def read(path: str, config: dict[str, Any], num_target_layers: int) -> dict[str, Any]:
     """The fields of `Sizes` of the head whose config.json is at `path`. EyasError for what is missing, and,
     by its name, for what our head does not have."""
+    _require_types(path, config)
     layer = config
     if _SPECULATORS in config:
         layer = config.get("transformer_layer_config")
-        if not isinstance(layer, dict):
+        if not layer:
             raise EyasError(f"{path}: transformer_layer_config is missing; fetch the head again")
     if layer.get("model_type", "llama") != "llama":
         raise EyasError(
@@ -77,7 +96,7 @@ def read(path: str, config: dict[str, Any], num_target_layers: int) -> dict[str,
         rope_theta=theta,
         rope=rope,
         max_position=_count(path, layer, "max_position_embeddings", 2048),
-        aux_layers=_aux_layers(path, config, nested, num_target_layers),
+        aux_layers=_aux_layers(config, nested, num_target_layers),
         num_target_layers=num_target_layers,
         layers=_count(path, layer, "num_hidden_layers", 1),
         fc_norm=_flag(path, config, "fc_norm", False),
@@ -87,6 +106,14 @@ def read(path: str, config: dict[str, Any], num_target_layers: int) -> dict[str,
             path, config, "norm_before_residual", None if _SPECULATORS in config else False
         ),
     )
+
+
+def _require_types(path: str, config: dict[str, Any]) -> None:
+    """EyasError for a field that is not what `_Fields` says, wherever in config.json it is."""
+    schema.check(_Fields, config, path, "fetch the head again")
+    for value in config.values():
+        if isinstance(value, dict):
+            _require_types(path, value)
 
 
 def _count(path: str, config: dict[str, Any], name: str, otherwise: int | None = None) -> int:
@@ -109,17 +136,11 @@ def _flag(path: str, config: dict[str, Any], name: str, otherwise: bool | None) 
     return found
 
 
-def _aux_layers(
-    path: str, config: dict[str, Any], nested: dict[str, Any], num_target_layers: int
-) -> tuple[int, ...]:
+def _aux_layers(config: dict[str, Any], nested: dict[str, Any], num_target_layers: int) -> tuple[int, ...]:
     """In h_k terms. The nested list counts from the layer that made a state."""
     ids, before = config.get(AUX_KEY), nested.get(AUX_KEY)
-    found = ids or (before and [k + 1 for k in before if type(k) is int])
-    if not found:
-        return default_aux_layers(num_target_layers)
-    if not isinstance(found, list) or any(type(k) is not int for k in found):
-        raise EyasError(f"{path}: {AUX_KEY} is {ids or before}, expected a list of layers; fetch it again")
-    return tuple(found)
+    found = ids or (before and [k + 1 for k in before])
+    return tuple(found) if found else default_aux_layers(num_target_layers)
 
 
 def asked(c: Sizes, options: dict[str, Any], where: str) -> str:

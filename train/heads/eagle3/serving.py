@@ -140,8 +140,9 @@ def require_fit(head: Sizes, wanted: Sizes, where: str) -> None:
                 f"{where} has {field} {ours}, its target {its}; give the target it was trained for"
             )
     outside = [k for k in head.aux_layers if not 0 <= k < wanted.num_target_layers]
-    if outside or len(set(head.aux_layers)) < len(head.aux_layers):
+    # Servers collect the states while the target runs, whatever the order in config.json.
+    if outside or list(head.aux_layers) != sorted(set(head.aux_layers)):
         raise EyasError(
             f"{where} takes aux layers {list(head.aux_layers)} from a target of {wanted.num_target_layers} "
-            "layers; expected different layers of that target"
+            "layers; expected layers of that target in ascending order, as servers give them"
         )
