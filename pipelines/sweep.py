@@ -26,6 +26,7 @@ from train.config import TrainConfig
 ONE_STREAM = ("batch_rows", "data_seed", "dp", "cache")  # what is the stream's, and so common
 _PARTS = ("settings", "experiments", "grid")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,99}")
+_FILES = ("experiment.json", "compare.html", "compare.png", "compare.svg")  # which lie beside the heads
 _MOST = 1000  # experiments
 
 
@@ -36,7 +37,7 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
     """
     try:
         raw = tomllib.loads(storage.read_bytes(url).decode())
-    except ValueError as error:  # those of TOML and of Unicode
+    except (ValueError, RecursionError) as error:  # those of TOML, of Unicode and of very deep lists
         raise EyasError(f"{url} is not TOML: {error}") from None
     known = [knob.name for knob in knobs(TrainConfig)]
     _require_known(raw, _PARTS, url)
@@ -47,6 +48,8 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
         where = f"{url}, experiment {name}"
         if name in found:
             raise EyasError(f"{where}: two have this name; each has a folder of its own, so rename one")
+        if name in _FILES:
+            raise EyasError(f"{where}: a file of that name lies beside the heads' folders; rename it")
         for key in ONE_STREAM:
             if key in own:
                 raise EyasError(f"{where}: {key} is of the stream that all share; move it to [settings]")

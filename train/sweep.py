@@ -136,6 +136,8 @@ def _train(
                 raise
             except EyasError as error:  # a damaged state, say
                 fail(plan, 0, error)
+        if not trainers:
+            return 0.0
         try:
             return together.train(
                 trainers,

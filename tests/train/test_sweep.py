@@ -159,6 +159,17 @@ def test_what_cannot_be_is_refused_by_the_experiments_name_and_nothing_is_writte
         sweep.run(configs_of(common, out, b={"steps": 1}, c={}), out)
 
 
+def test_where_all_come_to_nothing_at_once_each_says_why(common, tmp_path, monkeypatch):
+    def damaged(self, plan):
+        raise EyasError("the state is damaged")
+
+    monkeypatch.setattr(sweep.Trainer, "__init__", damaged)
+    out = str(tmp_path / "out")
+    assert sweep.run(configs_of(common, out, a={}, b={"seed": 1}), out)["failed"] == dict.fromkeys(
+        "ab", "the state is damaged"
+    )
+
+
 def test_the_machines_failure_ends_all(common, tmp_path, monkeypatch):
     """A full disk is no experiment's fault."""
     from common.errors import MachineError
