@@ -35,7 +35,7 @@ class TrainConfig:
     seed: int = setting(0, "Seed of the initial head.", least=0)
     data_seed: int = setting(0, "Seed of the order of rows.", least=0)
     share: float = setting(1.0, "Share of the train split's rows that is trained on.", above=0, most=1)
-    epochs: float = setting(3.0, "Passes over that share of the train split.", above=0)
+    epochs: float = setting(3.0, "Passes over that share of the train split.", above=0, most=1e6)
     steps: int | None = setting(
         None, "Optimiser steps; overrides --epochs.", least=1, otherwise="from --epochs"
     )
@@ -168,7 +168,7 @@ class EvaluateConfig:
 
     head: str
     store: str
-    ttt_steps: int = setting(7, "Tokens drafted at once, at most (K).", least=1)
+    ttt_steps: int = setting(7, "Tokens drafted at once, at most (K).", least=1, most=64)
     answer_tokens: int | None = setting(
         None, "Walk through so many tokens of each answer.", least=2, otherwise="all"
     )

@@ -81,8 +81,8 @@ def _filled_up(
 ) -> jax.Array:
     """Logits [c, K, D] of a target of which k are known; the rest of its mass is the draft's other tokens'.
 
-    It is divided as the head itself divides it, for the teacher says nothing about them. So a loss and its
-    gradient are those of all of the others taken as one token, whose probability is the rest.
+    It is divided as the head itself divides it, for the teacher says nothing about them. So a loss's
+    gradient is that of all of the others taken as one token, whose probability is the rest.
     """
     c, _, D = logits_cKD.shape
     top_ck = top_ck.astype(jnp.float32)

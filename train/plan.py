@@ -112,7 +112,12 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     logs.require(config.log_to or (), config.out)
     source = source or Source(config.store, config.dp, config.cache)
     store = source.store
-    teaching_arrays(store, config.teacher)
+    taught = teaching_arrays(store, config.teacher)
+    if config.teacher_temperature != 1 and "topk_logits" in taught:
+        raise EyasError(
+            f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
+            f"{store.url} has the largest; give 1, or --teacher recompute"
+        )
     published = open_published(config.init_folder, store) if config.init_folder else None
     draft_ids = _draft_ids(config, store, published)
     head = _head(config, store, len(draft_ids), published)

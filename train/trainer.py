@@ -250,7 +250,7 @@ class Trainer:
                 "acc_in_vocab_k": acc,
                 "gradient_norm": norm,
                 "skipped": int(metrics.skipped),
-                "learning_rate": float(self._rate(self.step - 1)),
+                "learning_rate": self._rate(self.step - 1 - int(metrics.skipped)),
             }
         )
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from common.store import Store
 from pipelines.compare import runs
 from tests.train import small_store
 from tests.train.served import read_tensors
-from train import evaluate
+from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.run import TrainConfig, run
 
@@ -247,6 +248,14 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     )
     refused(config, tmp_path, "name fitted, target, normal, or a head's folder", init="zeros")
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
+    refused(
+        config,
+        tmp_path,
+        "teacher_temperature=2 needs all of the target's logits",
+        store=made("topk", codec="topk"),
+        teacher="stored",
+        teacher_temperature=2.0,
+    )
     with pytest.raises(EyasError, match="no local folder nor in a gs:// bucket"):
         run(replace(config, out="s3://bucket/run"))
 
@@ -273,6 +282,18 @@ def test_losses_that_are_not_finite_end_the_run(config, tmp_path):
         run(
             replace(config, out=str(tmp_path / "out"), learning_rate=1e30, clip=1e30, steps=30, eval_every=30)
         )
+
+
+def test_a_skipped_step_takes_no_rate_of_the_schedule(config, tmp_path, monkeypatch):
+    def broken(amount, seed, batch, step):
+        return batch._replace(aux_hidden=batch.aux_hidden * jnp.where(step == 1, jnp.nan, 1.0))
+
+    monkeypatch.setattr("train.trainer.noised", broken)
+    here = replace(config, out=str(tmp_path / "out"), steps=4, eval_every=4, log_every=1)
+    run(here)
+    found = [(line["step"], line["learning_rate"]) for line in lines_of(here.out) if "loss" in line]
+    rate = optimizer.schedule(here.learning_rate, here.warmup, 4)
+    assert found == [(1, rate(0)), (3, rate(1)), (4, rate(2))]
 
 
 def test_without_held_out_rows_best_is_the_last(config, tmp_path):
