@@ -137,7 +137,7 @@ def _train(
             except EyasError as error:  # a damaged state, say
                 fail(plan, 0, error)
         if not trainers:
-            return 0.0
+            return together.Spent(0.0, 0.0)
         try:
             return together.train(
                 trainers,
