@@ -9,6 +9,7 @@ import numpy as np
 
 from common import pod
 from common.config import to_json
+from common.device_errors import device_errors
 from common.errors import EyasError
 from common.progress import note
 from common.stopping import Stop
@@ -19,6 +20,8 @@ from train.state import claimed
 from train.trainer import Trainer
 
 __all__ = ["TrainConfig", "run"]
+
+SMALLER = "give a larger --dp or --accumulate, or fewer --batch-rows"
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     with pod.together():
         plan = make_plan(config)
     pod.require_same(to_json(config) | plan.identity | {"version of jax": jax.__version__}, "options")
-    with claimed(plan) as require_ours:
+    with claimed(plan) as require_ours, device_errors(SMALLER):
         note(_announce(plan))
         with Trainer(plan) as trainer, Stop() as stop:
             try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import pod, schema, storage
 from common.config import to_json
+from common.device_errors import device_errors
 from common.errors import EyasError, MachineError
 from common.lock import locked
 from common.progress import note
@@ -22,6 +23,7 @@ from train import together
 from train.config import TrainConfig
 from train.plan import FILE as EXPERIMENT
 from train.plan import Plan, make_plan, room
+from train.run import SMALLER
 from train.source import Source
 from train.state import claimed, require_own
 from train.trainer import Trainer, is_done
@@ -51,7 +53,8 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
         plans = {name: _plan(name, config, source) for name, config in configs.items()}
         _require_place(plans, out)
     pod.require_same({n: to_json(plan.config) | plan.identity for n, plan in plans.items()}, "experiments")
-    with ExitStack() as held:
+    smaller = f"give an --at-once below {at_once or len(plans)}, or {SMALLER.removeprefix('give ')}"
+    with ExitStack() as held, device_errors(smaller):
         checks = _claimed(plans, out, held)
         with pod.together():
             failed, names = _begun(plans)

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -182,6 +183,20 @@ def test_the_machines_failure_ends_all(common, tmp_path, monkeypatch):
     with pytest.raises(MachineError, match="the disk is full"):
         sweep.run(configs_of(common, out, a={"steps": 1}, b={"steps": 1}), out)
     assert not os.path.exists(f"{out}/a/{FAILED}")
+
+
+def test_chips_without_room_end_all_with_what_needs_less(common, tmp_path, monkeypatch):
+    def full(self, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes\nmore")
+
+    monkeypatch.setattr(Trainer, "take", full)
+    out = str(tmp_path / "out")
+    configs = configs_of(common, out, a={"steps": 1}, b={"steps": 1})
+    with pytest.raises(EyasError, match=r"the chips .*5 bytes\); give an --at-once below 2, or a"):
+        sweep.run(configs, out)
+    assert not os.path.exists(f"{out}/a/{FAILED}")
+    with pytest.raises(EyasError, match=r"the chips .*; give a larger --dp or --accumulate, or"):
+        run(replace(configs["a"], out=f"{out}/alone"))
 
 
 @pytest.mark.slow
