@@ -22,6 +22,11 @@ class Rows:
         """How many chips this process has."""
         return len(self._chips)
 
+    @property
+    def all_chips(self) -> int:
+        """How many all processes have."""
+        return self._mesh.size
+
     def own(self, values: np.ndarray) -> np.ndarray:
         """The rows of [B, ...] that are this process's, in the order of its chips."""
         parts = values.reshape(self._mesh.size, -1, *values.shape[1:])

@@ -127,6 +127,7 @@ class TrainConfig:
         otherwise="metrics.jsonl alone",
     )
     cache: str | None = _cache()
+    memory: float = setting(4.0, "GiB of each host's memory for batches that are read ahead.", above=0)
     dp: int = setting(1, "Chips along the batch.", least=1)
 
     @property

@@ -72,7 +72,7 @@ def score_all(
     every batch and may raise."""
     sums: list[Sums | None] = [None] * len(heads)
     source, view = heads[0][0].source, heads[0][0].view
-    stream = Stream(source.store, source.mesh, [evaluator.view for evaluator, _, _ in heads])
+    stream = Stream(source.store, source.mesh, [evaluator.view for evaluator, _, _ in heads], source.memory)
     with Progress(label, view.order.rows.size * source.store.length, "tok") as progress:
         for dealt in stream.batches(check=check):
             for number, batch in dealt:

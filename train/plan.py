@@ -37,7 +37,8 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
-_FREE = ("out", "log_every", "log_to", "cache", "eval_every", "save_every", "patience", "accumulate", "dp")
+_FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
+_FREE += ("accumulate", "dp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
 
@@ -110,7 +111,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
     logs.require(config.log_to or (), config.out)
-    source = source or Source(config.store, config.dp, config.cache)
+    source = source or Source(config.store, config.dp, config.cache, config.memory)
     store = source.store
     taught = teaching_arrays(store, config.teacher)
     if config.teacher_temperature != 1 and "topk_logits" in taught:

@@ -16,7 +16,7 @@ from train import placing
 from train.batch import Frozen
 from train.order import share_of
 from train.sample import Sample, measure
-from train.stream import Workload
+from train.stream import MEMORY, Workload
 
 Value = TypeVar("Value")
 
@@ -24,9 +24,10 @@ Value = TypeVar("Value")
 class Source:
     """`train_rows` and `test_rows` are those of the splits. What is asked for again is not read again."""
 
-    def __init__(self, url: str, dp: int = 1, cache: str | None = None):
+    def __init__(self, url: str, dp: int = 1, cache: str | None = None, memory: float = MEMORY):
         """EyasError if the store is no complete one, or there are fewer than `dp` devices. `cache`:
-        FOLDER:SIZE, see common/row_cache.py."""
+        FOLDER:SIZE, see common/row_cache.py; `memory`: GiB for what is read ahead."""
+        self.memory = memory
         self.store = Store.open(url, RowCache(*parse(cache)) if cache else None)
         self.store.features  # noqa: B018 (says so where no dump has started)
         self.store.require_complete()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from train.batch import Batch
 from train.order import Order, Part, Reading
 from train.targets import Capacity, compact, counted_targets, live_queries, round_up
 
-AHEAD = 3  # batches in flight: one in use by the device, one ready, one being read
+MEMORY = 4.0  # GiB of a host for what is read ahead
+_MOST_AHEAD, _READERS = 8, 4  # batches on a host, and those that are read at once
 _MASKS = 4096  # rows whose masks are looked at together
 _BY_LAYER = ("aux_hidden", "aux_scale")  # [B, T, A, ...]
 _INPUTS = ("tokens", "segment_ids", "positions", "loss_mask")
@@ -105,13 +106,13 @@ class View:
 
 
 class _Read(NamedTuple):
-    """What was read at once. `rows`: what all views share of it, by the names of arrays; `drafts`: logits by
-    the draft vocabularies; `counts`: of every part that is complete, what of its batch counts."""
+    """What was read at once, on the host or on the mesh. `rows`: what all views share of it, by the names of
+    arrays; `drafts`: logits by the draft vocabularies; `counts`: of every part that is complete, what of its
+    batch counts."""
 
-    rows: dict[str, jax.Array]
-    drafts: dict[int, jax.Array]
-    parts: list[Part]
-    counts: list[dict[str, jax.Array]]
+    rows: dict[str, Any]
+    drafts: dict[int, Any]
+    counts: list[dict[str, Any]]
 
 
 class Stream:
@@ -120,13 +121,30 @@ class Stream:
     `waited` counts the seconds that its user waited for data.
     """
 
-    def __init__(self, store: Store, mesh: Mesh, views: Sequence[View]):
+    def __init__(self, store: Store, mesh: Mesh, views: Sequence[View], memory: float = MEMORY):
+        """What is read ahead takes `memory` GiB of this host at most. EyasError if that is too little."""
         self._store, self._views, self._rows = store, views, Rows(mesh)
         arrays = [name for view in views for name in teaching_arrays(store, view.teacher)]
         self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
         by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
         self._vocabularies = {_vocabulary(view): view.draft_ids for view in by_vocabulary}
         self.waited = 0.0
+        self._ahead = self._depth(memory)
+
+    def _depth(self, memory: float) -> int:
+        """How many batches the host has at once, with the one that goes to the devices next."""
+        size = max(view.order.rows.shape[1] for view in self._views)
+        rows = size // self._rows.all_chips * self._rows.chips
+        kept = sum(self._store.row_bytes(name) for name in self._names)
+        chosen = [len(ids) * 4 * self._store.length for ids in self._vocabularies.values()]
+        batch = rows * (kept + sum(chosen))
+        depth = int(memory * 2**30 / batch)
+        if depth < 2:
+            raise EyasError(
+                f"{rows} rows of {self._store.url} are {batch / 2**30:.2g} GiB, and two such batches more "
+                f"than the {memory:g} GiB for what is read ahead; give more --memory, or fewer --batch-rows"
+            )
+        return min(depth, _MOST_AHEAD)
 
     def reading(self, first: Sequence[int] | None = None) -> Reading:
         """What is to be read so that each view has its batches from this step on."""
@@ -142,31 +160,40 @@ class Stream:
         is raised on all.
         """
         pending: dict[int, Batch] = {}
-        with ThreadPoolExecutor(AHEAD - 1, thread_name_prefix="stream") as pool:
+        with ThreadPoolExecutor(min(self._ahead, _READERS), thread_name_prefix="stream") as pool:
             ahead: deque[Future] = deque()
             try:
                 for rows, parts in self.reading() if reading is None else reading:
-                    ahead.append(pool.submit(self._load, rows, parts))
-                    if len(ahead) == AHEAD:
-                        yield self._deal(self._next(ahead, check), pending)
+                    ahead.append((parts, pool.submit(self._load, rows, parts)))
+                    if len(ahead) == self._ahead:
+                        yield self._deal(*self._next(ahead, check), pending)
                 while ahead:
-                    yield self._deal(self._next(ahead, check), pending)
+                    yield self._deal(*self._next(ahead, check), pending)
             finally:
-                for request in ahead:
+                for _, request in ahead:
                     request.cancel()
 
-    def _next(self, ahead: deque[Future], check: Callable[[], None]) -> _Read:
+    def _next(
+        self, ahead: deque[tuple[list[Part], Future]], check: Callable[[], None]
+    ) -> tuple[list[Part], _Read]:
+        """What was asked for first, on the mesh: the host keeps none of it."""
         start = time.monotonic()
         with pod.together():
             check()
-            found = ahead.popleft().result()
+            parts, request = ahead.popleft()
+            found = request.result()
+        placed: dict[int, jax.Array] = {}  # views may have the same array
+        for x in jax.tree.leaves(found):
+            if id(x) not in placed:
+                placed[id(x)] = self._rows.place(x)
+        on_mesh = jax.tree.map(lambda x: placed[id(x)], found)
         self.waited += time.monotonic() - start
-        return found
+        return parts, on_mesh
 
-    def _deal(self, read: _Read, pending: dict[int, Batch]) -> list[tuple[int, Batch]]:
+    def _deal(self, parts: list[Part], read: _Read, pending: dict[int, Batch]) -> list[tuple[int, Batch]]:
         """The batches that are complete; `pending` keeps those of which rows are to come."""
         dealt = []
-        for part, counts in zip(read.parts, read.counts, strict=True):
+        for part, counts in zip(parts, read.counts, strict=True):
             view = self._views[part.order]
             names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
             rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names, "row"}}
@@ -191,21 +218,20 @@ class Stream:
 
     def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
         """On several processes each reads its own rows only."""
-        put, own = self._rows.place, self._rows.own(rows)
+        own = self._rows.own(rows)
         found = self._read(own) | {"row": own.astype(np.int32)}
         masks = {name: found[name] for name in _MASKING}
         logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
         drafts = {}
         for key, ids in self._vocabularies.items():
             full = logits.get("full_logits")
-            drafts[key] = put(logits["draft_logits"] if full is None else np.take(full, ids, axis=-1))
+            drafts[key] = logits["draft_logits"] if full is None else np.take(full, ids, axis=-1)
         del found["loss_mask"]
-        on_mesh = {name: put(x) for name, x in found.items()}
-        return _Read(on_mesh, drafts, parts, self._all_counts(parts, masks))
+        return _Read(found, drafts, self._all_counts(parts, masks))
 
-    def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, jax.Array]]:
+    def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """What of each complete batch counts; `masks` are those of the rows that were just read."""
-        known: dict[Hashable, dict[str, jax.Array]] = {}  # of the batch that was read, which many may have
+        known: dict[Hashable, dict[str, np.ndarray]] = {}  # of the batch that was read, which many may have
         found = []
         for part in parts:
             view = self._views[part.order]
@@ -221,13 +247,13 @@ class Stream:
                 found.append(self._counts(view, self._read(own, _MASKING)))
         return found
 
-    def _counts(self, view: View, masks: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def _counts(self, view: View, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
-        put, shards = self._rows.place, self._rows.chips * view.parts
+        shards = self._rows.chips * view.parts
         return {
-            "live": put(compact(live, shards, view.capacity.live)),
-            "targets": put(compact(targets, shards, view.capacity.targets)),
-            "count": put(targets.reshape(shards, -1).sum(1).astype(np.int32)),
+            "live": compact(live, shards, view.capacity.live),
+            "targets": compact(targets, shards, view.capacity.targets),
+            "count": targets.reshape(shards, -1).sum(1).astype(np.int32),
         }
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:

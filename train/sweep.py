@@ -49,7 +49,7 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
     start, first = time.monotonic(), next(iter(configs.values()))
     note(f"sweep: checking {first.store}")
     with pod.together():
-        source = Source(first.store, first.dp, first.cache)
+        source = Source(first.store, first.dp, first.cache, first.memory)
         plans = {name: _plan(name, config, source) for name, config in configs.items()}
         _require_place(plans, out)
     pod.require_same({n: to_json(plan.config) | plan.identity for n, plan in plans.items()}, "experiments")

@@ -85,7 +85,7 @@ def train(
 
     source = trainers[0].plan.source
     source.forget_tensors()  # every head has taken what it takes of them
-    stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers])
+    stream = Stream(source.store, source.mesh, [one.plan.view for one in trainers], source.memory)
     reading = stream.reading([one.plan.steps if one.done else one.step for one in trainers])
     tokens = trainers[0].plan.config.batch_rows * source.store.length
     before = max(0, max(one.plan.steps for one in trainers) - len(reading))

@@ -26,7 +26,7 @@ LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")
 EVALUATED = (GREEDY, SAMPLED, "acc", "loss")
 # Fields of the configuration that the identity holds as they were decided, or that are places.
-_DECIDED = ("store", "out", "cache", "log_to", "epochs", "steps", "draft_vocab", "ffn", "dtype")
+_DECIDED = ("store", "out", "cache", "memory", "log_to", "epochs", "steps", "draft_vocab", "ffn", "dtype")
 _DEPTH = 4  # folders below the one that is named
 _MOST_STEPS = 64  # a longer list in a line is damage
 

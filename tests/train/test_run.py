@@ -106,7 +106,7 @@ def test_a_comparison_reads_what_a_run_writes(config, whole):
     assert found.steps_drafted == 3
     # Two configurations that differ in a field differ in what is compared.
     elsewhere = {"epochs": "steps", "draft_vocab": "head.draft_vocab_size", "ffn": "head.ffn"}
-    places = {"store", "out", "cache", "log_to"}
+    places = {"store", "out", "cache", "memory", "log_to"}
     wanted = {elsewhere.get(field.name, field.name) for field in fields(TrainConfig)} - places
     assert wanted <= found.settings.keys()
 

@@ -1,5 +1,9 @@
 """A batch is a function of (store, seed, step); what it says to compute is what the masks say."""
 
+import dataclasses
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -163,3 +167,33 @@ def test_one_reading_gives_each_run_the_batches_that_it_has_alone(store, first, 
             for name, x, y in zip(one._fields, one, other, strict=True):
                 np.testing.assert_array_equal(x, y, err_msg=name)
                 assert x is None or x.sharding == y.sharding
+
+
+def test_what_is_read_ahead_stays_within_its_memory(store, monkeypatch):
+    """Batches that are read or being read, and not on the devices yet."""
+    wanted = order(store.split_rows("train"), 0, 30, 2)
+    stream = stream_of(store, wanted.rows[:1])
+    names = stream._names
+    batch = 2 * sum(store.row_bytes(name) for name in names)
+    memory = 4.5 * batch / 2**30
+    view = stream._views[0]
+    stream = Stream(store, make_mesh(), [dataclasses.replace(view, order=wanted)], memory)
+    held, most, lock = 0, 0, threading.Lock()
+    load = Stream._load
+
+    def counted(self, *args):
+        nonlocal held, most
+        with lock:
+            held += 1
+            most = max(most, held)
+        return load(self, *args)
+
+    monkeypatch.setattr(Stream, "_load", counted)
+    for _ in stream.batches():
+        time.sleep(0.01)
+        with lock:
+            held -= 1
+    assert held == 0
+    assert most == 4
+    with pytest.raises(EyasError, match=r"two such batches more than the .* GiB for what is read ahead"):
+        Stream(store, make_mesh(), [view], 1e-6)
