@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     draft_logits: jax.Array | None  # [B, T, D]
     argmax: jax.Array  # int32 [B, T], target ids
     logsumexp: jax.Array  # float32 [B, T]
-    live: jax.Array  # int32 [C], flat indices; n where free
+    live: jax.Array  # int32 [C], flat indices; n where free; where C is n, all positions
     targets: jax.Array  # int32 [M], flat positions; n where free
     count: jax.Array  # int32 [1], how many targets are real; so many as there are parts, see `in_parts`
     topk_logits: jax.Array | None = None  # [B, T, k], the target's largest

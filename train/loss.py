@@ -46,7 +46,7 @@ class Reads(NamedTuple):
     """Which of a rollout's states [K, C, H] is read for which target at which step; each is once at most."""
 
     place_MK: jax.Array  # int32, into [K * C]; K * C where there is none
-    reader_KC: jax.Array  # int32, into [M * K], the inverse; M * K where there is none
+    reader_KC: jax.Array  # int32, into [K * M], the inverse; K * M where there is none
 
 
 class Scores(NamedTuple):
@@ -117,8 +117,9 @@ def _chunks(M: int, count: jax.Array, chunk: int) -> jax.Array:
 
 
 def _read(z_PH: jax.Array, reads: Reads, start: jax.Array, chunk: int) -> jax.Array:
-    """The states [c, K, H] of the targets of the chunk at `start`, zeros where there is none."""
-    return z_PH.at[jax.lax.dynamic_slice_in_dim(reads.place_MK, start, chunk)].get(mode="fill", fill_value=0)
+    """The states [K, c, H] of the targets of the chunk at `start`, zeros where there is none."""
+    place_cK = jax.lax.dynamic_slice_in_dim(reads.place_MK, start, chunk)
+    return z_PH.at[place_cK.T].get(mode="fill", fill_value=0)
 
 
 def _put(whole: Any, part: Any, start: jax.Array) -> Any:
@@ -134,7 +135,7 @@ def score(
 
     def step(number, scores):
         start = number * chunk
-        l_cKD = einsum("ckh,dh->ckd", _read(z_PH, reads, start, chunk), lm_head_DH)
+        l_cKD = einsum("kch,dh->kcd", _read(z_PH, reads, start, chunk), lm_head_DH).swapaxes(0, 1)
         taught = _taught(teacher, start, l_cKD)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
         new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught))
@@ -165,31 +166,32 @@ def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, coun
     (M, K), H = weight_MK.shape, z_KCH.shape[-1]
     chunk, z_PH = chunk_size(M, z_KCH.dtype), z_KCH.reshape(-1, H)
 
+    # What is large has the steps first: TPUs hold the last two dimensions in tiles of 8 x 128.
     def step(number, carry):
-        total, by_target, dz_MKH, dw_DH = carry
+        total, by_target, dz_KMH, dw_DH = carry
         start = number * chunk
-        z_cKH = _read(z_PH, reads, start, chunk)
+        z_KcH = _read(z_PH, reads, start, chunk)
         weight_cK = jax.lax.dynamic_slice_in_dim(weight_MK, start, chunk)
-        l_cKD = einsum("ckh,dh->ckd", z_cKH, lm_head_DH)
+        l_cKD = einsum("kch,dh->kcd", z_KcH, lm_head_DH).swapaxes(0, 1)
         taught = _taught(teacher, start, l_cKD)
         loss_cK, pull = jax.vjp(lambda logits: loss(logits, taught), l_cKD)
         (d_cKD,) = pull(weight_cK)
-        d_cKD = d_cKD.astype(z_cKH.dtype)
+        d_KcD = d_cKD.swapaxes(0, 1).astype(z_KcH.dtype)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
-        rows = chunk * K  # one dimension: XLA for CPU sums over two more slowly
-        dz_cKH = einsum("ckd,dh->ckh", d_cKD, lm_head_DH).astype(z_cKH.dtype)
+        rows = K * chunk  # one dimension: XLA for CPU sums over two more slowly
+        dz_KcH = einsum("kcd,dh->kch", d_KcD, lm_head_DH).astype(z_KcH.dtype)
         return (
             total + (loss_cK * weight_cK).sum(),
             _put(by_target, (loss_cK, right_cK), start),
-            _put(dz_MKH, dz_cKH, start),
-            dw_DH + einsum("rd,rh->dh", d_cKD.reshape(rows, -1), z_cKH.reshape(rows, -1)),
+            jax.lax.dynamic_update_slice_in_dim(dz_KMH, dz_KcH, start, 1),
+            dw_DH + einsum("rd,rh->dh", d_KcD.reshape(rows, -1), z_KcH.reshape(rows, -1)),
         )
 
     zero_MK = jnp.zeros(weight_MK.shape, jnp.float32)
     carry = (
         jnp.float32(0),
         (zero_MK, zero_MK),
-        jnp.zeros((M, K, H), z_KCH.dtype),
+        jnp.zeros((K, M, H), z_KCH.dtype),
         jnp.zeros(lm_head_DH.shape, jnp.float32),
     )
     total, by_target, dz, dw = jax.lax.fori_loop(0, _chunks(M, count, chunk), step, carry)
@@ -197,9 +199,9 @@ def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, coun
 
 
 def _pull_back(loss, saved, cotangents):
-    dz_MKH, dw, reads = saved
+    dz_KMH, dw, reads = saved
     g = cotangents[0]
-    dz_KCH = dz_MKH.reshape(-1, dz_MKH.shape[-1]).at[reads.reader_KC].get(mode="fill", fill_value=0)
+    dz_KCH = dz_KMH.reshape(-1, dz_KMH.shape[-1]).at[reads.reader_KC].get(mode="fill", fill_value=0)
     return (dz_KCH * g.astype(dz_KCH.dtype)), None, (dw * g.astype(dw.dtype)), None, None, None
 
 

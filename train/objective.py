@@ -27,7 +27,7 @@ def reads(batch: Batch, valid_MK: jax.Array) -> Reads:
     is_read = valid_MK.T.at[step_K[:, None], reader_KC].get(mode="fill", fill_value=False)
     return Reads(
         jnp.where(valid_MK, C * step_K[None] + index_MK, K * C),
-        jnp.where(is_read, K * reader_KC + step_K[:, None], M * K),
+        jnp.where(is_read, M * step_K[:, None] + reader_KC, K * M),
     )
 
 

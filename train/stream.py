@@ -23,7 +23,15 @@ from common.rows import Rows
 from common.store import Store
 from train.batch import Batch
 from train.order import Order, Part, Reading
-from train.targets import Capacity, compact, counted_targets, live_queries, round_up
+from train.targets import (
+    Capacity,
+    compact,
+    counted_targets,
+    live_capacity,
+    live_places,
+    live_queries,
+    round_up,
+)
 
 MEMORY = 4.0  # GiB of a host for what is read ahead
 _MOST_AHEAD, _READERS = 8, 4  # batches on a host, and those that are read at once
@@ -41,7 +49,7 @@ class Workload:
     """
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
-        self.ttt_steps, self.compat = ttt_steps, compat
+        self.ttt_steps, self.compat, self._length = ttt_steps, compat, store.length
         self._live, self.targets = np.zeros((2, store.rows), np.int64)
         shares = np.array_split(rows, pod.size())
         with pod.together():
@@ -73,7 +81,8 @@ class Workload:
         live, targets = (
             np.where(parts < 0, 0, counts[parts]).sum(1).max() for counts in (self._live, self.targets)
         )
-        return Capacity(round_up(int(live)), round_up(int(targets)))
+        positions = parts.shape[1] * self._length
+        return Capacity(live_capacity(int(live), positions), round_up(int(targets)))
 
 
 def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
@@ -251,7 +260,7 @@ class Stream:
         live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
         shards = self._rows.chips * view.parts
         return {
-            "live": compact(live, shards, view.capacity.live),
+            "live": live_places(live, shards, view.capacity.live),
             "targets": compact(targets, shards, view.capacity.targets),
             "count": targets.reshape(shards, -1).sum(1).astype(np.int32),
         }

@@ -22,6 +22,7 @@ import numpy as np
 
 from train.batch import Batch
 
+DENSE = 0.9  # share of live positions above which all are computed
 CHUNK = 128  # capacities are multiples of this: a matmul's tile
 
 
@@ -76,6 +77,12 @@ def round_up(count: int) -> int:
     return max(1, -(-count // step)) * step
 
 
+def live_capacity(count: int, positions: int) -> int:
+    """Room for `count` live indices of a shard: all of its positions where most are live."""
+    room = round_up(count)
+    return positions if room > DENSE * positions else room
+
+
 def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
     """int32 [shards * capacity]: flat indices of the set positions within each shard of rows, ascending.
 
@@ -88,6 +95,16 @@ def compact(mask_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
         assert len(found) <= capacity, (len(found), capacity)
         out[shard, : len(found)] = found
     return out.reshape(-1)
+
+
+def live_places(live_RT: np.ndarray, shards: int, capacity: int) -> np.ndarray:
+    """The live indices, `compact`; all positions in their places where the capacity is all of a shard's.
+
+    Then nothing has to be moved: those that are not live are computed, and count for nothing.
+    """
+    if capacity == live_RT.size // shards:
+        return np.tile(np.arange(capacity, dtype=np.int32), shards)
+    return compact(live_RT, shards, capacity)
 
 
 def drafting_index(targets_M: jax.Array, steps: int) -> jax.Array:

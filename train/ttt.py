@@ -13,20 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common.attention import KEPT
-
 Tree = Any
-# Besides what enters a step: attention's results. The rest is computed again on the way back.
-_POLICY = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 class Step(NamedTuple):
-    """Pure functions of (places, step int32 [], shared, state). `make` gives arrays [..., d] that the step
-    adds to the buffer. `advance`, which gets the buffer [..., K, d] as well, gives the new state; it may read
-    nothing in it that is of a later step. `places` holds integers, `shared` floats: what all steps read."""
+    """Pure functions of (places, step int32 [], shared, state). `make` gives the arrays that the step adds
+    to the buffer. `advance`, which gets the buffer [K, ...] as well, gives the new state; it may read nothing
+    in it that is of a later step. `places` holds integers, `shared` floats: what all steps read."""
 
     make: Callable[[Tree, jax.Array, Tree, jax.Array], Tree]
     advance: Callable[[Tree, jax.Array, Tree, jax.Array, Tree], jax.Array]
+    kept: tuple[str, ...] = ()  # names of what is kept for the backward pass; the rest is computed again
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -36,12 +33,13 @@ def rolled(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Array)
 
 
 def _forward(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Array):
-    make, advance = (jax.checkpoint(fn, policy=_POLICY) for fn in step)
+    kept = jax.checkpoint_policies.save_only_these_names(*step.kept)
+    make, advance = (jax.checkpoint(fn, policy=kept) for fn in (step.make, step.advance))
 
     def body(carry, k):
         state, seen = carry
         made, of_make = jax.vjp(make, places, k, shared, state)
-        seen = jax.tree.map(partial(_put, k), seen, made)
+        seen = jax.tree.map(lambda all_K, x: all_K.at[k].set(x), seen, made)
         state, of_advance = jax.vjp(advance, places, k, shared, state, seen)
         for pullback in (of_make, of_advance):
             pullback.args_res = None  # `_backward` has them
@@ -49,7 +47,7 @@ def _forward(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Arra
 
     first = jnp.zeros((), jnp.int32)
     made = jax.eval_shape(step.make, places, first, shared, state)
-    seen = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], steps, x.shape[-1]), x.dtype), made)
+    seen = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), made)
     (_, seen), (states, *pullbacks) = jax.lax.scan(body, (state, seen), jnp.arange(steps, dtype=jnp.int32))
     return states, (places, shared, state, states, seen, pullbacks)
 
@@ -65,21 +63,13 @@ def _backward(step: Step, steps: int, saved: Tree, d_states: jax.Array):
         of_advance.args_res = [places, k, shared, state, seen]
         _, _, of_shared, of_state, of_seen = of_advance(d_state + d_out)
         d_seen = _sum(d_seen, of_seen)
-        _, _, more_shared, more_state = of_make(jax.tree.map(partial(_take, k), d_seen))
+        _, _, more_shared, more_state = of_make(jax.tree.map(lambda x: x[k], d_seen))
         return (_sum(d_shared, of_shared, more_shared), of_state + more_state, d_seen), None
 
     zeros = jax.tree.map(jnp.zeros_like, (shared, first, seen))
     given = jnp.arange(steps, dtype=jnp.int32), d_states, pullbacks
     (d_shared, d_state, _), _ = jax.lax.scan(body, zeros, given, reverse=True)
     return None, d_shared, d_state
-
-
-def _put(k: jax.Array, seen: jax.Array, made: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(seen, made, k, seen.ndim - 2)
-
-
-def _take(k: jax.Array, seen: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(seen, k, seen.ndim - 2, keepdims=False)
 
 
 def _sum(*trees: Tree) -> Tree:

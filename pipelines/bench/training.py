@@ -21,7 +21,14 @@ from train import optimizer
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
 from train.step import State, gradient, train_step
-from train.targets import compact, counted_targets, live_queries, round_up
+from train.targets import (
+    compact,
+    counted_targets,
+    live_capacity,
+    live_places,
+    live_queries,
+    round_up,
+)
 
 DECAY, REPEATS = 0.8, 3
 
@@ -98,7 +105,7 @@ def make_problem(size: Size, seed: int = 0) -> Problem:
         draft_logits=None,
         argmax=ids[teacher.argmax(-1)].reshape(B, T).astype(np.int32),
         logsumexp=np.log(np.exp(teacher).sum(-1)).reshape(B, T).astype(np.float32),
-        live=compact(live, 1, round_up(int(live.sum()))),
+        live=live_places(live, 1, live_capacity(int(live.sum()), B * T)),
         targets=compact(counted, 1, round_up(int(counted.sum()))),
         count=np.array([counted.sum()], np.int32),
     )

@@ -25,7 +25,7 @@ def by_step(z_MKH):
     """(the states as a rollout gives them, [K, M, H], and who reads them)."""
     M, K, _ = z_MKH.shape
     m, k = np.arange(M, dtype=np.int32), np.arange(K, dtype=np.int32)
-    return z_MKH.swapaxes(0, 1), Reads(jnp.asarray(m[:, None] + M * k), jnp.asarray(K * m + k[:, None]))
+    return z_MKH.swapaxes(0, 1), Reads(jnp.asarray(m[:, None] + M * k), jnp.asarray(M * k[:, None] + m))
 
 
 def score(z, *args):

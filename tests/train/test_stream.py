@@ -11,8 +11,10 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
+from train import targets
 from train.order import listed, order, share_of
 from train.stream import Stream, View, Workload, teaching_arrays
+from train.targets import live_capacity, live_places
 
 STEPS = 3
 
@@ -53,7 +55,7 @@ def test_room_is_what_the_fullest_batch_needs_in_whatever_order_rows_come(store)
     workload._live = workload.targets = np.array([1000, 5, 3000, 7, 900, 20])
     for rows in ([[5, 2], [4, 0]], [[2, -1], [5, -1]], [[5, 3], [1, 2]], [[0, 4], [-1, 2]]):
         needed = max(sum(int(workload.targets[row]) for row in batch if row >= 0) for batch in rows)
-        assert needed <= workload.capacity(np.array(rows), 1).live < needed + 128
+        assert needed <= workload.capacity(np.array(rows), 1).targets < needed + 128
     assert workload.capacity(np.full((1, 2), -1), 1).targets == 128
 
 
@@ -66,7 +68,8 @@ def test_a_batch_holds_the_rows_asked_for(store):
 
 
 @pytest.mark.parametrize("chips", [1, 2])
-def test_the_workload_is_that_of_a_loop_over_positions(store, chips):
+def test_the_workload_is_that_of_a_loop_over_positions(store, chips, monkeypatch):
+    monkeypatch.setattr(targets, "DENSE", 9.0)  # else all positions are computed
     rows = np.array([0, 1, 3, 4])
     (batch,) = batches(stream_of(store, rows, chips))
     found = store.read(("segment_ids", "loss_mask"), rows)
@@ -78,13 +81,21 @@ def test_the_workload_is_that_of_a_loop_over_positions(store, chips):
         def same(i, j, s=s):
             return j < n and i // T == j // T and s[i] == s[j] > 0
 
-        targets = [j for j in range(n) if same(j, j + 1) and m[j + 1]]
-        live = [i for i in range(n) if any(same(i, i + k + 1) and i + k + 1 in targets for k in range(STEPS))]
-        for name, expected in (("targets", targets), ("live", live)):
+        taught = [j for j in range(n) if same(j, j + 1) and m[j + 1]]
+        live = [i for i in range(n) if any(same(i, i + k + 1) and i + k + 1 in taught for k in range(STEPS))]
+        for name, expected in (("targets", taught), ("live", live)):
             got = np.asarray(getattr(batch, name)).reshape(chips, -1)[chip]
             np.testing.assert_array_equal(got[: len(expected)], expected)
             assert (got[len(expected) :] == n).all()
-        assert np.asarray(batch.count)[chip] == len(targets)
+        assert np.asarray(batch.count)[chip] == len(taught)
+
+
+def test_where_most_positions_are_live_all_are():
+    assert live_capacity(1790, 2048) == 1792
+    assert live_capacity(1900, 2048) == 2048
+    mask = np.arange(2048).reshape(2, 1024) % 10 > 0
+    np.testing.assert_array_equal(live_places(mask, 2, 1024), np.tile(np.arange(1024), 2))
+    assert (live_places(mask, 2, 1000)[:900] % 10 > 0).all()
 
 
 def test_an_empty_row_counts_nothing(store):

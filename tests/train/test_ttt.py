@@ -16,7 +16,7 @@ def make(offset, k, shared, state):
 
 def advance(offset, k, shared, state, seen):
     share_K = jnp.where(jnp.arange(K) <= k, 1.0 + np.arange(K, dtype=np.float32), 0.0)
-    read = (seen["seen"] * share_K[None, :, None]).sum(1)
+    read = (seen["seen"] * share_K[:, None, None]).sum(0)
     return jnp.sin(state + read * shared["scale"]) @ shared["w"]
 
 
@@ -65,7 +65,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_square_of_the
 
         def advance(offset, k, shared, state, seen):
             share_K = jnp.where(jnp.arange(steps) <= k, 1.0, 0.0)
-            return jnp.sin(state + jnp.einsum("k,ckd->cd", share_K, seen)) * shared
+            return jnp.sin(state + jnp.einsum("k,kcd->cd", share_K, seen)) * shared
 
         def loss(shared, state):
             return rolled(Step(make, advance), steps, offset, shared, state).sum()

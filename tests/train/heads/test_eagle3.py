@@ -140,6 +140,17 @@ def test_other_kinds_of_eagle3_have_the_references_loss_and_gradients(variant):
     assert min(float(jnp.linalg.norm(g)) for g in gradients.values()) > 1e-4
 
 
+def test_where_most_are_live_all_are_computed_and_as_many_count(packed):
+    """All positions in their places, none moved: the same loss and the same gradients."""
+    (total, sums), gradients = trained(packed)
+    everywhere = jnp.arange(packed.tokens.size, dtype=jnp.int32)
+    (other, others), dense = trained(packed, live=everywhere)
+    np.testing.assert_allclose(other, total, rtol=1e-6)
+    np.testing.assert_array_equal(others.counted, sums.counted)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(dense[name], gradient, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_stored_logits_teach_as_recomputed_ones(packed):
     (total, _), gradients = trained(packed)
     stored = packed.target_logits[..., packed.draft_ids]

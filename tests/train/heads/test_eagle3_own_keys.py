@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.heads.eagle3 import own_keys, own_keys_tpu
 from train.heads.eagle3.own_keys import join
 
 C, N, J, d, K, S = 6, 6, 2, 4, 3, 5
@@ -14,7 +15,7 @@ SCALE = 0.6
 def plain(q_CNd, first, own, k):
     """Softmax attention over S keys that all indices share and the own ones of steps 1..k."""
     keys, values = (
-        jnp.concatenate([jnp.broadcast_to(f[None], (C, *f.shape)), o[:, :, 1 : k + 1]], 2)
+        jnp.concatenate([jnp.broadcast_to(f[None], (C, *f.shape)), o[1 : k + 1].transpose(1, 2, 0, 3)], 2)
         for f, o in zip(first, own, strict=True)
     )
     keys, values = (jnp.repeat(x, N // J, 1) for x in (keys, values))
@@ -34,7 +35,7 @@ def test_it_is_one_softmax_in_both_directions(k):
     rng = np.random.default_rng(k)
     q, g, *rest = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((C, N, d), (C, N, d), (J, S, d), (J, S, d), (C, J, K, d), (C, J, K, d))
+        for shape in ((C, N, d), (C, N, d), (J, S, d), (J, S, d), (K, C, J, d), (K, C, J, d))
     )
     results = []
     for fn in (joined, plain):
@@ -47,9 +48,29 @@ def test_it_is_one_softmax_in_both_directions(k):
 def test_own_keys_of_step_0_and_of_later_steps_are_not_seen():
     rng = np.random.default_rng(0)
     q, base, k, v = (
-        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((C, N, d), (C, N, d), *[(C, J, K, d)] * 2)
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((C, N, d), (C, N, d), *[(K, C, J, d)] * 2)
     )
     lse = jnp.zeros((C, N))
-    moved = [x.at[:, :, jnp.array([0, 2])].add(5.0) for x in (k, v)]
+    moved = [x.at[jnp.array([0, 2])].add(5.0) for x in (k, v)]
     before, after = (join(SCALE, base, lse, q, tuple(own), jnp.int32(1)) for own in ((k, v), moved))
     np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_kernels_give_what_the_formulas_give(k):
+    """Run step by step on any device; the formulas compute in float32 what the kernels read in bfloat16."""
+    C, d = 2 * own_keys_tpu.BLOCK, own_keys_tpu.LANES
+    rng = np.random.default_rng(k)
+    g, base, q, keys, values = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((C, N, d),) * 3 + ((K, C, J, d),) * 2
+    )
+    lse = jnp.asarray(rng.normal(size=(C, N)), jnp.float32)
+    given = base, lse, q, (keys, values), jnp.int32(k)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (g, *given))
+    found = (
+        own_keys_tpu.read(0.1, *given, interpret=True),
+        own_keys_tpu.read_back(0.1, g, *given, interpret=True),
+    )
+    expected = own_keys._read(0.1, *wide[1:]), own_keys._read_back(0.1, *wide)
+    for value, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(np.asarray(value, np.float32), wanted, atol=0.02 * np.abs(wanted).max())

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from common.layers import apply_rope, linear, rms_norm, rope_tables, swiglu
+from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.rope import inverse_frequencies
 from train.batch import Params
 from train.heads.eagle3.own_keys import KeysValues
 from train.heads.eagle3.sizes import Sizes, layer_name
 
 Layer = jax.Array | int  # which of them
+MATMULS = "matmuls"  # names their results, for a jax.checkpoint around a block
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LAYER = ("self_attn.o_proj", "post_attention_layernorm", *_MLP)
 
@@ -82,12 +84,18 @@ def block(
     width = c.num_heads * c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
     q = linear(x_mH, w["qkv"][:width]) + token_mX[:, :width]
-    mixed = read(_rope(c, q.reshape(-1, c.num_heads, c.head_dim), positions_m))
+    mixed = read(_kept(_rope(c, q.reshape(-1, c.num_heads, c.head_dim), positions_m)))
     if c.norm_before_residual:
         state_mH = jnp.where(layer == 0, x_mH, state_mH)
-    state = state_mH + linear(mixed.reshape(-1, width), w["self_attn.o_proj"])
+    state = _kept(state_mH + linear(mixed.reshape(-1, width), w["self_attn.o_proj"]))
     wide = rms_norm(state, w["post_attention_layernorm"], c.rms_eps)
-    return state + swiglu(wide, *(w[name] for name in _MLP))
+    gate, up, down = (w[name] for name in _MLP)
+    inner = jax.nn.silu(_kept(linear(wide, gate))) * _kept(linear(wide, up))
+    return state + linear(inner, down)
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, MATMULS)
 
 
 def _rope(c: Sizes, x_mNd: jax.Array, positions_m: jax.Array) -> jax.Array:

@@ -1,10 +1,9 @@
 """Attention of a query to a few keys of its own beside many that are already summed up.
 
 Each index has K keys and values of its own, one a step, of which a query sees those of steps 1..k. Their
-products are as many tiny matmuls as there are indices and heads. Written as two batched matmuls each way the
-TPU compiler expects a fifth of the time that it expects of products spread over [K, C, N, d]; the backward
-pass is written out because autodiff's sums over the steps, which are padded to a tile of 128, cost as much
-again (Qwen3-32B's head, 8,192 indices, both directions: 8 ms a step, by autodiff 12, spread out 46).
+products are as many tiny matmuls as there are indices and heads. XLA for TPU spreads them over padded tiles:
+written as batched matmuls it expects 12 ms of a step of Llama-3.1-8B's head with 8,192 indices, both
+directions, and the memory that is read and written needs less than 1; so on TPU they are kernels.
 
 Dimensions: C indices, N query heads, J key/value heads, G = N // J, d head_dim, K steps.
 """
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from common.layers import einsum
+from train.heads.eagle3 import own_keys_tpu
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -24,61 +24,75 @@ def join(
     scale: float, base_CNd: jax.Array, lse_CN: jax.Array, q_CNd: jax.Array, own: KeysValues, k: jax.Array
 ) -> jax.Array:
     """What queries [C, N, d] read of keys that are summed up as `base` [C, N, d] and the logsumexp `lse` of
-    their logits, and of their own ones of steps 1..k among `own`, keys and values [C, J, K, d]."""
+    their logits, and of their own ones of steps 1..k among `own`, keys and values [K, C, J, d]."""
     return _forward(scale, base_CNd, lse_CN, q_CNd, own, k)[0]
 
 
-def _grouped(x_CNd: jax.Array, own: KeysValues) -> jax.Array:
-    """[C, N, ...] -> [C, J, G, ...]: the heads that share keys beside each other."""
-    return x_CNd.reshape(x_CNd.shape[0], own[0].shape[1], -1, *x_CNd.shape[2:])
+def _forward(scale, *given):
+    return _best(_read, own_keys_tpu.read, scale, *given), given
 
 
-def _products(x_CJGd: jax.Array, own_CJKd: jax.Array) -> jax.Array:
-    """float32 [K, J, G, C]: small, with the many indices last."""
-    return einsum("cjgd,cjkd->cjgk", x_CJGd, own_CJKd).transpose(3, 1, 2, 0)
+def _backward(scale, given, g_CNd):
+    return *_best(_read_back, own_keys_tpu.read_back, scale, g_CNd, *given), None
 
 
-def _shares(scale: float, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Array]:
-    """(p of what is summed up [J, G, C], p of the own keys [K, J, G, C])."""
-    s = _products(_grouped(q_CNd, own), own[0]) * scale
+join.defvjp(_forward, _backward)
+
+
+def _best(plain, kernel, scale, *given):
+    """By the platform's best way."""
+    if not own_keys_tpu.serves(given[0]):
+        return plain(scale, *given)
+    return jax.lax.platform_dependent(*given, tpu=partial(kernel, scale), default=partial(plain, scale))
+
+
+def _read(scale, base_CNd, lse_CN, q_CNd, own, k):
+    first, others = _shares(scale, lse_CN, q_CNd, own, k)
+    out = _grouped(base_CNd, own).astype(jnp.float32) * first[..., None]
+    for share, v in zip(others, own[1], strict=True):
+        out += share[..., None] * v[:, :, None].astype(jnp.float32)
+    return out.reshape(base_CNd.shape).astype(base_CNd.dtype)
+
+
+def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
+    """The cotangents of `base`, `lse`, `q` and `own`."""
+    base, q, g = (_grouped(x, own) for x in (base_CNd, q_CNd, g_CNd))
+    first, others = _shares(scale, lse_CN, q_CNd, own, k)
+    wide = g.astype(jnp.float32)
+    of_first = (wide * base.astype(jnp.float32)).sum(-1)
+    of_others = jnp.stack([_products(g, v) for v in own[1]])
+    mean = first * of_first + (others * of_others).sum(0)
+    d_lse = (first * (of_first - mean)).reshape(lse_CN.shape)
+    ds = (others * (of_others - mean[None]) * scale).astype(q.dtype)
+    others = others.astype(g.dtype)
+    dq = sum(s.astype(jnp.float32)[..., None] * k[:, :, None] for s, k in zip(ds, own[0], strict=True))
+    dk = jnp.stack([_sums(s, q) for s in ds])
+    dv = jnp.stack([_sums(p, g) for p in others])
+    d_base = (wide * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
+    return d_base, d_lse, dq.reshape(q_CNd.shape).astype(q_CNd.dtype), (dk, dv)
+
+
+def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Array]:
+    """(p of what is summed up [C, J, G], p of the own keys [K, C, J, G])."""
+    q = _grouped(q_CNd, own)
+    s = jnp.stack([_products(q, keys) for keys in own[0]]) * scale
     step = jnp.arange(len(s), dtype=jnp.int32)[:, None, None, None]
     s = jnp.where((step > 0) & (step <= k), s, -jnp.inf)
-    lse = _grouped(lse_CN, own).transpose(1, 2, 0)
+    lse = _grouped(lse_CN, own)
     top = jnp.maximum(lse, s.max(0))
     first, others = jnp.exp(lse - top), jnp.exp(s - top[None])
     total = first + others.sum(0)
     return first / total, others / total[None]
 
 
-def _forward(scale, base_CNd, lse_CN, q_CNd, own, k):
-    first, others = _shares(scale, lse_CN, q_CNd, own, k)
-    read = einsum("cjgk,cjkd->cjgd", _by_index(others, base_CNd), own[1])
-    out = _times(_grouped(base_CNd, own), first) + read
-    return out.reshape(base_CNd.shape).astype(base_CNd.dtype), (base_CNd, lse_CN, q_CNd, own, k)
+def _grouped(x_CNd: jax.Array, own: KeysValues) -> jax.Array:
+    """[C, N, ...] -> [C, J, G, ...]: the heads that share keys beside each other."""
+    return x_CNd.reshape(x_CNd.shape[0], own[0].shape[2], -1, *x_CNd.shape[2:])
 
 
-def _backward(scale, saved, g_CNd):
-    base_CNd, lse_CN, q_CNd, own, k = saved
-    base, q, g = (_grouped(x, own) for x in (base_CNd, q_CNd, g_CNd))
-    first, others = _shares(scale, lse_CN, q_CNd, own, k)
-    of_first = (g.astype(jnp.float32) * base.astype(jnp.float32)).sum(-1).transpose(1, 2, 0)
-    of_others = _products(g, own[1])
-    mean = first * of_first + (others * of_others).sum(0)
-    d_lse = (first * (of_first - mean)).transpose(2, 0, 1).reshape(lse_CN.shape)
-    ds = _by_index(others * (of_others - mean[None]) * scale, q)
-    d_base = _times(g, first).reshape(base_CNd.shape).astype(base_CNd.dtype)
-    dq = einsum("cjgk,cjkd->cjgd", ds, own[0]).reshape(q_CNd.shape).astype(q_CNd.dtype)
-    dk = einsum("cjgk,cjgd->cjkd", ds, q).astype(q.dtype)
-    dv = einsum("cjgk,cjgd->cjkd", _by_index(others, g), g).astype(g.dtype)
-    return d_base, d_lse, dq, (dk, dv), None
+def _products(x_CJGd: jax.Array, own_CJd: jax.Array) -> jax.Array:
+    return einsum("cjgd,cjd->cjg", x_CJGd, own_CJd)
 
 
-def _by_index(x_KJGC: jax.Array, like: jax.Array) -> jax.Array:
-    return x_KJGC.transpose(3, 1, 2, 0).astype(like.dtype)
-
-
-def _times(x_CJGd: jax.Array, share_JGC: jax.Array) -> jax.Array:
-    return x_CJGd.astype(jnp.float32) * share_JGC.transpose(2, 0, 1)[..., None]
-
-
-join.defvjp(_forward, _backward)
+def _sums(share_CJG: jax.Array, x_CJGd: jax.Array) -> jax.Array:
+    return einsum("cjg,cjgd->cjd", share_CJG, x_CJGd).astype(x_CJGd.dtype)

@@ -3,7 +3,8 @@
 At step k index i takes token i+1+k and the layers' own output of step k-1; a layer's query sees step 0's keys
 of its document up to i and its own keys of steps 1..k. Source: EAGLE-3 (arXiv 2503.01840), section 3.
 
-Queries and MLP run on the live indices of train/targets.py; keys and values of step 0 on all positions. The
+Queries and MLP run on the live indices of train/targets.py, which are in their places where they are all
+positions; keys and values of step 0 on all positions. The
 embedding's half of the q, k, v projections depends on the token alone: it is computed once for all steps.
 Several layers are so many scanned steps for each step, which see the keys of their own layer alone.
 
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common.attention import attend
+from common.attention import KEPT, attend
 from common.codec import decode
 from common.layers import linear, rms_norm
 from train.batch import Batch, Frozen, Params, embeddings
-from train.heads.eagle3.block import Layer, block, fused, keys_values, of_layer, weights
+from train.heads.eagle3.block import MATMULS, Layer, block, fused, keys_values, of_layer, weights
 from train.heads.eagle3.own_keys import KeysValues, join
 from train.heads.eagle3.sizes import Sizes
 from train.targets import ahead, permute, slots
@@ -31,8 +32,8 @@ from train.ttt import Step, rolled
 class _Places(NamedTuple):
     """Where positions and live indices are."""
 
-    live: jax.Array  # int32 [C]
-    slot: jax.Array  # int32 [K + n], the inverse, behind K places that are free
+    live: jax.Array | None  # int32 [C]; None where they are all positions
+    slot: jax.Array | None  # int32 [K + n], the inverse, behind K places that are free
     positions_n: jax.Array
     segments_BT: jax.Array
 
@@ -54,15 +55,33 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     token_nX = linear(rms_norm(embedded, outside["token_norm"], c.rms_eps), outside["qkv"])
     aux = decode(batch.aux_hidden, batch.aux_scale).astype(dtype)
     state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
-    slot = slots(batch.live, n)
-    free = jnp.full((steps,), len(batch.live), jnp.int32)
-    at = _Places(batch.live, jnp.concatenate([free, slot]), batch.positions.reshape(n), batch.segment_ids)
+    at = _places(batch, steps)
     first = _first_keys(c, layers, at, token_nX, state_nH)
     shared = _Shared(layers, outside["norm"], token_nX, first)
-    ttt = Step(partial(_make, c), partial(_advance, c))
-    states = rolled(ttt, steps * c.layers, at, shared, permute(state_nH, batch.live, slot))
+    kept = (KEPT,) if dtype == jnp.float32 else (KEPT, MATMULS)  # where memory is scarcer than matmuls
+    ttt = Step(partial(_make, c), partial(_advance, c), kept)
+    states = rolled(ttt, steps * c.layers, at, shared, _of_live(at, state_nH))
     states_KCH = states[c.layers - 1 :: c.layers]
     return states_KCH if c.norm_output else rms_norm(states_KCH, outside["norm"], c.rms_eps)
+
+
+def _places(batch: Batch, steps: int) -> _Places:
+    C, n = len(batch.live), batch.tokens.size
+    others = batch.positions.reshape(n), batch.segment_ids
+    if n == C:
+        return _Places(None, None, *others)
+    free = jnp.full((steps,), C, jnp.int32)
+    return _Places(batch.live, jnp.concatenate([free, slots(batch.live, n)]), *others)
+
+
+def _of_live(at: _Places, x_n: jax.Array) -> jax.Array:
+    """[n, ...] -> [C, ...]"""
+    return x_n if at.live is None else permute(x_n, at.live, at.slot[-len(x_n) :])
+
+
+def _everywhere(at: _Places, x_C: jax.Array) -> jax.Array:
+    """[C, ...] -> [n, ...], zeros where an index is not live."""
+    return x_C if at.live is None else permute(x_C, at.slot[-len(at.positions_n) :], at.live)
 
 
 def _first_keys(
@@ -77,8 +96,8 @@ def _first_keys(
         made = keys_values(c, w, half, state_nH, at.positions_n)
         found.append(made)
         if number + 1 < c.layers:
-            everywhere = partial(_everywhere, c, at, made)
-            read = lambda q, everywhere=everywhere: everywhere(q)[0]  # noqa: E731
+            attended = partial(_attended, c, at, made)
+            read = lambda q, attended=attended: attended(q)[0]  # noqa: E731
             state_nH = block(c, w, half, state_nH, at.positions_n, read, number)
     return found[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
@@ -88,15 +107,24 @@ def _which(c: Sizes, i: jax.Array) -> tuple[jax.Array, Layer]:
     return (i, 0) if c.layers == 1 else (i // c.layers, i % c.layers)
 
 
-def _inputs(c: Sizes, at: _Places, k: jax.Array, layer: Layer, token_nX: jax.Array):
-    """(the tokens' half [C, X], positions [C]) of the live indices at step k."""
-    n, by = len(token_nX), ahead(k)
+def _tokens(at: _Places, by: jax.Array, token_nX: jax.Array) -> jax.Array:
+    """[C, X] of the tokens that are `by` ahead of the live indices; any others behind the last one."""
+    if at.live is None:
+        return jnp.roll(token_nX, -by, 0)
+    n = len(token_nX)
     # The index that reads a position is `by` before it.
     inverse = jax.lax.dynamic_slice_in_dim(at.slot, len(at.slot) - n - by, n)
-    half = permute(token_nX, at.live + by, inverse)
+    return permute(token_nX, at.live + by, inverse)
+
+
+def _inputs(c: Sizes, at: _Places, k: jax.Array, layer: Layer, token_nX: jax.Array):
+    """(the tokens' half [C, X], positions [C]) of the live indices at step k."""
+    half, positions = _tokens(at, ahead(k), token_nX), at.positions_n
+    if at.live is not None:
+        positions = positions.at[at.live].get(mode="clip")
     if c.layers > 1:
         half = jnp.where(layer == 0, half, jnp.zeros_like(half))
-    return half, at.positions_n.at[at.live].get(mode="clip") + k
+    return half, positions + k
 
 
 def _make(c: Sizes, at: _Places, i: jax.Array, shared: _Shared, state_CH: jax.Array) -> KeysValues:
@@ -110,8 +138,8 @@ def _advance(
 ) -> jax.Array:
     k, layer = _which(c, i)
     half, positions = _inputs(c, at, k, layer, shared.token_nX)
-    if c.layers > 1:  # [C, J, K * L, d], of which this layer's are seen
-        own = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, c.layers, x.shape[-1])[:, :, :, layer], own)
+    if c.layers > 1:  # [K * L, C, J, d], of which this layer's are seen
+        own = jax.tree.map(lambda x: x.reshape(-1, c.layers, *x.shape[1:])[:, layer], own)
     read = partial(_read, c, at, k, of_layer(c, shared.first, layer), own)
     state = block(c, of_layer(c, shared.layers, layer), half, state_CH, positions, read, layer)
     if not c.norm_output:
@@ -124,14 +152,12 @@ def _read(
 ) -> jax.Array:
     """What the live indices' queries read of step 0's keys of all positions and of their own ones of steps
     1..k."""
-    n = at.segments_BT.size
-    slot = at.slot[-n:]
-    read = _everywhere(c, at, first, permute(q_CNd, slot, at.live))
-    base, lse = (permute(x, at.live, slot) for x in read)
+    read = _attended(c, at, first, _everywhere(at, q_CNd))
+    base, lse = (_of_live(at, x) for x in read)
     return join(c.head_dim**-0.5, base, lse, q_CNd, own, k)
 
 
-def _everywhere(c: Sizes, at: _Places, first: KeysValues, q_nNd: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attended(c: Sizes, at: _Places, first: KeysValues, q_nNd: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(what queries of all positions read of step 0's keys [n, N, d], logsumexp [n, N] of their logits)."""
     (B, T), n = at.segments_BT.shape, at.segments_BT.size
     q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in (q_nNd, *first))
