@@ -51,13 +51,10 @@ class RowCache:
         self._folder, self._limit = storage.local_path(folder), limit
         with library_errors(folder):
             os.makedirs(self._folder, exist_ok=True)
-        with self._counted() as used:
-            storage.require_room(
-                folder,
-                limit - used[0],
-                "the entries of the cache",
-                "give it a smaller size or another folder",
-            )
+            with self._counted() as used:
+                kept = used[0]
+        what, advice = "the entries of the cache", "give it a smaller size or another folder"
+        storage.require_room(folder, limit - kept, what, advice)
         self._writes = True
 
     def _path(self, key: str) -> str:
@@ -115,8 +112,7 @@ class RowCache:
     def _counted(self) -> Iterator[list[int]]:
         """[bytes in use], to be changed; only one process at a time is in here."""
         path = os.path.join(self._folder, _USED)
-        with library_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             text = os.pread(handle, 40, 0).strip()

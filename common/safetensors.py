@@ -6,6 +6,7 @@ folders and on any fsspec URL. Pickled weights are never opened.
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from common import storage, strict_json
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.library_errors import library_errors
 
 SINGLE = "model.safetensors"
@@ -53,6 +54,7 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    file: tuple[int, ...] = ()  # which file of that name it is, on a disk
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +136,8 @@ def _read_local(tensor: Tensor, start: int, shape: tuple[int, ...], index: tuple
     whole, row = found.shape == shape, math.prod(shape[1:]) * tensor.dtype.itemsize
     step = max(1, shape[0] if whole else _PIECE // max(1, row))
     with library_errors(tensor.url, "read"), open(storage.local_path(tensor.url), "rb") as file:
+        if _which(os.fstat(file.fileno())) != tensor.file:
+            raise RestartError(f"{tensor.url} was changed while it was read; run the same command again")
         file.seek(start)
         for first in range(0, shape[0], step):
             here = slice(first, min(first + step, shape[0]))
@@ -143,6 +147,18 @@ def _read_local(tensor: Tensor, start: int, shape: tuple[int, ...], index: tuple
             if not whole:
                 found[here] = piece[index]
     return found
+
+
+def _which(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _file(url: str) -> tuple[int, ...]:
+    """Which file of that name is there now; of a bucket, where a replaced one cannot be told, nothing."""
+    if storage.is_remote(url):
+        return ()
+    with library_errors(url, "read"):
+        return _which(os.stat(storage.local_path(url)))
 
 
 def _early(tensor: Tensor) -> str:
@@ -194,7 +210,7 @@ def _index(folder: str) -> dict[str, str]:
 
 def _header(url: str) -> dict[str, Tensor]:
     """The validated header of one file."""
-    size = storage.size(url)
+    size, file = storage.size(url), _file(url)
     length = int.from_bytes(storage.read_bytes(url, 0, 8) if size >= 8 else b"", "little")
     if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise EyasError(f"{url} is no safetensors file or was cut off in its header; fetch it again")
@@ -202,12 +218,12 @@ def _header(url: str) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise EyasError(f"{url} has a damaged safetensors header; fetch it again")
     header.pop("__metadata__", None)
-    tensors = {name: _entry(url, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _entry(url, name, entry, 8 + length, size, file) for name, entry in header.items()}
     _refuse_overlaps(url, tensors)
     return tensors
 
 
-def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
+def _entry(url: str, name: str, entry: object, base: int, size: int, file: tuple[int, ...]) -> Tensor:
     """One header entry, checked against the file's size."""
     try:
         kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore
@@ -219,7 +235,7 @@ def _entry(url: str, name: str, entry: object, base: int, size: int) -> Tensor:
     whole = all(type(n) is int and 0 <= n <= _LARGEST for n in numbers)
     if not isinstance(shape, list) or len(shape) > _AXES or not whole:
         raise EyasError(f"{url}: {name} has a shape or place that is no list of numbers; fetch it again")
-    tensor = Tensor(url, DTYPES[kind], tuple(shape), base + start)
+    tensor = Tensor(url, DTYPES[kind], tuple(shape), base + start, file)
     if stop - start != tensor.nbytes:
         raise EyasError(f"{url}: {name} {kind} {shape} does not fit its {stop - start} bytes; fetch it again")
     if base + stop > size:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, ClassVar, Self, TypeVar
 
-from common.errors import RestartError
+from common.errors import EyasError, RestartError
 
 Value = TypeVar("Value")
 STOPPED = "stopped; the same command continues"
@@ -33,6 +33,13 @@ class Stopped(KeyboardInterrupt):
 def exit_code(number: int) -> int:
     """Job runners start again what exits with 42, and SIGTERM is how they take a machine away."""
     return RestartError.exit_code if number == signal.SIGTERM else 130
+
+
+def stopped(by: KeyboardInterrupt, text: str) -> EyasError:
+    """The error of a stage that was asked to stop, and says how far it came."""
+    told = EyasError(text)
+    told.exit_code = exit_code(getattr(by, "number", signal.SIGINT))
+    return told
 
 
 def _say(text: str) -> None:
@@ -60,7 +67,7 @@ class Stop:
     """While entered, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at once.
 
     With `everywhere`, `stopping.check` looks at it too, which every `Progress` calls at every step. Only the
-    main thread gets signals; elsewhere `asked` stays False.
+    main thread gets signals; elsewhere `asked` stays False. What such a Stop around it was asked, it is.
     """
 
     again: ClassVar[Callable[[int, object], None]] = staticmethod(_raise)  # what a second signal does
@@ -80,6 +87,8 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
+            for outer in _checked[-1:]:
+                self.asked, self._number = outer.asked, outer._number
         if self._everywhere:
             _checked.append(self)
         return self
@@ -109,6 +118,11 @@ def interruptible(work: Callable[[], Value], check: Callable[[], None]) -> Value
             found.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    return awaited(found, check)
+
+
+def awaited(found: Future[Value], check: Callable[[], None]) -> Value:
+    """The result of `found`, with `check` called meanwhile, whose exception leaves the work alone."""
     while not wait([found], _CHECK_SECONDS).done:
         check()
     return found.result()

@@ -312,7 +312,7 @@ class Store:
         except EyasError as error:
             for block in sorted(unknown):
                 if not storage.exists(self.marker_place(block)):
-                    raise EyasError(
+                    raise DamagedError(
                         f"{self.url} is partial: block {block} is not committed; run the same dump command "
                         "again, it continues where it stopped"
                     ) from error

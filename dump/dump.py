@@ -18,7 +18,7 @@ from common import pod, storage
 from common.device_errors import device_errors
 from common.errors import EyasError, MachineError
 from common.progress import note
-from common.stopping import Stop
+from common.stopping import Stop, stopped
 from common.store import Store
 from common.store_writer import FeatureWriter, create_features
 from dump import target
@@ -126,7 +126,6 @@ def _resumable(config: DumpConfig) -> Iterator[Callable[[], None]]:
     try:
         with Stop(everywhere=True) as stop:
             yield stop.check
-    except KeyboardInterrupt:
-        raise EyasError(  # at once: the store may be what did not answer
-            f"dump stopped; what is committed in {config.store} stays: continue with the same command"
-        ) from None
+    except KeyboardInterrupt as asked:
+        text = f"dump stopped; what is committed in {config.store} stays: continue with the same command"
+        raise stopped(asked, text) from None  # at once: the store may be what did not answer

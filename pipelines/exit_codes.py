@@ -14,7 +14,7 @@ import click
 from common import pod
 from common.errors import EyasError
 from common.library_errors import explained, is_librarys
-from common.stopping import STOPPED, Stop, exit_code
+from common.stopping import STOPPED, Stop, stopped
 
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
@@ -34,12 +34,10 @@ class Group(click.Group):
             with Stop(everywhere=True), pod.announced():
                 return super().invoke(ctx)
         except EyasError as error:
-            # A stage that is stopped says itself how far it came.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise _failure(str(error), _stopped_code(error.__context__)) from None
             raise _failure(str(error), error.exit_code) from None
         except KeyboardInterrupt as error:
-            raise _failure(STOPPED, _stopped_code(error)) from None
+            told = stopped(error, STOPPED)
+            raise _failure(str(told), told.exit_code) from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _MACHINE:
                 where = f"{error.filename}: " if error.filename else ""
@@ -48,10 +46,6 @@ class Group(click.Group):
                 raise
             told = explained(error, "a server")
             raise _failure(str(told), told.exit_code) from None
-
-
-def _stopped_code(error: KeyboardInterrupt) -> int:
-    return exit_code(getattr(error, "number", 0))
 
 
 def _failure(text: str, code: int) -> click.ClickException:

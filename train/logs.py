@@ -180,7 +180,16 @@ def numbers_of(line: dict[str, Any]) -> dict[str, float]:
 class Logs:
     """The trackers of one run. One that fails is named and told no more; the run goes on."""
 
-    def __init__(self, names: Sequence[str], out: str, config: dict[str, Any]):
+    def __init__(
+        self,
+        names: Sequence[str],
+        out: str,
+        config: dict[str, Any],
+        before: Sequence[dict[str, Any]] = (),
+        done: bool = False,
+    ):
+        """`before`: the lines that metrics.jsonl has, of which those are told that were not. Of a run that is
+        `done` nothing else is to come."""
         self._place = storage.join(out, FILE)
         self._trackers: dict[str, Tracker] = {}
         self._told: dict[str, _Told] = {}
@@ -192,9 +201,16 @@ class Logs:
             advice = "delete it: the trackers then see a new run"
             self._told = schema.read(dict[str, _Told], self._place, advice)
         for name in dict.fromkeys(names):
-            identity = self._told.setdefault(name, _Told(id=uuid.uuid4().hex[:8], train=0, eval=0))["id"]
-            self._try(name, partial(self._open, name, out, identity, config))
+            told = self._told.setdefault(name, _Told(id=uuid.uuid4().hex[:8], train=0, eval=0))
+            if not done or self._untold(name, before):
+                self._try(name, partial(self._open, name, out, told["id"], config))
         storage.write_json(self._place, self._told)
+        if self._trackers:
+            self._waiting = list(before)
+            self._send()
+
+    def _untold(self, name: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [line for line in lines if line["step"] > self._told[name][_part(line)]]
 
     def _open(self, name: str, out: str, identity: str, config: dict[str, Any]) -> None:
         run = os.path.basename(out.rstrip("/"))
@@ -218,10 +234,7 @@ class Logs:
     def _send(self) -> None:
         """What is told is noted before: who is killed in between leaves a gap and never a double."""
         lines, self._waiting, self._sent = self._waiting, [], time.monotonic()
-        new = {
-            name: [line for line in lines if line["step"] > self._told[name][_part(line)]]
-            for name in self._trackers
-        }
+        new = {name: self._untold(name, lines) for name in self._trackers}
         for name, of_one in new.items():
             for line in of_one:
                 self._told[name][_part(line)] = line["step"]

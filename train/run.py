@@ -10,9 +10,8 @@ import numpy as np
 from common import pod
 from common.config import to_json
 from common.device_errors import device_errors
-from common.errors import EyasError
 from common.progress import note
-from common.stopping import Stop
+from common.stopping import Stop, stopped
 from train import together
 from train.config import TrainConfig
 from train.plan import Plan, make_plan
@@ -43,11 +42,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with Trainer(plan) as trainer, Stop() as stop:
             try:
                 found = _train(plan, trainer, stop, require_ours)
-            except KeyboardInterrupt:
-                raise EyasError(
+            except KeyboardInterrupt as asked:
+                text = (
                     f"train stopped; step {trainer.saved_step} of {plan.steps} is saved in "
                     f"{config.out}/state: continue with the same command"
-                ) from None
+                )
+                raise stopped(asked, text) from None
     return found | {"seconds": round(time.monotonic() - start, 3)}
 
 

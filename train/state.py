@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -45,6 +46,7 @@ class _Noted(TypedDict):
     seconds: float
     best: _Evaluation | None
     last: _Evaluation
+    crc32: Crc32  # of the others, and the step
 
 
 @contextmanager
@@ -121,6 +123,11 @@ def _sums(state: State) -> dict[str, jax.Array]:
 
 def _checksums(state: State) -> dict[str, int]:
     return {name: int(x) for name, x in jax.device_get(_sums(state)).items()}
+
+
+def _crc32(step: int, noted: dict[str, Any]) -> int:
+    rest = {name: value for name, value in noted.items() if name != "crc32"}
+    return zlib.crc32(json.dumps([step, rest], sort_keys=True).encode())
 
 
 def _reason(error: Exception) -> str:
@@ -208,7 +215,7 @@ class Saved:
             if is_refusal(error):
                 raise explained(error, place) from error
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
-        state, noted = found["state"], schema.check(_Noted, found["noted"], f"{place}/noted", advice)
+        state, noted = found["state"], self._checked(step, found["noted"])
         if int(state.step) != step:
             raise EyasError(f"{place} holds the state of step {int(state.step)}; {advice}")
         damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
@@ -229,8 +236,19 @@ class Saved:
             if is_refusal(error):
                 raise explained(error, place) from error
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
-        noted = schema.check(_Noted, found, f"{place}/noted", advice)
+        noted = self._checked(step, found)
         return step, noted["best"], noted["last"]
+
+    def _checked(self, step: int, noted: Any) -> dict[str, Any]:
+        """What `save` noted beside the state of this step, unchanged."""
+        place, advice = (
+            f"{self._place}/{step}/noted",
+            f"delete {self._place}/{step} to continue from the state before it",
+        )
+        found = schema.check(_Noted, noted, place, advice)
+        if found["crc32"] != _crc32(step, found):
+            raise EyasError(f"{place} is not what was saved; {advice}")
+        return found
 
     def _read(self, step: int | None, like: State, where: State) -> Any:
         wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, where)
@@ -244,7 +262,9 @@ class Saved:
 
     def save(self, state: State, best: dict[str, Any] | None, last: dict[str, Any], seconds: float) -> None:
         """Begins to save; waits only for an earlier save. MachineError if that or this one fails."""
-        noted = {"sums": _checksums(state), "seconds": float(seconds), "best": best, "last": last}
+        noted: dict[str, Any] = {"sums": _checksums(state), "seconds": float(seconds)}
+        noted |= {"best": best, "last": last}
+        noted["crc32"] = _crc32(int(state.step), noted)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=ocp.args.JsonSave(noted))
         with self._writing():
             self._manager.save(int(state.step), args=args, force=True)
@@ -265,7 +285,7 @@ class Lines:
 
     An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
     are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with. Of
-    several processes the first one writes.
+    several processes the first one writes. `before`: the lines that were there.
     """
 
     def __init__(self, out: str, step: int):
@@ -273,16 +293,16 @@ class Lines:
         self._url = storage.join(out, "metrics.jsonl")
         self._unwritten = False
         self._file: BinaryIO = io.BytesIO()
+        self.before: list[dict[str, Any]] = []
         if not pod.is_first():
             return
         kept: list[bytes] = []
         if storage.exists(self._url):
             lines = storage.read_bytes(self._url).splitlines(keepends=True)
-            kept = [
-                line
-                for number, line in enumerate(lines, 1)
-                if line.endswith(b"\n") and self._step_of(line, number) <= step
-            ]
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n") and (found := self._parse(line, number))["step"] <= step:
+                    kept.append(line)
+                    self.before.append(found)
         storage.write_bytes(self._url, b"".join(kept))
         if storage.is_remote(self._url):
             self._file.write(b"".join(kept))
@@ -290,9 +310,9 @@ class Lines:
         with library_errors(self._url):
             self._file = open(storage.local_path(self._url), "ab")  # noqa: SIM115
 
-    def _step_of(self, line: bytes, number: int) -> int:
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         where, advice = f"{self._url}, line {number}", "mend or delete that line: the weights do not need it"
-        return schema.check(_Evaluation, strict_json.parse(line, where), where, advice)["step"]
+        return schema.check(_Evaluation, strict_json.parse(line, where), where, advice)
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends one line, on a disk at once."""

@@ -20,6 +20,7 @@ from common import pod, zarr
 from common.codec import arrays_of
 from common.errors import EyasError
 from common.rows import Rows
+from common.stopping import awaited
 from common.store import Store
 from train.batch import Batch
 from train.order import Order, Part, Reading
@@ -165,22 +166,21 @@ class Stream:
         """The batches that are complete with each part of a reading, all by default, and the numbers of their
         views. The next rows are read while the last ones are used.
 
-        `check` is called before each and may raise. What it raises on one process, and what one cannot read,
-        is raised on all.
+        `check` is called before each and while it is waited for, and may raise. What it raises on one
+        process, and what one cannot read, is raised on all.
         """
         pending: dict[int, Batch] = {}
-        with ThreadPoolExecutor(min(self._ahead, _READERS), thread_name_prefix="stream") as pool:
-            ahead: deque[Future] = deque()
-            try:
-                for rows, parts in self.reading() if reading is None else reading:
-                    ahead.append((parts, pool.submit(self._load, rows, parts)))
-                    if len(ahead) == self._ahead:
-                        yield self._deal(*self._next(ahead, check), pending)
-                while ahead:
+        pool = ThreadPoolExecutor(min(self._ahead, _READERS), thread_name_prefix="stream")
+        ahead: deque[tuple[list[Part], Future]] = deque()
+        try:
+            for rows, parts in self.reading() if reading is None else reading:
+                ahead.append((parts, pool.submit(self._load, rows, parts)))
+                if len(ahead) == self._ahead:
                     yield self._deal(*self._next(ahead, check), pending)
-            finally:
-                for _, request in ahead:
-                    request.cancel()
+            while ahead:
+                yield self._deal(*self._next(ahead, check), pending)
+        finally:  # at once: the store may be what does not answer
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _next(
         self, ahead: deque[tuple[list[Part], Future]], check: Callable[[], None]
@@ -190,7 +190,7 @@ class Stream:
         with pod.together():
             check()
             parts, request = ahead.popleft()
-            found = request.result()
+            found = awaited(request, check)
         placed: dict[int, jax.Array] = {}  # views may have the same array
         for x in jax.tree.leaves(found):
             if id(x) not in placed:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from common import pod, schema, storage
+from common import pod, schema, stopping, storage
 from common.config import to_json
 from common.device_errors import device_errors
-from common.errors import EyasError, MachineError
+from common.errors import DamagedError, EyasError, MachineError
 from common.lock import locked
 from common.progress import note
 from common.schema import Count, TypedDict
-from common.stopping import Stop
+from common.stopping import Stop, stopped
 from common.storage import require_room
 from train import together
 from train.config import TrainConfig
@@ -130,17 +130,20 @@ def _train(
                 what = _Failed(step=step, reason=str(error))
                 storage.write_json(storage.join(plan.config.out, FAILED), what)
 
-    with ExitStack() as held, Stop() as stop:
+    with ExitStack() as held:
         trainers = []
         for plan in plans.values():
             try:
-                trainers.append(held.enter_context(Trainer(plan)))
-            except MachineError:
+                with pod.together():
+                    stopping.check()
+                    trainers.append(held.enter_context(Trainer(plan)))
+            except (MachineError, DamagedError):
                 raise
             except EyasError as error:  # a damaged state, say
                 fail(plan, 0, error)
         if not trainers:
             return together.Spent(0.0, 0.0)
+        stop = held.enter_context(Stop())
         try:
             return together.train(
                 trainers,
@@ -149,8 +152,9 @@ def _train(
                 lambda: [check() for check in checks],
                 lambda trainer, error: fail(trainer.plan, trainer.step, error),
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as asked:
             saved = min((trainer.saved_step for trainer in trainers), default=0)
-            raise EyasError(
+            text = (
                 f"sweep stopped; every head is saved at step {saved} or later: continue with the same command"
-            ) from None
+            )
+            raise stopped(asked, text) from None

@@ -70,10 +70,10 @@ class Trainer:
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
         told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
-        logs = plan.config.log_to if pod.is_first() and not self.done else None
+        logs = plan.config.log_to if pod.is_first() else None
         with pod.together():
             self._lines = Lines(plan.config.out, self.step)
-            self._logs = Logs(logs or (), plan.config.out, told)
+            self._logs = Logs(logs or (), plan.config.out, told, self._lines.before, self.done)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
         self._taught = plan.source.frozen(plan.draft_ids, "recompute", plan.dtype)  # for evaluations
         self.evaluator = self._make_evaluator()

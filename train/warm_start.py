@@ -10,7 +10,7 @@ import numpy as np
 
 from common import storage, zarr
 from common.config import digest
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.safetensors import FLOATS, Checkpoint
 from common.store import Store
 from train.draft_maps import check_maps
@@ -37,7 +37,10 @@ class Published:
         return {name: self._read(name) for name in self.head.parameters()}
 
     def _read(self, name: str) -> np.ndarray:
-        found = self._tensors.read(self._sources[name]).astype(np.float32)
+        found = self._tensors.read(self._sources[name])
+        if zarr.crc32(found) != self.sums["tensors"][name]:
+            raise RestartError(f"{self.folder} was replaced while it was read; run the same command again")
+        found = found.astype(np.float32)
         if not np.isfinite(found).all():
             raise EyasError(f"{self.folder}: {self._sources[name]} has values that are not finite")
         return found

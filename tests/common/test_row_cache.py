@@ -226,3 +226,14 @@ def test_what_is_damaged_in_the_store_is_refused_and_not_kept(tmp_path):
     for _ in range(2):
         with pytest.raises(EyasError, match=r"last_hidden rows \[0\]: damaged on disk"):
             store.read(("last_hidden",), [0, 1])
+
+
+def test_a_cache_that_cannot_be_counted_any_more_ends_no_run(tmp_path, capsys):
+    """Its disk turns read-only, say."""
+    cache = RowCache(str(tmp_path), 1000)
+    cache.write("a", b"x" * 10)
+    (tmp_path / "eyas-cache/.used").unlink()
+    (tmp_path / "eyas-cache/.used").mkdir()
+    cache.write("b", b"x" * 10)
+    assert "keeps no more" in capsys.readouterr().err
+    assert cache.read("a") == b"x" * 10

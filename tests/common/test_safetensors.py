@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common import safetensors, storage
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.safetensors import INDEX, SINGLE, Checkpoint
 
 TENSORS = {
@@ -56,7 +56,7 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_one_line(tmp_path, index)
     safetensors.write(f"{tmp_path}/{SINGLE}", {"a": TENSORS["a"]})
     found = Checkpoint.open(str(tmp_path))
     os.truncate(tmp_path / SINGLE, os.path.getsize(tmp_path / SINGLE) - 4)
-    with pytest.raises(EyasError, match=r"model\.safetensors ends early; fetch it again"):
+    with pytest.raises(EyasError, match=r"model\.safetensors was changed while it was read; run the same"):
         found.read("a", index)
 
 
@@ -205,3 +205,12 @@ def test_require_names_what_differs(tmp_path, name, shape, words):
         Checkpoint.open(str(tmp_path)).require(name, shape)
     for word in [name, *words]:
         assert word in str(error.value)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gives_no_mixture(tmp_path):
+    safetensors.write(f"{tmp_path}/{SINGLE}", TENSORS)
+    opened = Checkpoint.open(str(tmp_path))
+    opened.read("a")
+    safetensors.write(f"{tmp_path}/{SINGLE}", TENSORS)
+    with pytest.raises(RestartError, match=r"model.safetensors was changed while it was read; run the same"):
+        opened.read("b")

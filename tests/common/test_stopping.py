@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,22 @@ def test_a_second_signal_inside_a_callback_that_swallows_exceptions_ends_the_com
     )
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"\nstopping at the next step; once more stops at once\n{LINE}"
+
+
+def test_what_a_stage_was_asked_before_it_looked_itself_is_not_lost():
+    with Stop(everywhere=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with Stop() as own:
+            with pytest.raises(Stopped) as stopped:
+                own.check()
+            assert stopped.value.number == signal.SIGTERM
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_who_waits_for_what_never_comes_can_be_stopped():
+    def check():
+        raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        stopping.awaited(Future(), check)

@@ -228,6 +228,19 @@ def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, r
     assert refused(invoke("targets"), code).startswith(text)
 
 
+def test_what_fails_while_a_stage_is_stopped_has_an_exit_code_of_its_own(monkeypatch):
+    """A state that cannot be saved: started again, the run would lose its steps for ever."""
+
+    def fail(name):
+        try:
+            raise Stopped(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise MachineError("x/state: the disk is full") from None
+
+    monkeypatch.setattr(cli.recipes, "load", fail)
+    assert refused(invoke("targets"), 1) == "Error: x/state: the disk is full"
+
+
 def test_an_error_of_our_own_is_not_dressed_up_as_the_users(monkeypatch):
     monkeypatch.setattr(cli.recipes, "names", lambda: 1 / 0)
     assert isinstance(invoke("targets").exception, ZeroDivisionError)

@@ -233,3 +233,26 @@ def test_it_is_not_part_of_what_the_run_is(tmp_path):
     assert config.log_to == ("wandb", "mlflow")
     with pytest.raises(ValueError, match=r"log_to=\('neptune',\) is unknown; use one of wandb, tensor"):
         replace(config, log_to=("neptune",))
+
+
+def test_what_a_killed_run_had_not_told_is_told_when_it_goes_on(memory, tmp_path):
+    """Lines wait some seconds before they are told; a tracker that is added later is told all."""
+    lines = [train(2), {"step": 2, "evaluation": {"step": 2, "acc": [0.25]}}, train(4)]
+    first = Logs(("wandb",), str(tmp_path / "run"), {})
+    for line in lines:
+        first.add(line)
+    assert len(memory.told) == 1, "it is killed before"
+    second = Logs(("wandb",), str(tmp_path / "run"), {}, lines)
+    second.add(train(6))
+    second.close(True)
+    assert [step for step, _ in memory.told[2:-1]] == [2, 2, 4, 6]
+    for _ in range(2):
+        assert len(memory.told) == 7
+        Logs(("wandb",), str(tmp_path / "run"), {}, [*lines, train(6)], done=True).close(True)
+
+
+def test_a_run_that_is_done_tells_what_it_was_killed_before_telling(memory, tmp_path):
+    Logs(("wandb",), str(tmp_path / "run"), {})
+    Logs(("wandb",), str(tmp_path / "run"), {}, [train(2)], done=True).close(True)
+    assert [x for x in memory.told if x is True or x[0] == 2][-1] is True
+    assert 2 in [x[0] for x in memory.told if x is not True]

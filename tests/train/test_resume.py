@@ -231,6 +231,19 @@ def test_a_changed_bit_of_a_saved_weight_is_found(config, whole, tmp_path, monke
         continued(config, whole)
 
 
+def test_a_changed_number_beside_a_state_is_found(config, whole, tmp_path):
+    """By the acceptance length of best/ it is told whether a head is better."""
+    out, number = tmp_path / "out", json.dumps(Saved(whole).noted()[1]["length_greedy"])
+    shutil.copytree(whole, out)
+    noted = out / "state/7/noted/metadata"
+    assert number in noted.read_text()
+    noted.write_text(noted.read_text().replace(number, str(float(number) + 0.25)))
+    with pytest.raises(EyasError, match=r"state/7/noted is not what was saved; delete .*state/7 to continue"):
+        continued(config, out)
+    with pytest.raises(EyasError, match="is not what was saved"):
+        Saved(str(out)).noted()
+
+
 def test_a_state_of_other_shapes_or_of_another_step_is_refused(config, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

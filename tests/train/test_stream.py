@@ -208,3 +208,17 @@ def test_what_is_read_ahead_stays_within_its_memory(store, monkeypatch):
     assert most == 4
     with pytest.raises(EyasError, match=r"two such batches more than the .* GiB for what is read ahead"):
         Stream(store, make_mesh(), [view], 1e-6)
+
+
+def test_a_store_that_does_not_answer_can_be_left(store, monkeypatch):
+    stream, over = stream_of(store, np.array([9, 0])), threading.Event()
+    monkeypatch.setattr(stream, "_read", lambda *_: over.wait(60))
+
+    def check():
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream.batches(check=check))
+    assert time.monotonic() - start < 20
+    over.set()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common import storage
-from common.errors import EyasError
+from common.errors import DamagedError, EyasError
 from common.lock import locked
 from common.store import Store
 from tests.train import small_store
@@ -18,6 +18,7 @@ from tests.train.served import read_tensors
 from train import sweep, together
 from train.config import TrainConfig
 from train.order import order
+from train.plan import Plan
 from train.run import run
 from train.source import Source
 from train.sweep import FAILED
@@ -169,6 +170,17 @@ def test_where_all_come_to_nothing_at_once_each_says_why(common, tmp_path, monke
     assert sweep.run(configs_of(common, out, a={}, b={"seed": 1}), out)["failed"] == dict.fromkeys(
         "ab", "the state is damaged"
     )
+
+
+def test_damage_of_the_store_is_no_heads_failure(common, tmp_path, monkeypatch):
+    def damaged(self):
+        raise DamagedError("rows 3: damaged on disk")
+
+    monkeypatch.setattr(Plan, "sample", damaged)
+    out = str(tmp_path / "out")
+    with pytest.raises(DamagedError):
+        sweep.run(configs_of(common, out, a={}, b={"seed": 1}), out)
+    assert not os.path.exists(f"{out}/a/{FAILED}")
 
 
 def test_the_machines_failure_ends_all(common, tmp_path, monkeypatch):

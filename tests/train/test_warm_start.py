@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common import safetensors, storage
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.params import initialise
 from common.store import Store
 from tests.train import small_store
@@ -191,3 +191,12 @@ def test_a_pickled_head_is_not_opened(tmp_path, store, head, params):
     (tmp_path / "head" / "model.safetensors").rename(tmp_path / "head" / "pytorch_model.bin")
     with pytest.raises(EyasError, match=r"pickled weights .* never opened; convert to safetensors"):
         open_published(folder, store)
+
+
+def test_a_head_that_is_replaced_after_it_was_looked_at_is_not_begun_with(tmp_path, store, head, params):
+    """Its sums are in the run's identity; in a bucket nothing else tells."""
+    opened = open_published(portable(tmp_path / "head", store, head, params), store)
+    other = params | {"fc.weight": params["fc.weight"] + 1}
+    tensors = open_published(portable(tmp_path / "other", store, head, other), store)._tensors
+    with pytest.raises(RestartError, match=r"head was replaced while it was read; run the same command"):
+        replace(opened, _tensors=tensors).weights()
