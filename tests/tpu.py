@@ -27,7 +27,7 @@ from dump.target.moe import Moe
 from dump.target.spec import Context
 from pipelines import recipes
 from pipelines.bench.tpu import CHIPS_A_HOST, compile_dump, config_of, mesh_of
-from train import optimizer
+from train import optimizer, placing
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
@@ -117,28 +117,31 @@ def train(recipe: str) -> dict[str, float]:
     units = np.ones(len(aux) * c.hidden_size, np.float32)
     adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
 
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+    def lying(tree: Any, where: Any) -> Any:
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             shape, dtype, sharding=sharding(mesh, ("row",) + (None,) * (len(shape) - 1))
         )
 
-    whole, wide = sharding(mesh, ()), jnp.bfloat16
+    wide = jnp.bfloat16
     params = shapes(c.parameters(), jnp.float32)
-    state = everywhere(State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32)))
+    state = State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    state = lying(state, placing.along(state, c.parameters(), mesh))
     vocabulary = [jax.ShapeDtypeStruct((n, c.hidden_size), wide) for n in (c.vocab_size, c.draft_vocab_size)]
-    frozen = everywhere(Frozen(*vocabulary, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32)))
-    batch = Batch(
-        **dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, LENGTH)),
-        **dict.fromkeys(("aux_scale", "last_scale", "draft_logits")),
-        **dict.fromkeys(("live", "targets"), rows(B * LENGTH)),
-        aux_hidden=rows(B, LENGTH, len(aux), c.hidden_size, dtype=wide),
-        last_hidden=rows(B, LENGTH, c.hidden_size, dtype=wide),
-        logsumexp=rows(B, LENGTH, dtype=jnp.float32),
-        count=rows(config.dp),
-    )
+    frozen = Frozen(*vocabulary, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32))
+    axes = placing.frozen_axes(frozen, mesh)
+    frozen = lying(frozen, Frozen(*(sharding(mesh, of) for of in axes)))
+    given = dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, LENGTH))
+    given |= dict.fromkeys(("live", "targets"), rows(B * LENGTH)) | {"row": rows(B)}
+    given |= {
+        "aux_hidden": rows(B, LENGTH, len(aux), c.hidden_size, dtype=wide),
+        "last_hidden": rows(B, LENGTH, c.hidden_size, dtype=wide),
+        "logsumexp": rows(B, LENGTH, dtype=jnp.float32),
+        "count": rows(config.dp),
+    }
+    batch = Batch(**dict.fromkeys(Batch._fields) | given)
     step = train_step(gradient(c, mesh, K, config.decay, wide), adamw)
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
     return memory(compiled) | {"parameters": sum(math.prod(x.shape) for x in params.values())}

@@ -35,7 +35,9 @@ from train.stream import Stream, View, Workload
 from train.targets import drafting_index, valid_targets
 
 _POSITIONS = 65_536  # for units, counted or not
-_PER_FEATURE = 16  # targets for a fit
+# Targets for a fit. Of what the best linear map explains, 3 a feature keep 70 to 90%, 16 keep 94 to 98%: for
+# states of 1,024 features with spectra of i^-0.5 to i^-1.5, half or four fifths of which can be explained.
+_PER_FEATURE = 16
 _MOST_POSITIONS = 2**19  # of which they are taken, at most
 _KEPT_OUT = 8_192  # positions for choosing the ridge, but at most an eighth of the sample
 _CHIP_POSITIONS = 2_048  # that a chip looks at at once
