@@ -21,7 +21,7 @@ from train.batch import Frozen, Params
 from train.config import EvaluateConfig
 from train.heads import Head, read_serving_config
 from train.metrics import Sums, add, summarise
-from train.order import listed, permutation
+from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
 from train.stream import Stream, View
@@ -43,18 +43,16 @@ class Evaluator:
     ):
         """`count`: so many of the rows are scored, the same of every head; None: all, in their own order."""
         rows, chips = source.test_rows, source.mesh.size
-        if count is not None:
-            rows = rows[permutation(len(rows), 0, 0)[:count]]
         size = max(chips, min(batch_rows, -(-len(rows) // chips) * chips))
-        filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
-        filled[: len(rows)] = rows
-        batches = filled.reshape(-1, size)
+        if count is not None:
+            rows = np.sort(rows[permutation(len(rows), 0, 0)[:count]])
+        wanted = each_once(rows, size)
         # The default mask, whatever the training's was: figures of different runs compare.
         workload = source.workload(ttt_steps, test=True)
         self.source, self.counted = source, workload.counted(rows)
-        capacity = workload.capacity(batches, chips)
+        capacity = workload.capacity(wanted.rows, chips)
         # The whole teacher, whatever the training's was.
-        self.view = View(listed(batches), workload, capacity, "recompute", draft_ids, head.aux_layers)
+        self.view = View(wanted, workload, capacity, "recompute", draft_ids, head.aux_layers)
         self.score: Callable = source.once(
             ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
             lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),
@@ -71,14 +69,15 @@ def score_all(
     """The metrics of every head, all of one source, from one reading of its test rows. `check` is called at
     every batch and may raise."""
     sums: list[Sums | None] = [None] * len(heads)
-    source, view = heads[0][0].source, heads[0][0].view
+    source, (_, B) = heads[0][0].source, heads[0][0].view.order.rows.shape
     stream = Stream(source.store, source.mesh, [evaluator.view for evaluator, _, _ in heads], source.memory)
-    with Progress(label, view.order.rows.size * source.store.length, "tok") as progress:
-        for dealt in stream.batches(check=check):
+    reading = stream.reading()
+    with Progress(label, len(reading) * B * source.store.length, "tok") as progress:
+        for dealt in stream.batches(reading, check=check):
             for number, batch in dealt:
                 evaluator, params, taught = heads[number]
                 sums[number] = add(sums[number], evaluator.score(params, taught, batch))
-            progress.update(view.order.rows.shape[1] * source.store.length)
+            progress.update(B * source.store.length)
     return [summarise(one) for one in sums if one is not None]
 
 

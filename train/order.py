@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 _SHARES = 2**63  # the number of an epoch that no run reaches
+_EMPTY = 2**62  # a place behind those of all rows
 
 
 class Order(NamedTuple):
@@ -48,6 +49,15 @@ def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int, share: float
 def listed(rows: np.ndarray) -> Order:
     """The order of `rows` int64 [steps, B] as they stand."""
     return Order(rows, np.arange(rows.size).reshape(rows.shape))
+
+
+def each_once(rows: np.ndarray, batch_rows: int) -> Order:
+    """The order of `rows`, ascending, filled up with empty ones. A row's place is its number, so that orders
+    of some of the same rows share a reading."""
+    empty = -len(rows) % batch_rows
+    filled = np.concatenate([rows, np.full(empty, -1)])
+    places = np.concatenate([rows, _EMPTY + np.arange(empty)])
+    return Order(filled.reshape(-1, batch_rows), places.reshape(-1, batch_rows))
 
 
 class Part(NamedTuple):

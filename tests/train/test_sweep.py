@@ -6,17 +6,21 @@ import signal
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common import storage
 from common.errors import DamagedError, EyasError
 from common.lock import locked
+from common.params import initialise
 from common.store import Store
 from tests.train import small_store
 from tests.train.served import read_tensors
 from train import sweep, together
 from train.config import TrainConfig
+from train.evaluate import Evaluator, score_all
+from train.heads.eagle3 import Eagle3
 from train.order import order
 from train.plan import Plan
 from train.run import run
@@ -159,6 +163,25 @@ def test_what_cannot_be_is_refused_by_the_experiments_name_and_nothing_is_writte
         sweep.run(configs_of(common, f"{out}/b", a={}), f"{out}/b")
     with locked(f"{out}/b"), pytest.raises(EyasError, match="in use by"):
         sweep.run(configs_of(common, out, b={"steps": 1}, c={}), out)
+
+
+def test_heads_that_are_measured_on_other_parts_of_the_held_out_rows_are_what_they_are_alone(tmp_path):
+    """How many rows are measured follows from the length of a run, so it differs within a sweep."""
+    source = Source(small_store.write_store(str(tmp_path / "store"), rows=33))
+    ids = np.arange(40, dtype=np.int32)
+    head = Eagle3.for_target(source.store.target_config(), len(ids), small_store.AUX_LAYERS)
+    weights = initialise(head.parameters(), jax.random.key(1))
+    measured = [
+        (
+            Evaluator(source, head, ids, 1, 4, jnp.float32, count=count),
+            weights,
+            source.frozen(ids, "recompute", "float32"),
+        )
+        for count in (4, None, 8)
+    ]
+    alone = [score_all([one], "alone")[0] for one in measured]
+    assert len({one["counted"] for one in alone}) == 3
+    assert score_all(measured, "together") == alone
 
 
 def test_where_all_come_to_nothing_at_once_each_says_why(common, tmp_path, monkeypatch):
