@@ -59,8 +59,8 @@ def config(tmp_path_factory):
 def saved_step(out: Path) -> int:
     """The newest state of the runs in `out`."""
     found = 0
-    for folder in (out, *out.glob("*")):
-        names = storage.list_names(str(folder / "state"))
+    for folder in (out / "state", *out.glob("*/state")):
+        names = storage.list_names(str(folder))
         found = max([found, *(int(name) for name in names if name.isdigit())])
     return found
 
