@@ -172,6 +172,34 @@ CHARTS = ("length", "acc", "held-out-loss", "training-loss", "training-acc", "gr
 
 @pytest.mark.slow
 @needs_chromium
+def test_forty_heads_of_a_sweep_are_told_apart(tmp_path):
+    for n in range(40):
+        rate, seed = (n // 8 + 1) * 1e-4, n % 8
+        place = tmp_path / "sweep" / f"learning_rate={rate:g},seed={seed},ttt_steps=7"
+        write_run(place, steps=40, quality=1 - n / 50, seed=seed, rate=rate)
+    compared(tmp_path / "sweep", out=str(tmp_path / "page.html"), plots=False)
+
+    async def at(shown):
+        curves = {i: await shown.js(f"document.querySelectorAll('#{i} .curve').length") for i in CHARTS}
+        assert curves == dict.fromkeys(CHARTS, 40)
+        names = "[...document.querySelectorAll('#entries .name')].map((e) => e.textContent)"
+        assert len(set(await shown.js(names))) == 40
+        cut = "[...document.querySelectorAll('#entries .name')].filter((e) => e.scrollWidth > e.clientWidth)"
+        assert await shown.js(f"{cut}.length") == 0, "every name is there to its end"
+        parents = "[...document.querySelectorAll('#length .curve')].map((e) => e.parentElement"
+        looks = f"{parents}.className.baseVal)"
+        assert len(set(await shown.js(looks))) == 40, "no two curves look alike"
+        await shown.js("document.querySelector('[data-show=best]').click()")
+        assert await shown.js("document.querySelectorAll('#length .curve').length") == 5
+        assert not await shown.js("document.documentElement.scrollWidth > innerWidth")
+        return shown.problems
+
+    for n, width in enumerate((1400, 380)):
+        assert browser.look(tmp_path / "page.html", tmp_path / f"p{n}", at, width=width) == []
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_a_page_is_used_by_mouse_and_by_keyboard(three, tmp_path):
     (group,) = compared(three, out=str(tmp_path / "page.html"), plots=False)["groups"]
     best = group.rows[0].run.best

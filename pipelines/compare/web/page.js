@@ -106,7 +106,11 @@ function entry(key, rank, name, about) {
   box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](key); draw(); });
   add(label, "span", rank, "rank");
   make("path", { d: "M0 5H28" }, make("svg", { class: `key ${look(+key)}`, viewBox: "0 0 28 10", "aria-hidden": true }, label));
-  add(label, "span", name, "name");
+  const named = add(label, "span", "", "name");
+  for (const [n, part] of name.split(",").entries()) {  // a grid's names: lines break behind a setting
+    if (n) named.append(",", document.createElement("wbr"));
+    named.append(part);
+  }
   add(label, "span", "", "value");
   if (about) add(label, "span", about, "about");
   item.addEventListener("pointerenter", () => showNear(key));
