@@ -32,7 +32,7 @@ class TrainConfig:
 
     store: str
     out: str
-    seed: int = setting(0, "Seed of the initial head.", least=0)
+    seed: int = setting(0, "Seed of the initial head, and of noise.", least=0)
     data_seed: int = setting(0, "Seed of the order of rows.", least=0)
     share: float = setting(1.0, "Share of the train split's rows that is trained on.", above=0, most=1)
     epochs: float = setting(3.0, "Passes over that share of the train split.", above=0, most=1e6)

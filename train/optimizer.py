@@ -31,12 +31,13 @@ class Rates:
 
 
 def schedule(peak: float, warmup: float, steps: int, kind: str = "cosine", cooldown: float = 0.2) -> Rates:
-    """Learning rate by step: linear over the first `warmup` share of `steps`, then as `kind` says.
+    """Learning rate by step: linear over the first `warmup` share of `steps`, one of them at least if it is
+    above 0, then as `kind` says.
 
     "cosine" and "linear" fall to 0, "constant" stays, "wsd" stays and falls linearly to 0 over the last
     `cooldown` share (warm-up, stable, decay: arXiv 2404.06395).
     """
-    rising = max(1, round(warmup * steps))
+    rising = max(1, round(warmup * steps)) if warmup else 0
     first, end = peak / (rising + 1), max(steps, rising + 1)
     if kind == "cosine":
         return Rates(optax.schedules.warmup_cosine_decay_schedule(first, peak, rising, end), steps)

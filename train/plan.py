@@ -173,16 +173,16 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     )
 
 
-def room(head: Head) -> int:
-    """The bytes that a run needs: float32 parameters and moments three times (two kept, one written), two
-    exports."""
+def room(config: TrainConfig, head: Head) -> int:
+    """The bytes that a run needs: float32 parameters, moments and average three times (two kept, one
+    written), two exports."""
     count = sum(math.prod(p.shape) for p in head.parameters().values())
-    return 3 * 12 * count + 2 * 2 * count + (1 << 20)
+    return 3 * (16 if config.ema else 12) * count + 2 * 2 * count + (1 << 20)
 
 
 def _check_room(config: TrainConfig, head: Head) -> None:
     if not storage.exists(storage.join(config.out, FILE)):
-        require_room(config.out, room(head), "checkpoints and heads", "name a folder on another disk")
+        require_room(config.out, room(config, head), "checkpoints and heads", "name a folder on another disk")
 
 
 def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -> np.ndarray:

@@ -87,7 +87,7 @@ def _require_place(plans: dict[str, Plan], out: str) -> None:
     if storage.exists(storage.join(out, EXPERIMENT)):
         raise EyasError(f"{out} is a run and no folder of runs; name another one")
     new = [plan for plan in plans.values() if not require_own(plan)]
-    need = sum(room(plan.head) for plan in new)
+    need = sum(room(plan.config, plan.head) for plan in new)
     require_room(out, need, f"checkpoints and {len(new)} heads", "name a folder on another disk")
 
 

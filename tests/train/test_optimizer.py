@@ -45,6 +45,7 @@ def equal(found, expected):
 def test_schedules_rise_stay_and_fall_as_their_names_say():
     for kind, at_50, at_90, at_end in (
         ("linear", 0.5e-3, 0.1e-3, 0.0),
+        ("cosine", 0.5e-3, 0.0245e-3, 0.0),
         ("constant", 1e-3, 1e-3, 1e-3),
         ("wsd", 1e-3, 0.5e-3, 0.0),
     ):
@@ -52,6 +53,7 @@ def test_schedules_rise_stay_and_fall_as_their_names_say():
         found = [float(rate(step)) for step in (50, 90, 100)]
         np.testing.assert_allclose(found, [at_50, at_90, at_end], rtol=0.02, atol=1e-5, err_msg=kind)
         assert 0 < float(optimizer.schedule(1e-3, 0.1, 100, kind)(0)) < 2e-4
+        assert optimizer.schedule(1e-3, 0.0, 100, kind)(0) == np.float32(1e-3), "nothing warms up"
         assert float(optimizer.schedule(1e-3, 0.02, 1, kind)(0)) > 0
 
 
