@@ -37,7 +37,7 @@ def is_right(logits_cKD: jax.Array, argmax_c: jax.Array) -> jax.Array:
     """bool [c, K]: the head's argmax, the first of equals, is the target's. Never where that is -1 or NaN."""
     place_D = jnp.arange(logits_cKD.shape[-1], dtype=jnp.int32)[None, None]
     argmax_c11 = argmax_c[:, None, None]
-    its = jnp.take_along_axis(logits_cKD, jnp.maximum(argmax_c11, 0), axis=-1)
+    its = jnp.where(place_D == argmax_c11, logits_cKD, 0.0).sum(-1, keepdims=True)
     loses = (logits_cKD < its) | ((logits_cKD == its) & (place_D >= argmax_c11))
     return loses.all(-1) & (argmax_c[:, None] >= 0)
 

@@ -60,12 +60,12 @@ def fused(c: Sizes, outside: Params, aux_mAH: jax.Array) -> jax.Array:
 
 
 def keys_values(
-    c: Sizes, w: Params, token_mX: jax.Array, state_mH: jax.Array, positions_m: jax.Array
+    c: Sizes, w: Params, token_mY: jax.Array, state_mH: jax.Array, positions_m: jax.Array
 ) -> KeysValues:
-    """Keys and values [m, J, d] of one layer; `token` is the embedding's half of its q, k, v."""
+    """Keys and values [m, J, d] of one layer; `token` is the embedding's half of them, Y = 2 J d."""
     q, J, d = c.num_heads * c.head_dim, c.num_kv_heads, c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
-    kv = linear(x_mH, w["qkv"][q:]) + token_mX[:, q:]
+    kv = linear(x_mH, w["qkv"][q:]) + token_mY
     k, v = (half.reshape(-1, J, d) for half in jnp.split(kv, 2, axis=1))
     return _rope(c, k, positions_m), v
 
@@ -73,17 +73,17 @@ def keys_values(
 def block(
     c: Sizes,
     w: Params,
-    token_mX: jax.Array,
+    token_mY: jax.Array,
     state_mH: jax.Array,
     positions_m: jax.Array,
     read: Callable[[jax.Array], jax.Array],
     layer: Layer = 0,
 ) -> jax.Array:
-    """The new state [m, H] of one layer. `read` gives what queries [m, N, d] read of the keys and values that
-    they see."""
+    """The new state [m, H] of one layer. `token` is the embedding's half of its queries, Y = N d; `read`
+    gives what queries [m, N, d] read of the keys and values that they see."""
     width = c.num_heads * c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
-    q = linear(x_mH, w["qkv"][:width]) + token_mX[:, :width]
+    q = linear(x_mH, w["qkv"][:width]) + token_mY
     mixed = read(_kept(_rope(c, q.reshape(-1, c.num_heads, c.head_dim), positions_m)))
     if c.norm_before_residual:
         state_mH = jnp.where(layer == 0, x_mH, state_mH)

@@ -39,11 +39,12 @@ class _Places(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """What all steps read. The embedding's half of q, k, v and step 0's keys and values: of all positions."""
+    """What all steps read. The embedding's halves, and step 0's keys and values, are of all positions."""
 
     layers: Params
     norm: jax.Array
-    token_nX: jax.Array
+    queries_nY: jax.Array
+    keys_values_nY: jax.Array
     first: KeysValues
 
 
@@ -52,12 +53,13 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     n = batch.tokens.size
     outside, layers = weights(c, params, dtype)
     embedded = embeddings(frozen, batch).astype(dtype)
-    token_nX = linear(rms_norm(embedded, outside["token_norm"], c.rms_eps), outside["qkv"])
+    token_nH, q = rms_norm(embedded, outside["token_norm"], c.rms_eps), c.num_heads * c.head_dim
+    queries, keys = (linear(token_nH, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
     aux = decode(batch.aux_hidden, batch.aux_scale).astype(dtype)
     state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
     at = _places(batch, steps)
-    first = _first_keys(c, layers, at, token_nX, state_nH)
-    shared = _Shared(layers, outside["norm"], token_nX, first)
+    first = _first_keys(c, layers, at, (queries, keys), state_nH)
+    shared = _Shared(layers, outside["norm"], queries, keys, first)
     kept = (KEPT,) if dtype == jnp.float32 else (KEPT, MATMULS)  # where memory is scarcer than matmuls
     ttt = Step(partial(_make, c), partial(_advance, c), kept)
     states = rolled(ttt, steps * c.layers, at, shared, _of_live(at, state_nH))
@@ -85,20 +87,22 @@ def _everywhere(at: _Places, x_C: jax.Array) -> jax.Array:
 
 
 def _first_keys(
-    c: Sizes, layers: Params, at: _Places, token_nX: jax.Array, state_nH: jax.Array
+    c: Sizes, layers: Params, at: _Places, tokens: tuple[jax.Array, jax.Array], state_nH: jax.Array
 ) -> KeysValues:
     """Step 0's keys and values of all positions; of several layers stacked, for which all but the last one
     run on all positions."""
-    by, found = ahead(0), []
-    token = jnp.concatenate([token_nX[by:], token_nX[-by:]])  # behind the last there is none
+    queries, keys = (_ahead_by(ahead(jnp.int32(0)), x) for x in tokens)
+    found = []
     for number in range(c.layers):
-        w, half = of_layer(c, layers, number), token if number == 0 else jnp.zeros_like(token)
-        made = keys_values(c, w, half, state_nH, at.positions_n)
+        if number == 1:
+            queries, keys = (jnp.zeros_like(x) for x in (queries, keys))
+        w = of_layer(c, layers, number)
+        made = keys_values(c, w, keys, state_nH, at.positions_n)
         found.append(made)
         if number + 1 < c.layers:
             attended = partial(_attended, c, at, made)
             read = lambda q, attended=attended: attended(q)[0]  # noqa: E731
-            state_nH = block(c, w, half, state_nH, at.positions_n, read, number)
+            state_nH = block(c, w, queries, state_nH, at.positions_n, read, number)
     return found[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
 
@@ -107,41 +111,46 @@ def _which(c: Sizes, i: jax.Array) -> tuple[jax.Array, Layer]:
     return (i, 0) if c.layers == 1 else (i // c.layers, i % c.layers)
 
 
-def _tokens(at: _Places, by: jax.Array, token_nX: jax.Array) -> jax.Array:
-    """[C, X] of the tokens that are `by` ahead of the live indices; any others behind the last one."""
+@jax.custom_vjp
+def _ahead_by(by: jax.Array, x_n: jax.Array) -> jax.Array:
+    """x[i + by] at i; behind the last, where nothing counts, the first. Its gradient is moved back."""
+    return jnp.roll(x_n, -by, 0)
+
+
+_ahead_by.defvjp(lambda by, x_n: (_ahead_by(by, x_n), by), lambda by, g_n: (None, jnp.roll(g_n, by, 0)))
+
+
+def _token(c: Sizes, at: _Places, k: jax.Array, layer: Layer, x_nY: jax.Array) -> jax.Array:
+    """[C, Y] of the tokens that the live indices take at step k."""
+    by, n = ahead(k), len(x_nY)
     if at.live is None:
-        return jnp.roll(token_nX, -by, 0)
-    n = len(token_nX)
-    # The index that reads a position is `by` before it.
-    inverse = jax.lax.dynamic_slice_in_dim(at.slot, len(at.slot) - n - by, n)
-    return permute(token_nX, at.live + by, inverse)
+        half = _ahead_by(by, x_nY)
+    else:  # the index that reads a position is `by` before it
+        inverse = jax.lax.dynamic_slice_in_dim(at.slot, len(at.slot) - n - by, n)
+        half = permute(x_nY, at.live + by, inverse)
+    return half if c.layers == 1 else jnp.where(layer == 0, half, jnp.zeros_like(half))
 
 
-def _inputs(c: Sizes, at: _Places, k: jax.Array, layer: Layer, token_nX: jax.Array):
-    """(the tokens' half [C, X], positions [C]) of the live indices at step k."""
-    half, positions = _tokens(at, ahead(k), token_nX), at.positions_n
-    if at.live is not None:
-        positions = positions.at[at.live].get(mode="clip")
-    if c.layers > 1:
-        half = jnp.where(layer == 0, half, jnp.zeros_like(half))
-    return half, positions + k
+def _positions(at: _Places, k: jax.Array) -> jax.Array:
+    """int32 [C]: those that the live indices turn their queries and keys to at step k."""
+    return k + (at.positions_n if at.live is None else at.positions_n.at[at.live].get(mode="clip"))
 
 
 def _make(c: Sizes, at: _Places, i: jax.Array, shared: _Shared, state_CH: jax.Array) -> KeysValues:
     k, layer = _which(c, i)
-    half, positions = _inputs(c, at, k, layer, shared.token_nX)
-    return keys_values(c, of_layer(c, shared.layers, layer), half, state_CH, positions)
+    half = _token(c, at, k, layer, shared.keys_values_nY)
+    return keys_values(c, of_layer(c, shared.layers, layer), half, state_CH, _positions(at, k))
 
 
 def _advance(
     c: Sizes, at: _Places, i: jax.Array, shared: _Shared, state_CH: jax.Array, own: KeysValues
 ) -> jax.Array:
     k, layer = _which(c, i)
-    half, positions = _inputs(c, at, k, layer, shared.token_nX)
+    half = _token(c, at, k, layer, shared.queries_nY)
     if c.layers > 1:  # [K * L, C, J, d], of which this layer's are seen
         own = jax.tree.map(lambda x: x.reshape(-1, c.layers, *x.shape[1:])[:, layer], own)
     read = partial(_read, c, at, k, of_layer(c, shared.first, layer), own)
-    state = block(c, of_layer(c, shared.layers, layer), half, state_CH, positions, read, layer)
+    state = block(c, of_layer(c, shared.layers, layer), half, state_CH, _positions(at, k), read, layer)
     if not c.norm_output:
         return state
     return jnp.where(layer == c.layers - 1, rms_norm(state, shared.norm, c.rms_eps), state)
