@@ -235,6 +235,7 @@ def test_chips_without_room_end_all_with_what_needs_less(common, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
     different = {
         "same": {},
@@ -263,6 +264,7 @@ def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
         assert_same(f"{out}/{name}", f"{by_itself}/{name}")
 
 
+@pytest.mark.slow
 def test_heads_of_one_shape_have_one_program(common, tmp_path, monkeypatch):
     """Other seeds, rates, schedules and shares are other data; another loss is another program."""
     compiled, program = [], Source.program
