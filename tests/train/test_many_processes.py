@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from common import storage
+from pipelines.bench import bucket
 from tests import pod as miniature
 from tests.train import small_store
 from tests.train.served import read_tensors
@@ -184,3 +185,16 @@ def test_a_sweep_on_two_processes_gives_the_heads_of_one(config, alone, tmp_path
     assert not found[1].err.strip()
     require_same(f"{out}/one", alone)
     require_same(f"{out}/half", f"{tmp_path}/half")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_keep_a_run_in_a_bucket_and_one_goes_on(config, alone):
+    out = "gs://bucket/runs/one"
+    here = replace(config, out=out, dp=4, save_every=1)
+    with bucket.served("bucket") as url:
+        for processes, wanted in ((2, "0 2"), (1, "2 2")):
+            text = TRAIN.format(config=asdict(here))
+            started = miniature.start(text, processes, 4 // processes, **bucket.environment(url))
+            found = miniature.wait(started, seconds=300)
+            assert last_lines(found) == [(0, wanted)] * processes, found
