@@ -27,7 +27,7 @@ target's own, and come sooner.{variant}
 off where the acceptance length is high.
 
 ```sh
-# vLLM
+# vLLM; on TPU with MODEL_IMPL_TYPE=vllm DRAFT_MODEL_IMPL_TYPE=vllm in the environment
 vllm serve TARGET \\
     --speculative-config '{{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}}'
 # SGLang; for sglang-jax on TPU put sgl_jax.launch_server for sglang.launch_server
