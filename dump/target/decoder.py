@@ -84,16 +84,31 @@ def _on_mesh(cfg: TargetConfig, aux_layers: tuple[int, ...], mesh: Mesh):
 def _local(cfg, aux_layers, tp, axes, weights, tokens_BT, segment_ids_BT, positions_BT):
     """The forward pass of one chip's rows and of its share of the weights."""
     context = Context(segment_ids_BT, positions_BT, tp)
+    return run_layers(cfg, aux_layers, axes, weights, tokens_BT, context, {})[:2]
+
+
+def run_layers(
+    cfg: TargetConfig,
+    aux_layers: tuple[int, ...],
+    axes: dict[str, tuple[str | None, ...]],
+    weights: dict[str, jax.Array],
+    tokens_BT: jax.Array,
+    context: Context,
+    cache: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(aux [B, T, A, H], last hidden [B, T, H], the cache as the layers leave it; see remembering.py)."""
     embed = gathered({"embed_tokens": weights["embed_tokens"]}, axes)["embed_tokens"]
     h_BTH = _embed(cfg, embed, tokens_BT, context)
     slots = [aux_layers.index(k) if k in aux_layers else _NOWHERE for k in range(cfg.num_layers + 1)]
     kept = jnp.zeros((len(aux_layers), *h_BTH.shape), h_BTH.dtype)
     for number, found in enumerate(group(cfg.layers)):
-        h_BTH, kept = _run_group(number, found, axes, weights, h_BTH, kept, slots, context)
+        own = _under(f"{number}.", cache)
+        h_BTH, kept, own = _run_group(number, found, axes, weights, h_BTH, kept, own, slots, context)
+        cache = cache | {f"{number}.{name}": x for name, x in own.items()}
     if slots[-1] != _NOWHERE:
         kept = kept.at[slots[-1]].set(h_BTH)
     last_BTH = rms_norm(h_BTH, weights["norm"], cfg.norm.eps, cfg.norm.offset)
-    return jnp.moveaxis(kept, 0, 2), last_BTH
+    return jnp.moveaxis(kept, 0, 2), last_BTH, cache
 
 
 def _embed(cfg: TargetConfig, embed_VH: jax.Array, tokens_BT: jax.Array, context: Context) -> jax.Array:
@@ -113,6 +128,8 @@ def _keep(kept: jax.Array, h_BTH: jax.Array, slot: jax.Array) -> jax.Array:
 
     What is not wanted is not written: a loop of no steps, where a `cond` would copy all states every time.
     """
+    if not len(kept):
+        return kept
     rows = jnp.where(slot == _NOWHERE, 0, h_BTH.shape[0])
     return jax.lax.fori_loop(0, rows, lambda row, kept: kept.at[slot, row].set(h_BTH[row]), kept)
 
@@ -121,7 +138,9 @@ def _under(prefix: str, named: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
 
 
-def _run_group(number: int, found: Group, axes, weights, h_BTH, kept, slots: list[int], context: Context):
+def _run_group(
+    number: int, found: Group, axes, weights, h_BTH, kept, cache, slots: list[int], context: Context
+):
     """All layers of a group, scanned over its repeats."""
     size = len(found.period)
     places = range(size)
@@ -133,16 +152,19 @@ def _run_group(number: int, found: Group, axes, weights, h_BTH, kept, slots: lis
             context.tables(rope)
 
     def body(carry, xs):
-        h, kept = carry
-        w, slots_P = xs
+        h, kept, cache = carry
+        w, slots_P, context.repeat = xs
         for p in places:
             kept = _keep(kept, h, slots_P[p])
+            context.cache = _under(f"{p}.", cache)
             h = _run_layer(found.period[p], gathered(w[p], axes_P[p]), h, context)
-        return (h, kept), None
+            cache = cache | {f"{p}.{name}": x for name, x in context.cache.items()}
+        return (h, kept, cache), None
 
     slots_RP = jnp.asarray(own, jnp.int32).reshape(found.repeats, size)
-    (h_BTH, kept), _ = jax.lax.scan(body, (h_BTH, kept), (stacked, slots_RP))
-    return h_BTH, kept
+    repeats = jnp.arange(found.repeats, dtype=jnp.int32) if cache else None
+    carry, _ = jax.lax.scan(body, (h_BTH, kept, cache), (stacked, slots_RP, repeats))
+    return carry
 
 
 def _run_layer(layer: Layer, w: dict[str, jax.Array], h_BTH: jax.Array, context: Context) -> jax.Array:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from common.layers import linear, rms_norm
-from dump.target.deltarule import delta_rule
+from dump.target.deltarule import delta_rule, delta_rule_from
 from dump.target.dense import matrix, must_divide, project, vector
-from dump.target.spec import Context, Weight
+from dump.target.remembering import Remembering
+from dump.target.spec import F32, Context, Remembered, Weight
 
 _UNIT_EPS = 1e-6  # of the keys' and queries' normalisation
 
@@ -54,27 +56,86 @@ class DeltaNet:
         """Of the recurrence, a token: the state is read for its key and its query, and changed once."""
         return 6.0 * self.value_heads * self.key_dim * self.value_dim
 
+    def remembers(self, length: int, tokens: int) -> dict[str, Remembered]:
+        """The state before the last pass's tokens, its position, and what the rule was given for these tokens
+        and for those that the convolution looks back to: so the next pass can begin behind any of them."""
+        K, V, D, E = self.key_heads, self.value_heads, self.key_dim, self.value_dim
+        width = 2 * D + (E + 2) * (V // K)
+        return {
+            "state": ((V, D, E), F32),
+            "at": ((), np.dtype(np.int32)),
+            "given": ((self.kernel - 1 + tokens, K, width), None),
+        }
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         B, T = x_BTH.shape[:2]
         D, E, G = self.key_dim, self.value_dim, self.value_heads // self.key_heads
         mixed = project(w, "in_proj_qkvz", x_BTH).reshape(B, T, -1, 2 * D + 2 * G * E)
         q, k, v, gate = jnp.split(mixed, (D, 2 * D, 2 * D + G * E), -1)
-        q, k, v = self._convolve(w["conv1d"], (q, k, v), context)
-        rates = project(w, "in_proj_ba", x_BTH).reshape(B, T, -1, 2 * G).astype(jnp.float32)
+        if context.cache:
+            out = self._remembered(w, jnp.concatenate([q, k, v, self._rates(w, x_BTH)], -1), context)
+        else:
+            parts = self._convolve(w["conv1d"], (q, k, v), context.segments_BT, context)
+            out = delta_rule(*self._given(w, parts, self._rates(w, x_BTH)), context.segments_BT)
+        out = out.astype(x_BTH.dtype)
+        out = rms_norm(out, w["norm"], self.eps).astype(jnp.float32)
+        out = out * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
+        return context.total(linear(out.astype(x_BTH.dtype).reshape(B, T, -1), w["out_proj"]))
+
+    def _rates(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
+        """[B, T, K, 2 G]: what beta and the decay are made of."""
+        B, T = x_BTH.shape[:2]
+        return project(w, "in_proj_ba", x_BTH).reshape(B, T, -1, 2 * self.value_heads // self.key_heads)
+
+    def _given(self, w, parts: list[jax.Array], rates: jax.Array) -> tuple[jax.Array, ...]:
+        """What the delta rule is given: queries, keys, values, decay and beta, value head by value head."""
+        (q, k, v), (B, T) = parts, rates.shape[:2]
+        G = self.value_heads // self.key_heads
+        rates = rates.astype(jnp.float32)
         beta = jax.nn.sigmoid(rates[..., :G]).reshape(B, T, -1)
         step = jax.nn.softplus(
             rates[..., G:].reshape(B, T, -1) + w["dt_bias"].astype(jnp.float32)[None, None]
         )
         decay = -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
-        q, k = (jnp.repeat(_unit(x, scale), G, 2) for x, scale in ((q, D**-0.5), (k, 1.0)))
-        v = v.reshape(B, T, -1, E)
-        out = delta_rule(q, k, v, decay, beta, context.segments_BT).astype(x_BTH.dtype)
-        out = rms_norm(out, w["norm"], self.eps).astype(jnp.float32)
-        out = out * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
-        return context.total(linear(out.astype(x_BTH.dtype).reshape(B, T, -1), w["out_proj"]))
+        q, k = (jnp.repeat(_unit(x, scale), G, 2) for x, scale in ((q, self.key_dim**-0.5), (k, 1.0)))
+        return q, k, v.reshape(B, T, -1, self.value_dim), decay, beta
+
+    def _remembered(self, w, new_BTKX: jax.Array, context: Remembering) -> jax.Array:
+        """The rule's results [B, T, V, E] behind what the cache has."""
+        tail, T = self.kernel - 1, new_BTKX.shape[1]
+        held = context.recall("given")
+        if context.lengths_b is None:
+            ahead_B = context.starts_b - context.recall("at")
+            _, state = self._advance(w, held, context.recall("state"), ahead_B, context)
+            whole = jnp.concatenate([_slices(held, ahead_B, tail), new_BTKX], 1)
+            out, _ = self._advance(w, whole, state, jnp.full_like(ahead_B, T), context)
+            at_B = context.starts_b
+        else:
+            whole = jnp.pad(new_BTKX, ((0, 0), (tail, 0), (0, 0), (0, 0)))
+            state = jnp.zeros_like(context.recall("state"))
+            out, state = self._advance(w, whole, state, context.lengths_b, context)
+            at_B = context.lengths_b
+            whole = _slices(whole, at_B, tail)
+        context.keep("state", state)
+        context.keep("at", at_B)
+        context.keep("given", jnp.pad(whole, ((0, 0), (0, held.shape[1] - whole.shape[1]), (0, 0), (0, 0))))
+        return out
+
+    def _advance(self, w, given_BTKX, state_BVDE, counts_B, context: Context) -> tuple[jax.Array, jax.Array]:
+        """(results, state) of `counts` positions from that state on; the convolution looks back to those in
+        front of them in `given`."""
+        D, G = self.key_dim, self.value_heads // self.key_heads
+        tail, (B, T) = self.kernel - 1, given_BTKX.shape[:2]
+        q, k, v, rates = jnp.split(given_BTKX, (D, 2 * D, 2 * D + G * self.value_dim), -1)
+        everywhere = jnp.ones((B, T), jnp.int32)
+        parts = self._convolve(w["conv1d"], (q, k, v), everywhere, context)
+        q, k, v, decay, beta = self._given(w, [x[:, tail:] for x in parts], rates[:, tail:])
+        counted = (jnp.arange(T - tail)[None] < counts_B[:, None])[..., None]
+        decay, beta = (jnp.where(counted, x, 0.0) for x in (decay, beta))
+        return delta_rule_from(state_BVDE, q, k, v, decay, beta)
 
     def _convolve(
-        self, kernel_C1K: jax.Array, parts: tuple[jax.Array, ...], context: Context
+        self, kernel_C1K: jax.Array, parts: tuple[jax.Array, ...], segments_BT: jax.Array, context: Context
     ) -> list[jax.Array]:
         """silu of each channel convolved over its document's last positions; parts are [B, T, heads, n]."""
         done, start = [], 0
@@ -82,7 +143,7 @@ class DeltaNet:
             ours = x.shape[2] * width
             first = start + context.chip() * ours
             kernel_OK = jax.lax.dynamic_slice_in_dim(kernel_C1K[:, 0], first, ours)
-            done.append(_causal(x, kernel_OK.reshape(*x.shape[2:], -1), context.segments_BT))
+            done.append(_causal(x, kernel_OK.reshape(*x.shape[2:], -1), segments_BT))
             start += self.key_heads * width
         return done
 
@@ -98,6 +159,11 @@ def _causal(x_BTXY: jax.Array, kernel_XYK: jax.Array, segments_BT: jax.Array) ->
         weight = kernel_XYK[None, None, ..., -1 - back].astype(jnp.float32)
         total = total + jnp.where(same, shifted.astype(jnp.float32), 0.0) * weight
     return jax.nn.silu(total).astype(x_BTXY.dtype)
+
+
+def _slices(x_BTKX: jax.Array, starts_B: jax.Array, size: int) -> jax.Array:
+    """[B, size, K, X]: of each row the positions from its own start on."""
+    return jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size))(x_BTKX, starts_B)
 
 
 def _unit(x: jax.Array, scale: float) -> jax.Array:

@@ -28,6 +28,41 @@ def delta_rule(
     Decays and beta are float32. Matmuls take the queries', keys' and values' dtype and sum in float32; the
     triangular systems are solved in float32 and the state is kept in it.
     """
+    return _in_chunks(q_BTND, k_BTND, v_BTNE, decay_BTN, beta_BTN, segments_BT, None)[0]
+
+
+def delta_rule_from(
+    state_BNDE: jax.Array,
+    q_BTND: jax.Array,
+    k_BTND: jax.Array,
+    v_BTNE: jax.Array,
+    decay_BTN: jax.Array,
+    beta_BTN: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(out float32 [B, T, N, E], state float32 [B, N, D, E]) of one document a row, from a state on.
+
+    Positions of decay 0 and beta 0 leave the state as it is. A few positions are computed one by one.
+    """
+    T = q_BTND.shape[1]
+    if T >= CHUNK:
+        # What fills the last chunk belongs to the document too, as the state goes through it.
+        filled_BT = jnp.ones((q_BTND.shape[0], T + -T % CHUNK), jnp.int32)
+        return _in_chunks(q_BTND, k_BTND, v_BTNE, decay_BTN, beta_BTN, filled_BT, state_BNDE)
+    given = (x.astype(jnp.float32).swapaxes(0, 1) for x in (q_BTND, k_BTND, v_BTNE, decay_BTN, beta_BTN))
+    state_BNDE, out_TBNE = jax.lax.scan(_position, state_BNDE, tuple(given))
+    return out_TBNE.swapaxes(0, 1), state_BNDE
+
+
+def _position(state_BNDE: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    q_BND, k_BND, v_BNE, decay_BN, beta_BN = given
+    state = state_BNDE * jnp.exp(decay_BN)[..., None, None]
+    new_BNE = (v_BNE - einsum("bnd,bnde->bne", k_BND, state)) * beta_BN[..., None]
+    state = state + k_BND[..., None] * new_BNE[..., None, :]
+    return state, einsum("bnd,bnde->bne", q_BND, state)
+
+
+def _in_chunks(q_BTND, k_BTND, v_BTNE, decay_BTN, beta_BTN, segments_BT, state_BNDE):
+    """(out, state behind the last chunk); `state_BNDE` None: the rows begin with it as 0."""
     T, dtype = q_BTND.shape[1], q_BTND.dtype
     q, k, v = (_chunks(x) for x in (q_BTND, k_BTND, v_BTNE))
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
@@ -48,10 +83,11 @@ def delta_rule(
         (k32 * jnp.exp(total[..., -1:] - total)[..., None] * writes).astype(dtype),
         jnp.exp(total[..., -1])[..., None, None] * survives,
     )
-    state_BNDE = jnp.zeros_like(einsum("bnid,bnie->bnde", k[0], v[0]))
-    _, out_ZBNCE = jax.lax.scan(_step, state_BNDE, steps)
+    if state_BNDE is None:
+        state_BNDE = jnp.zeros_like(einsum("bnid,bnie->bnde", k[0], v[0]))
+    state_BNDE, out_ZBNCE = jax.lax.scan(_step, state_BNDE, steps)
     out_BTNE = out_ZBNCE.transpose(1, 0, 3, 2, 4).reshape(q_BTND.shape[0], -1, *v_BTNE.shape[2:])
-    return out_BTNE[:, :T]
+    return out_BTNE[:, :T], state_BNDE
 
 
 def _inverse(system_ZBNij: jax.Array) -> jax.Array:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from common.attention import attend
 from common.layers import rms_norm
 from dump.target.dense import add_bias, matrix, merged, must_divide, project, vector
 from dump.target.heads import heads_of, rotated
-from dump.target.spec import Context, Norm, Rope, Weight
+from dump.target.spec import Context, Norm, Remembered, Rope, Weight
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,10 @@ class Gqa:
         pairs = seen * (seen + 1) / 2 + (length - seen) * seen
         return 4.0 * self.heads * self.head_dim * pairs / length
 
+    def remembers(self, length: int, tokens: int) -> dict[str, Remembered]:
+        """Keys and values by position."""
+        return dict.fromkeys(("k", "v"), ((length, self.kv_heads, self.head_dim), None))
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         q, gate = self._queries(w, x_BTH)
         k, v = (project(w, name, x_BTH) for name in ("k_proj", "v_proj"))
@@ -75,7 +78,7 @@ class Gqa:
         if context.splits(self.heads) and not context.splits(self.kv_heads):
             k, v = (self._own(x, q.shape[1], context) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, context.segments_BT, self.scale, self.window, w.get("sinks"))
+        out = context.attend(q, k, v, self.scale, self.window, w.get("sinks"))
         if self.gated:
             out = out * jax.nn.sigmoid(heads_of(gate, self.head_dim).swapaxes(1, 2))
         y = context.total(merged(out, w["o_proj"]))

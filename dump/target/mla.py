@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import attend
-from common.layers import apply_rope, linear, rms_norm
+from common.cached_attention import attend_to_cache
+from common.layers import apply_rope, einsum, linear, rms_norm
 from dump.target.dense import add_bias, matrix, merged, must_divide, project, vector
 from dump.target.heads import heads_of, rotated
-from dump.target.spec import Context, Rope, Weight
+from dump.target.remembering import Past, Remembering
+from dump.target.spec import Context, Remembered, Rope, Weight
 
 _LATENT_EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps is
 
@@ -64,6 +66,10 @@ class Mla:
         width = self.plain_dim + self.rope.dim + self.value_dim
         return 2.0 * self.heads * width * (length + 1) / 2
 
+    def remembers(self, length: int, tokens: int) -> dict[str, Remembered]:
+        """The latent and the shared rotated dimensions, by position."""
+        return {"latent": ((length, self.latent + self.rope.dim), None)}
+
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
         P, R = self.plain_dim, self.rope.dim
         tables = context.tables(self.rope)
@@ -75,13 +81,35 @@ class Mla:
         w_NXC = w["kv_b_proj"].reshape(-1, P + self.value_dim, self.latent)
         w_k = _with_shared(w_NXC[:, :P], R).reshape(-1, self.latent + R)
         w_v = w_NXC[:, P:].reshape(-1, self.latent)
+        latent_BTX = jnp.concatenate([c_BTC, shared_BT1R[:, :, 0]], -1)
+        past = context.remember("latent", latent_BTX) if context.cache else None
+        if past is not None:
+            out = self._over_latents(q.swapaxes(1, 2), past, w_NXC, context)
+            return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
         # The scale belongs to queries times keys: here it multiplies the least.
-        shared = jnp.concatenate([c_BTC, shared_BT1R[:, :, 0]], -1).astype(jnp.float32) * self.scale
+        shared = latent_BTX.astype(jnp.float32) * self.scale
         k = heads_of(linear(shared.astype(c_BTC.dtype), w_k), P + R)
         v = heads_of(linear(c_BTC, w_v), self.value_dim)
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         out = attend(q, k, v, context.segments_BT, 1.0)
         return add_bias(w, "o_proj", context.total(merged(out, w["o_proj"])))
+
+    def _over_latents(
+        self, q_BmNX: jax.Array, past: Past, w_NXC: jax.Array, context: Remembering
+    ) -> jax.Array:
+        """The heads' results [B, m, N, E] without expanding the cache: the matrices of keys and of values are
+        applied to queries and results (arXiv 2405.04434, section 2.1.2)."""
+        P, C = self.plain_dim, self.latent
+        q_BmNC = einsum("bmnp,npc->bmnc", q_BmNX[..., :P], w_NXC[:, :P]).astype(q_BmNX.dtype)
+        q_BmNX = jnp.concatenate([q_BmNC, q_BmNX[..., P:]], -1)
+
+        def read(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+            latent_BS1X = past(start, size)[:, :, None]
+            return latent_BS1X, latent_BS1X[..., :C]
+
+        length = context.cache["latent"].shape[2]
+        mixed_BmNC = attend_to_cache(q_BmNX, read, length, context.positions_BT, self.scale)
+        return einsum("bmnc,nec->bmne", mixed_BmNC, w_NXC[:, P:]).astype(mixed_BmNC.dtype)
 
     def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
         """[B, T, N * (P + R)], the rotated dimensions paired as halves."""

@@ -1,6 +1,6 @@
 """What a target is made of: layers of an attention and a feed-forward part, and the weights each declares.
 
-A part is a frozen dataclass of sizes with two methods:
+A part is a frozen dataclass of sizes with two methods (an attention has more, see Part):
     weights(tp) -> {local name: Weight}             what it needs, and how a mesh of `tp` splits it
     __call__(w, x_BTH, context) -> y_BTH            what it computes from its own {local name: array}
 Every dataclass here is hashable, so a TargetConfig can be a static argument of jit.
@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from common.attention import attend
 from common.layers import rope_tables
 from common.mesh import RULES
 from common.rope import inverse_frequencies
 from common.safetensors import FLOATS
 
 F32 = np.dtype(np.float32)
+
+Remembered = tuple[tuple[int, ...], Any]  # shape, and dtype or None for the model's own
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,31 @@ class Weight:
 
 
 class Context:
-    """What every layer of a forward pass shares: segments, rotation tables, and sums over the mesh."""
+    """What every layer of a forward pass shares: segments, rotation tables, and sums over the mesh.
+
+    `cache`: what the layer being computed, the `repeat`-th of its place, remembers (see remembering.py);
+    empty where a pass stands alone.
+    """
 
     def __init__(self, segments_BT: jax.Array, positions_BT: jax.Array, tp: int | None):
         self.segments_BT = segments_BT
         self.positions_BT = positions_BT
         self.tp = tp  # chips that share each layer; None: one has it all
+        self.cache: dict[str, jax.Array] = {}
+        self.repeat: jax.Array | None = None
         self._tables: dict[Rope, tuple[jax.Array, jax.Array]] = {}
+
+    def attend(
+        self,
+        q_BTNd: jax.Array,
+        k_BTJd: jax.Array,
+        v_BTJe: jax.Array,
+        scale: float,
+        window: int | None = None,
+        sinks_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention [B, T, N, e] of every position to those before it in its document, and to itself."""
+        return attend(q_BTNd, k_BTJd, v_BTJe, self.segments_BT, scale, window, sinks_N)
 
     def tables(self, rope: "Rope") -> tuple[jax.Array, jax.Array]:
         """(cos, sin) [B, T, dim // 2] of a rotation, computed once a pass."""
@@ -79,8 +100,11 @@ class Context:
 
 
 class Part(Protocol):
-    """An attention or a feed-forward kind. An attention also says what it computes besides its matrices:
-    flops(length) -> FLOPs a token of documents of that length.
+    """An attention or a feed-forward kind. An attention also says what it computes besides its matrices, and
+    what it remembers of a sequence:
+        flops(length) -> FLOPs a token of documents of that length
+        remembers(length, tokens) -> {local name: (shape, dtype or None for the model's own)}, for sequences
+            of up to `length` tokens that grow by up to `tokens` at once
     """
 
     def weights(self, tp: int) -> dict[str, Weight]: ...
