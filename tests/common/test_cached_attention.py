@@ -1,0 +1,62 @@
+"""Attention to a cache: against all logits at once, and alone as beside others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import cached_attention
+from common.cached_attention import attend_to_cache
+
+B, M, N, J, D, E, LENGTH = 3, 2, 4, 2, 8, 5, 21
+SCALE = 0.4
+STARTS = np.array([18, 0, 7], np.int32)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(cached_attention, "BLOCK", 4)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = ((B, M, N, D), (B, LENGTH, J, D), (B, LENGTH, J, E))
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def attended(q, k, v, starts, **form):
+    def read(start, size):
+        return tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, 1) for x in (k, v))
+
+    positions = jnp.asarray(starts)[:, None] + jnp.arange(M, dtype=jnp.int32)[None]
+    return np.asarray(attend_to_cache(jnp.asarray(q), read, LENGTH, positions, SCALE, **form))
+
+
+def plain(q, k, v, starts, window=None, sinks_N=None, softcap=None):
+    out = np.zeros((B, M, N, E))
+    for b, i, n in np.ndindex(B, M, N):
+        position = starts[b] + i
+        first = 0 if window is None else max(0, position - window + 1)
+        seen = slice(first, position + 1)
+        logits = SCALE * k[b, seen, n // (N // J)].astype(np.float64) @ q[b, i, n]
+        logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+        weights = np.exp(logits)
+        total = weights.sum() + (0 if sinks_N is None else np.exp(sinks_N[n]))
+        out[b, i, n] = weights @ v[b, seen, n // (N // J)] / total
+    return out
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"window": 5}, {"softcap": 0.5}, {"sinks_N": np.array([0.5, -1, 2, 0], np.float32)}]
+)
+def test_it_is_attention_to_what_came_before(form):
+    given = arrays()
+    found = attended(*given, STARTS, **{n: jnp.asarray(x) if n == "sinks_N" else x for n, x in form.items()})
+    np.testing.assert_allclose(found, plain(*given, STARTS, **form), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_gets_the_same_bits_whatever_stands_beside_it():
+    q, k, v = arrays()
+    together = attended(q, k, v, STARTS, window=6)
+    others = np.where(np.arange(B) == 2, STARTS, 0).astype(np.int32)
+    np.testing.assert_array_equal(attended(q, k, v, others, window=6)[2], together[2])
