@@ -3,18 +3,16 @@
 moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a v6e chip as in its recipe
 layer RECIPE                a target's first layer, a batch as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
-train RECIPE                a training step, every position counted, as the recipe lays it out
+train RECIPE [LENGTH]       a training step, every position counted, as the recipe lays it out
 """
 
 import json
 import math
 import sys
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from common.mesh import compiler_options, sharding, spec
@@ -27,11 +25,8 @@ from dump.target.moe import Moe
 from dump.target.spec import Context
 from pipelines import recipes
 from pipelines.bench.tpu import CHIPS_A_HOST, compile_dump, config_of, mesh_of
-from train import optimizer, placing
-from train.batch import Batch, Frozen
-from train.heads.eagle3 import Eagle3
-from train.plan import TrainConfig
-from train.step import State, gradient, train_step
+from pipelines.bench.tpu_training import compile_step
+from train.config import TrainConfig
 
 LENGTH = 2048
 
@@ -105,46 +100,12 @@ def prefill(recipe: str, length: int) -> dict[str, float]:
     return memory(compiled) | {"rows": rows}
 
 
-def train(recipe: str) -> dict[str, float]:
+def train(recipe: str, length: int = LENGTH) -> dict[str, float]:
     """Memory of a chip for one training step."""
-    known = recipes.load(recipe)
-    config = TrainConfig("store", "out", **known.train)
-    aux = target.default_aux_layers(known.layers)
-    c = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, ffn=config.ffn)
-    kind = known.train_slice.split("-")[0]
-    mesh, B, K = mesh_of(config.dp, 1, kind), config.batch_rows, config.ttt_steps
-    rate = optimizer.schedule(config.learning_rate, config.warmup, 1000)
-    units = np.ones(len(aux) * c.hidden_size, np.float32)
-    adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
-
-    def lying(tree: Any, where: Any) -> Any:
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
-
-    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=sharding(mesh, ("row",) + (None,) * (len(shape) - 1))
-        )
-
-    wide = jnp.bfloat16
-    params = shapes(c.parameters(), jnp.float32)
-    state = State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32))
-    state = lying(state, placing.along(state, c.parameters(), mesh))
-    vocabulary = [jax.ShapeDtypeStruct((n, c.hidden_size), wide) for n in (c.vocab_size, c.draft_vocab_size)]
-    frozen = Frozen(*vocabulary, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32))
-    axes = placing.frozen_axes(frozen, mesh)
-    frozen = lying(frozen, Frozen(*(sharding(mesh, of) for of in axes)))
-    given = dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, LENGTH))
-    given |= dict.fromkeys(("live", "targets"), rows(B * LENGTH)) | {"row": rows(B)}
-    given |= {
-        "aux_hidden": rows(B, LENGTH, len(aux), c.hidden_size, dtype=wide),
-        "last_hidden": rows(B, LENGTH, c.hidden_size, dtype=wide),
-        "logsumexp": rows(B, LENGTH, dtype=jnp.float32),
-        "count": rows(config.dp),
-    }
-    batch = Batch(**dict.fromkeys(Batch._fields) | given)
-    step = train_step(gradient(c, mesh, K, config.decay, wide), adamw)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
-    return memory(compiled) | {"parameters": sum(math.prod(x.shape) for x in params.values())}
+    config = TrainConfig("store", "out", **recipes.load(recipe).train)
+    rows = max(1, config.batch_rows // config.dp * LENGTH // length)
+    compiled, head, _ = compile_step(recipe, length, rows)
+    return memory(compiled) | {"parameters": sum(math.prod(p.shape) for p in head.parameters().values())}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Work:
     """Of one chip. `waited`: bytes sent while nothing else runs; `beside`: bytes sent beside other work, by
     channel; `kernels`: calls of Pallas kernels that multiply; `unpriced`: bytes that instructions without an
     estimate write, most of them rows that are gathered; `unknown`: loops whose length the program does not
-    say, counted once.
+    say.
     """
 
     cycles: float = 0.0
@@ -71,6 +71,7 @@ class _Program:
     computations: dict[str, list[str]]
     shapes: dict[str, str]  # of all instructions
     fused: set[str]  # computations that fusions and asynchronous instructions call
+    trips: int = 1  # of a loop whose length the program does not say
     known: dict[str, Work] = field(default_factory=dict)
 
     def work(self, name: str) -> Work:
@@ -138,7 +139,7 @@ class _Program:
         inside = self.work(body)
         if known or limits:
             return inside.times(int(known[1]) if known else max(map(int, limits)))
-        return replace(inside, unknown=(*inside.unknown, body))
+        return replace(inside.times(self.trips), unknown=(*inside.unknown, body))
 
 
 def _left(sent: Work, before: Work, after: Work) -> Work:
@@ -160,8 +161,9 @@ def _bytes(shape: str, started: bool) -> int:
     return max(sizes, default=0) if started else sum(sizes)
 
 
-def work(text: str) -> Work:
-    """What one chip does in a program, given as the text of its optimised HLO."""
+def work(text: str, trips: int = 1) -> Work:
+    """What one chip does in a program, given as the text of its optimised HLO; `trips`: how often loops run
+    whose length it does not say."""
     computations: dict[str, list[str]] = {}
     shapes: dict[str, str] = {}
     entry, lines = "", []
@@ -174,4 +176,4 @@ def work(text: str) -> Work:
             if found := _INSTRUCTION.match(_COMMENTS.sub("", line)):
                 shapes[found[1]] = found[2]
     fused = {*_FUSED.findall(text), *_BESIDE.findall(text)}
-    return _Program(computations, shapes, fused).work(entry)
+    return _Program(computations, shapes, fused, trips).work(entry)

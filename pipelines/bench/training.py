@@ -4,6 +4,8 @@ The size at which the public PyTorch trainers were measured: H=512, draft vocabu
 K=7, float32, every position counted. Dimensions as in train/batch.py.
 """
 
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common import attention
 from common.mesh import make_mesh, sharding
 from common.params import initialise
 from common.progress import note
 from pipelines.bench import plain
+from pipelines.bench.matmuls import Matmul, matmuls
 from pipelines.bench.timing import matmul_rate, times
 from train import optimizer
 from train.batch import Batch, Frozen
 from train.heads.eagle3 import Eagle3
+from train.loss import chunk_size
 from train.step import State, gradient, train_step
 from train.targets import (
     compact,
@@ -139,15 +144,33 @@ def _temporaries(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def compile_steps(problem: Problem) -> tuple[tuple[Any, tuple], tuple[Any, tuple]]:
-    """(compiled step, its arguments) of Eyas and of the plain implementation; both end in AdamW."""
+def matmul_flops(problem: Problem, compiled: Any) -> float:
+    """FLOPs of the matmuls of a compiled step. Two kinds of loops have a length that the program does not
+    know: over the blocks of keys that a block of queries sees, and over the targets that there are."""
+    blocks = -(-problem.size.length // attention.BLOCK)
+    targets = len(problem.batch.targets)
+    chunks = targets / chunk_size(targets, jnp.float32)
+
+    def runs(found: Matmul) -> float:
+        if not found.unknown:
+            return 1.0
+        return (blocks + 1) / 2 if re.search(r"/j\w*,\w*->j\w*/", found.name) else chunks
+
+    return sum(found.flops * runs(found) for found in matmuls(compiled.as_text()))
+
+
+def compile_steps(problem: Problem) -> tuple[tuple[Any, tuple, float], tuple[Any, tuple, float]]:
+    """(compiled step, its arguments, CPU seconds of tracing and compiling) of Eyas and of the plain
+    implementation; both end in AdamW."""
     mesh, c, K = make_mesh(), problem.size.head, problem.size.steps
     adamw = optimizer.make(optimizer.schedule(1e-4, 0.02, 100), 0.5, (0.9, 0.999), 0.0)
 
-    def compiled(gradients: Callable, place: Callable) -> tuple[Any, tuple]:
+    def compiled(gradients: Callable, place: Callable) -> tuple[Any, tuple, float]:
         state = State(problem.params, adamw.init(problem.params), jnp.int32(0))
         arguments = place(state, ()), place(problem.frozen, ()), place(problem.batch, ("row",))
-        return jax.jit(train_step(gradients, adamw)).lower(*arguments).compile(), arguments
+        start = time.process_time()
+        step = jax.jit(train_step(gradients, adamw)).lower(*arguments).compile()
+        return step, arguments, time.process_time() - start
 
     def on_mesh(tree: Any, axes: tuple) -> Any:
         return jax.tree.map(
@@ -166,9 +189,10 @@ def compile_steps(problem: Problem) -> tuple[tuple[Any, tuple], tuple[Any, tuple
 
 
 def figures(size: Size | None = None) -> dict[str, dict[str, Any]]:
-    """train.peak_fraction, train.speedup, train.loss_difference and train.peak_bytes_ratio."""
+    """train.peak_fraction, train.speedup, train.loss_difference, train.peak_bytes_ratio, train.flops_ratio
+    and train.compile_s."""
     problem = make_problem(size or Size())
-    (ours, arguments), (theirs, plain_arguments) = compile_steps(problem)
+    (ours, arguments, ours_compiled_s), (theirs, plain_arguments, plain_compiled_s) = compile_steps(problem)
     rate = matmul_rate()
     ours_s = min(times(lambda: ours(*arguments), REPEATS))
     theirs_s = min(times(lambda: theirs(*plain_arguments), 2))
@@ -178,7 +202,7 @@ def figures(size: Size | None = None) -> dict[str, dict[str, Any]]:
         "train.peak_fraction": {
             "value": problem.flops / ours_s / rate,
             "unit": "share",
-            "at_least": 0.55,
+            "at_least": 0.75,
             "compared_with": f"a float32 matmul of 2,048 cubed: {rate / 1e9:.0f} GFLOP/s; the step needs "
             f"{problem.flops / 1e9:.0f} GFLOP and takes {ours_s:.2f} s",
         },
@@ -196,7 +220,18 @@ def figures(size: Size | None = None) -> dict[str, dict[str, Any]]:
         "train.peak_bytes_ratio": {
             "value": _temporaries(ours) / _temporaries(theirs),
             "unit": "share",
-            "at_most": 0.4,
+            "at_most": 0.2,
             "compared_with": f"the plain implementation's temporaries, {_temporaries(theirs) / 1e9:.2f} GB",
+        },
+        "train.flops_ratio": {
+            "value": matmul_flops(problem, ours) / problem.flops,
+            "unit": "share",
+            "at_most": 1.35,
+            "compared_with": f"the {problem.flops / 1e9:.0f} GFLOP that the step needs",
+        },
+        "train.compile_s": {
+            "value": ours_compiled_s,
+            "unit": "CPU s",
+            "compared_with": f"the plain implementation's {plain_compiled_s:.1f} s, whose steps are unrolled",
         },
     }
