@@ -41,8 +41,8 @@ def options(config: type, default: str = "default: {}") -> Callable:
 def _option(knob: Knob, default: str) -> Callable:
     flag, value = "--" + knob.name.replace("_", "-"), knob.default
     if knob.kind is bool:
-        both = flag if value is False else f"{flag}/--no-{flag[2:]}"
-        text = knob.setting.help if value is False else f"{knob.setting.help} ({default.format('yes')})"
+        both, word = f"{flag}/--no-{flag[2:]}", "yes" if value else "no"  # a recipe may have set either
+        text = f"{knob.setting.help} ({default.format(word)})"
         return click.option(both, default=None, is_flag=True, help=text)
     if isinstance(value, tuple):
         value = ",".join(str(number) for number in value)

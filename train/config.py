@@ -55,7 +55,10 @@ class TrainConfig:
     lk_scale: float = setting(1.0, "lk-lambda: weight of the cross entropy at acceptance 0.", least=0, most=1)
     lk_decay: float = setting(3.0, "lk-lambda: how fast that falls with acceptance.", least=0)
     draft_vocab: int | None = setting(
-        None, "Size of the draft vocabulary.", least=1, otherwise="32000, or a smaller target's all"
+        None,
+        "Size of the draft vocabulary.",
+        least=1,
+        otherwise="32000, or a smaller target's all; that of a head to begin with, or of stored draft logits",
     )
     optimizer: str = setting(
         "adamw", "What moves the weights; muon takes the block's matrices.", choices=("adamw", "muon")
