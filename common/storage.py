@@ -252,7 +252,9 @@ def require_folder(url: str) -> None:
 
 
 def list_names(url: str) -> list[str]:
-    """Sorted names (not paths) in a folder; [] if there is no such folder."""
+    """Sorted names (not paths) in a folder; [] if there is no such folder. EyasError if it is a file."""
+    if not is_remote(url) and os.path.isfile(local_path(url)):
+        raise EyasError(f"{url} is a file where a folder is expected; remove it, or name another place")
     try:
         with library_errors(url, "list"):
             if not is_remote(url):

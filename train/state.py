@@ -281,14 +281,15 @@ class Saved:
 
 
 class Lines:
-    """metrics.jsonl, a JSON object a line. Lines beyond `step`, of a run that was killed, are dropped.
+    """metrics.jsonl, a JSON object a line. Lines beyond `step`, and evaluations beyond step `measured`, are
+    dropped: the run that wrote them was killed, and they come again.
 
     An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
     are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with. Of
     several processes the first one writes. `before`: the lines that were there.
     """
 
-    def __init__(self, out: str, step: int):
+    def __init__(self, out: str, step: int, measured: int):
         """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
         self._url = storage.join(out, "metrics.jsonl")
         self._unwritten = False
@@ -300,7 +301,10 @@ class Lines:
         if storage.exists(self._url):
             lines = storage.read_bytes(self._url).splitlines(keepends=True)
             for number, line in enumerate(lines, 1):
-                if line.endswith(b"\n") and (found := self._parse(line, number))["step"] <= step:
+                if not line.endswith(b"\n"):
+                    continue
+                found = self._parse(line, number)
+                if found["step"] <= (measured if "evaluation" in found else step):
                     kept.append(line)
                     self.before.append(found)
         storage.write_bytes(self._url, b"".join(kept))

@@ -40,7 +40,10 @@ def is_done(plan: Plan) -> bool:
         found = saved.noted()
     finally:
         saved.close()
-    return found is not None and _ends(plan, *found)
+    if found is None:
+        return False
+    step, _, last = found
+    return _ends(plan, *found) and last["step"] == step  # else it was stopped in its last evaluation
 
 
 def _ends(plan: Plan, step: int, best: dict[str, Any] | None, last: dict[str, Any]) -> bool:
@@ -72,7 +75,7 @@ class Trainer:
         told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
         logs = plan.config.log_to if pod.is_first() else None
         with pod.together():
-            self._lines = Lines(plan.config.out, self.step)
+            self._lines = Lines(plan.config.out, self.step, self.last["step"])
             self._logs = Logs(logs or (), plan.config.out, told, self._lines.before, self.done)
         self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
         self._taught = plan.source.frozen(plan.draft_ids, "recompute", plan.dtype)  # for evaluations

@@ -88,6 +88,29 @@ def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, mon
         np.testing.assert_array_equal(weight, last[name], err_msg=name)
 
 
+def test_an_evaluation_that_is_done_again_has_one_line(config, whole, tmp_path, monkeypatch):
+    """The run is stopped while it evaluates step 3, and then killed behind that evaluation's line."""
+    here, score_all = replace(config, out=str(tmp_path / "out")), together.score_all
+
+    def signalled(heads, label, check):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score_all(heads, label, check)
+
+    def killed(self):
+        raise MachineError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "score_all", signalled)
+        with pytest.raises(EyasError, match="step 3 of 7 is saved"):
+            run(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_wait_for_export", killed)
+        with pytest.raises(MachineError, match="killed"):
+            run(here)
+    run(here)
+    assert lines_of(here.out) == lines_of(whole)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices_within_rounding(config, whole, tmp_path, monkeypatch):
     here = replace(config, out=str(tmp_path / "out"))

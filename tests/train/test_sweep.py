@@ -123,6 +123,24 @@ def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tm
     assert lines_of(f"{out}/added")[0]["step"] == 1
 
 
+def test_stopped_in_its_last_evaluation_it_is_not_done(common, tmp_path, monkeypatch):
+    out, score_all = str(tmp_path / "out"), together.score_all
+    configs = configs_of(replace(common, steps=1), out, a={})
+
+    def signalled(heads, label, check):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score_all(heads, label, check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "score_all", signalled)
+        with pytest.raises(EyasError, match="sweep stopped; every head is saved at step 1"):
+            sweep.run(configs, out)
+    assert not os.path.exists(f"{out}/a/best")
+    assert sweep.run(configs, out)["done"] == ["a"]
+    assert "evaluation" in lines_of(f"{out}/a")[-1]
+    assert os.path.exists(f"{out}/a/best/config.json")
+
+
 def test_one_that_comes_to_nothing_ends_alone_and_says_why(common, alone, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     configs = configs_of(common, out, bad={}, **TWO)
