@@ -1,5 +1,6 @@
 """Runs side by side: what differs and what came out, as tables, a page and plots."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +45,21 @@ def run(config: CompareConfig) -> dict[str, Any]:
     groups = group(found, config.k)
     if len(groups) > 1:
         notes.insert(0, f"{len(groups)} stores: their held-out answers differ, so each is ranked by itself")
+    notes += [text for one in groups if (text := _measured_otherwise(one))]
     written = _write(config, groups, notes) if config.out is not None else []
     return {"groups": groups, "notes": notes, "written": written}
+
+
+def _measured_otherwise(group: Group) -> str:
+    """Says that runs of a store were measured on more or fewer of its held-out answers than others."""
+    counted = [row.run.best.number("counted") for row in group.rows if row.run.best]
+    known = [int(count) for count in counted if math.isfinite(count)]
+    if len(set(known)) < 2:
+        return ""
+    return (
+        f"{min(known):,} to {max(known):,} held-out positions were measured, by the lengths of the runs: "
+        "`eyas eval` measures all of a head's"
+    )
 
 
 def only_run(place: str) -> str:

@@ -172,6 +172,15 @@ def test_a_head_that_failed_in_a_sweep_says_why_and_a_damaged_note_of_it_is_one_
     assert f"failed at step 100: {reason}" in page.render(found["groups"], found["notes"])
 
 
+def test_runs_that_were_measured_on_more_and_on_fewer_answers_are_told_of(tmp_path):
+    write_run(tmp_path / "short")
+    lines = write_run(tmp_path / "long") / "metrics.jsonl"
+    assert not compared(tmp_path)["notes"]
+    lines.write_text(lines.read_text().replace('"counted": 16384', '"counted": 65536'))
+    (note,) = compared(tmp_path)["notes"]
+    assert note.startswith("16,384 to 65,536 held-out positions were measured, by the lengths of the runs")
+
+
 def test_a_run_at_work_is_running_and_is_not_disturbed(tmp_path):
     run = write_run(tmp_path / "run", reached=100)
     with locked(str(run)):
