@@ -45,6 +45,23 @@ def test_it_is_one_softmax_in_both_directions(k):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_in_bfloat16_it_is_the_same_within_rounding():
+    rng = np.random.default_rng(7)
+    q, base, g, *own = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in (*[(C, N, d)] * 3, *[(K, C, J, d)] * 2)
+    )
+    lse = jnp.zeros((C, N))
+
+    def all_of(dtype):
+        given = [x.astype(dtype) for x in (base, q, *own)]
+        out, pull = jax.vjp(lambda b, q, *own: join(SCALE, b, lse, q, own, jnp.int32(2)), *given)
+        return out, *pull(g.astype(dtype))
+
+    for found, expected in zip(all_of(jnp.bfloat16), all_of(jnp.float32), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0.05, atol=0.05)
+
+
 def test_own_keys_of_step_0_and_of_later_steps_are_not_seen():
     rng = np.random.default_rng(0)
     q, base, k, v = (

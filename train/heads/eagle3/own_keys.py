@@ -65,7 +65,9 @@ def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
     d_lse = (first * (of_first - mean)).reshape(lse_CN.shape)
     ds = (others * (of_others - mean[None]) * scale).astype(q.dtype)
     others = others.astype(g.dtype)
-    dq = sum(s.astype(jnp.float32)[..., None] * k[:, :, None] for s, k in zip(ds, own[0], strict=True))
+    dq = jnp.zeros(q.shape, jnp.float32)
+    for s, keys in zip(ds, own[0], strict=True):
+        dq += s.astype(jnp.float32)[..., None] * keys[:, :, None].astype(jnp.float32)
     dk = jnp.stack([_sums(s, q) for s in ds])
     dv = jnp.stack([_sums(p, g) for p in others])
     d_base = (wide * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
