@@ -114,13 +114,12 @@ class _Program:
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         called = _CALLED.search(line) if op == "fusion" or op.endswith("-start") else None
         inside = self.work(called[1]) if called else Work()
+        told = cycles or inside.beside or op not in _UNPRICED  # what a collective brings is told as sent
         return Work(
             float(cycles[1]) if cycles else 0.0,
             beside=inside.beside,
             kernels=inside.kernels,
-            unpriced=inside.unpriced
-            if cycles or op not in _UNPRICED
-            else float(_bytes(shape, started=False)),
+            unpriced=inside.unpriced if told else float(_bytes(shape, started=False)),
             unknown=inside.unknown,
         )
 

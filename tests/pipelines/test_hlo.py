@@ -86,3 +86,9 @@ def test_what_carries_no_estimate_is_told():
     gather = "%rows.1 = bf16[8,4]{1,0} fusion(%d), kind=kCustom, calls=%x\n  "
     found = work(PROGRAM.replace("%branch = ", f"{gather}%branch = "))
     assert (found.unpriced, found.cycles) == (3 * 8 * 4 * 2, work(PROGRAM).cycles)
+
+
+def test_what_a_collective_brings_is_not_told_twice():
+    bare = PROGRAM.replace(', backend_config={"estimated_cycles":"20"}', "")
+    found = work(bare)
+    assert (found.unpriced, found.beside) == (0, work(PROGRAM).beside)
