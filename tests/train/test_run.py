@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from tests.train.served import read_tensors
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.run import TrainConfig, run
+
+
+KILLS = 30
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +136,17 @@ def test_a_finished_run_is_left_alone(config, whole):
 
 
 def start(config, out):
-    """The same run by the command line, in a process of its own."""
+    """The run by the command line, in a process of its own."""
     options = {
         "store": config.store,
         "out": out,
-        "steps": 90,
+        "steps": config.steps,
         "batch-rows": 2,
         "ttt-steps": 3,
         "draft-vocab": 32,
         "learning-rate": 3e-2,
-        "eval-every": 40,
-        "save-every": 7,
+        "eval-every": config.eval_every,
+        "save-every": config.save_every,
         "init": "normal",
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -188,6 +192,30 @@ def test_a_killed_run_goes_on_to_the_same_weights(long, tmp_path):
     result = run(replace(long, out=out))
     assert 14 <= result["steps_before"] < 90
     assert_same_run(out, long.out)
+
+
+def newest_state(out):
+    names = storage.list_names(f"{out}/state")
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_kills_at_random_moments_leave_the_run_of_one_left_alone(long, tmp_path):
+    """A third of them while it begins; each time the same command goes on."""
+    rng, out = random.Random(3), str(tmp_path / "killed")
+    config = replace(long, out=str(tmp_path / "whole"), steps=100 * KILLS, eval_every=45, save_every=5)
+    run(config)
+    for kill in range(KILLS):
+        process, before = start(config, out), newest_state(out)
+        while kill % 3 and newest_state(out) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3 if kill % 3 else 8))
+        assert process.poll() is None, "the run is too short for so many kills"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < run(replace(config, out=out))["steps_before"] < config.steps
+    assert_same_run(out, config.out)
 
 
 def test_a_stopped_run_saves_its_state_and_says_so_in_one_line(long, tmp_path):
