@@ -24,7 +24,6 @@ from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.run import TrainConfig, run
 
-
 KILLS = 30
 
 
