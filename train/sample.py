@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from common.codec import decode
+from common.errors import DamagedError
 from common.layers import einsum
 from common.mesh import spec
 from common.progress import Progress, note
@@ -90,7 +91,8 @@ def measure(
     """The sample's units, and its fit if there are embeddings. The same store and rows give the same, within
     rounding on other chips. `aux_layers` are those that the head reads.
 
-    `eps` is added to mean squares of embeddings and predictions where they are normed.
+    `eps` is added to mean squares of embeddings and predictions where they are normed. DamagedError for aux
+    states that are not finite.
     """
     A, H = len(aux_layers), store.features["target"]["hidden_size"]
     batches = partial(_batches, store, workload, mesh, aux_layers)
@@ -109,6 +111,11 @@ def measure(
     total = jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
     del moments
     units = jnp.sqrt(total.aux / jnp.maximum(total.seen, 1))
+    if not bool(jnp.isfinite(units).all()):
+        raise DamagedError(
+            f"{store.url}: aux states of its rows are not finite, or their squares are not; no head can "
+            "learn from them: dump them anew, in float32 or from a sound model"
+        )
     units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
     if not fitted:
         return Sample(units, None)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from common.errors import EyasError
 from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
@@ -53,6 +54,20 @@ def test_a_fitted_head_is_better_than_an_untrained_one(store, head):
     taught = source.frozen(IDS, "recompute", jnp.float32)
     acc = {i: evaluator(made(store, head, i), taught)["acc"][0] for i in ("fitted", "target", "normal")}
     assert acc["fitted"] > 0.2 > 2 * max(acc["target"], acc["normal"])
+
+
+def test_a_store_of_states_that_are_not_finite_is_refused(store, head, monkeypatch):
+    read = Store.read
+
+    def overflown(self, names, rows):
+        found = read(self, names, rows)
+        if "aux_hidden" in found:
+            found["aux_hidden"][0, 2] = np.inf
+        return found
+
+    monkeypatch.setattr(Store, "read", overflown)
+    with pytest.raises(EyasError, match=r"store: aux states of its rows are not finite.*dump them anew"):
+        measured(store, head, fitted=False)
 
 
 @pytest.mark.slow
