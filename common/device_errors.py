@@ -31,6 +31,6 @@ def explained(error: BaseException, smaller: str) -> EyasError | None:
     line = (text.splitlines() or [""])[0][:300]
     if status == "RESOURCE_EXHAUSTED":
         return EyasError(f"the memory of the chips does not suffice ({line}); {smaller}")
-    if status in _LOST:
+    if status in _LOST or text.startswith("Gloo "):  # which carries what CPUs exchange; its status is UNKNOWN
         return RestartError(f"a chip or a host is lost ({line}); start the same command again")
     return None

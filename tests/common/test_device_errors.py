@@ -16,7 +16,14 @@ def test_memory_that_does_not_suffice_is_a_mistake_with_advice():
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("UNAVAILABLE: peer closed\nmore", 42), ("ABORTED: x", 42), ("INTERNAL: a bug", None)]
+    ("text", "code"),
+    [
+        ("UNAVAILABLE: peer closed\nmore", 42),
+        ("ABORTED: x", 42),
+        ("UNKNOWN: Gloo all-reduce failed: Read error: Connection closed", 42),
+        ("UNKNOWN: x, a bug", None),
+        ("INTERNAL: a bug", None),
+    ],
 )
 def test_lost_chips_start_again_and_bugs_stay_bugs(text, code):
     with pytest.raises(Exception, match=r"closed|x|bug") as found, device_errors("less"):

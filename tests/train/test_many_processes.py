@@ -198,3 +198,19 @@ def test_two_processes_keep_a_run_in_a_bucket_and_one_goes_on(config, alone):
             started = miniature.start(text, processes, 4 // processes, **bucket.environment(url))
             found = miniature.wait(started, seconds=300)
             assert last_lines(found) == [(0, wanted)] * processes, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_who_loses_another_process_says_so_and_is_started_again(config, tmp_path):
+    here = replace(config, out=f"{tmp_path}/out", dp=4, steps=4000, save_every=4000, eval_every=4000)
+    started = miniature.start(TRAIN.format(config=asdict(here)), 2, 2)
+    moment = time.monotonic() + 200
+    while not os.path.exists(f"{here.out}/metrics.jsonl") or not lines_of(here.out):
+        assert time.monotonic() < moment
+        time.sleep(0.1)
+    started[1].kill()
+    found = miniature.wait(started)
+    assert [p.code for p in found] == [42, -signal.SIGKILL], found
+    assert "start the same command again" in found[0].err
+    assert "Traceback" not in found[0].err
