@@ -4,7 +4,7 @@ Dimensions: R train rows, B rows a batch, T positions, V draft vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from train.order import Order, order
 from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
-from train.stream import View, teaching_arrays
+from train.stream import Stream, View, teaching_arrays
 from train.warm_start import Published, open_published
 
 FILE = "experiment.json"
@@ -147,6 +147,10 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     dtype = compute_dtype(config.dtype)
     held_out = len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
+    capacity = workload.capacity(wanted.rows, source.mesh.size * config.accumulate)
+    view = View(wanted, workload, capacity, config.teacher, draft_ids, head.aux_layers, config.accumulate)
+    for teacher in (config.teacher, "recompute"):  # of training, and of evaluations
+        Stream(store, source.mesh, [replace(view, teacher=teacher)], source.memory)  # if there is memory
     return Plan(
         config=config,
         source=source,
@@ -154,15 +158,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         draft_ids=draft_ids,
         dtype=jnp.dtype(dtype),
         order=wanted,
-        view=View(
-            wanted,
-            workload,
-            workload.capacity(wanted.rows, source.mesh.size * config.accumulate),
-            config.teacher,
-            draft_ids,
-            head.aux_layers,
-            config.accumulate,
-        ),
+        view=view,
         counted=counted,
         eval_every=config.eval_every or every,
         eval_rows=held_out if config.eval_every else part,

@@ -26,6 +26,7 @@ from train.plan import Plan, make_plan, room
 from train.run import SMALLER
 from train.source import Source
 from train.state import claimed, require_own
+from train.stream import Stream
 from train.trainer import Trainer, is_done
 
 FAILED = "failed.json"  # in the folder of a run that came to nothing, and why
@@ -52,6 +53,8 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
         source = Source(first.store, first.dp, first.cache, first.memory)
         plans = {name: _plan(name, config, source) for name, config in configs.items()}
         _require_place(plans, out)
+        if at_once is None:  # there is memory for what all of them read
+            Stream(source.store, source.mesh, [plan.view for plan in plans.values()], source.memory)
     pod.require_same({n: to_json(plan.config) | plan.identity for n, plan in plans.items()}, "experiments")
     smaller = f"give an --at-once below {at_once or len(plans)}, or {SMALLER.removeprefix('give ')}"
     with ExitStack() as held, device_errors(smaller):

@@ -275,6 +275,7 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     )
     refused(config, tmp_path, "name fitted, target, normal, or a head's folder", init="zeros")
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
+    refused(config, tmp_path, "for what is read ahead; give more --memory", memory=1e-9)
     refused(
         config,
         tmp_path,
