@@ -10,7 +10,7 @@ HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
 RUNS ?= runs
 SWEEP ?= sweep.toml
-ENDPOINT ?= http://localhost:8000/v1
+ENDPOINT ?=
 SERVED ?= $(MODEL)
 ANSWERS ?= answers/$(notdir $(MODEL)).jsonl
 ARGS ?=
@@ -35,9 +35,9 @@ test: $(READY) ## the tests
 test-slow: $(READY) ## also the tests that take minutes or download
 	@.venv/bin/python -m pytest -m 'slow or not slow' $(ARGS)
 
-regenerate: $(READY) ## the target's own answers to DATA by the servers ENDPOINT -> ANSWERS
+regenerate: $(READY) ## the target's own answers to DATA by the servers ENDPOINT, or by MODEL here -> ANSWERS
 	@$(EYAS) regenerate $(foreach d,$(DATA),--data '$(d)') $(foreach e,$(ENDPOINT),--endpoint '$(e)') \
-	  --served-model '$(SERVED)' --out '$(ANSWERS)' $(ARGS)
+	  $(if $(ENDPOINT),--served-model '$(SERVED)',--model $(MODEL)) --out '$(ANSWERS)' $(ARGS)
 
 prepare: $(READY) ## DATA -> packed rows in STORE
 	@$(EYAS) prepare --model $(MODEL) --store $(STORE) $(foreach d,$(DATA),--data '$(d)') $(ARGS)

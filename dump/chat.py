@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from common.errors import EyasError
-from dump.answer_spans import END_THINK, Answer, Messages, Span, find_answers
+from dump.answer_spans import END_THINK, THINK, Answer, Messages, Span, find_answers
 from dump.dialect import Dialect
 from dump.template import Template, TemplateRefusedError
 from dump.tokenizer_files import load_tokenizer, stop_tokens, template_of, tokenizer_hash
@@ -61,7 +61,8 @@ class Chat:
     """The tokenizer and chat template of one model folder; made by `load`.
 
     `tokenizer_hash` is that of the folder, `template_hash` the sha256 of the template's text.
-    `has_system` and `has_tools`: the template knows a system turn, and tools.
+    `has_system` and `has_tools`: the template knows a system turn, and tools. `opens_thought`: what it writes
+    for the model to go on from begins a thought. `stops`: the tokens that end an answer.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class Chat:
         self._template = Template(template, where)
         self._dialect = Dialect(self._template, tokenizer.special_tokens_map)
         self.has_system, self.has_tools = self._dialect.has_system, self._dialect.has_tools
+        self.opens_thought = self._dialect.prompt.rstrip().endswith(THINK)
+        self.stops = stops | {tokenizer.eos_token_id} - {None}
         self._stop = ""
         ends = {added[i].content for i in stops if i in added} | {tokenizer.eos_token, *_ENDS_OF_CALLS}
         self._try_out(where, ends & set(self._specials))
@@ -149,9 +152,14 @@ class Chat:
                 f"the tokenizer gives a token that is no 32-bit number ({error}); fetch the model again"
             ) from None
 
-    def decode(self, tokens: list[int]) -> str:
-        """The text of some tokens, special ones included."""
-        return self._backend.decode(tokens, skip_special_tokens=False)
+    def prompt(self, messages: Messages) -> list[int]:
+        """The tokens from which the model goes on to answer. TemplateRefusedError if the template raises."""
+        text = self._dialect.apply(self._dialect.fold_system(messages), [], prompt=True)[0]
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int], special: bool = True) -> str:
+        """The text of some tokens; with `special`, special ones included."""
+        return self._backend.decode(tokens, skip_special_tokens=not special)
 
     def _prompted(
         self, messages: Messages, tools: list[dict[str, Any]], text: str, answers: list[Answer]

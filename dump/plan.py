@@ -174,7 +174,7 @@ def _check_rows_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) 
 def _check_documents_fit(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> None:
     """EyasError if a document has more tokens than the positions that the target is made for. Rows may be
     longer: positions restart in every document."""
-    longest, limit = store.longest_document(), _positions(cfg.text)
+    longest, limit = store.longest_document(), positions_limit(cfg.text)
     if limit is not None and longest > limit:
         raise EyasError(
             f"{config.store} has a document of {longest} tokens, but {config.model} is made for {limit} "
@@ -182,7 +182,7 @@ def _check_documents_fit(config: DumpConfig, store: Store, cfg: target.TargetCon
         )
 
 
-def _positions(text: dict[str, Any]) -> int | None:
+def positions_limit(text: dict[str, Any]) -> int | None:
     """How many positions a config.json promises, None where it says nothing. A YaRN file may state them
     before the extension or after it; a linear one states them before."""
     limit = text.get("max_position_embeddings")

@@ -38,7 +38,8 @@ def fetch(config: Any, cache: str) -> Any:
     """The configuration with its model and data fetched to `cache`: paths in place of names."""
     from pipelines import embedded
 
-    found = {"model": recipes.folder(config.model, cache)} if hasattr(config, "model") else {}
+    model = getattr(config, "model", None)
+    found = {"model": recipes.folder(model, cache)} if model else {}
     if hasattr(config, "data"):
         found["data"] = tuple(
             embedded.fetch_conversations(cache) if d == EMBEDDED else d for d in config.data
@@ -135,25 +136,20 @@ def demo(cache: str, out: str) -> None:
 
 @main.command()
 @data_option
-@click.option(
-    "--endpoint",
-    multiple=True,
-    required=True,
-    help="The address of a server that answers as OpenAI's chat completions do, http://HOST:8000/v1; may be "
-    "repeated. Keys are given by the environment: EYAS_API_KEY, or EYAS_API_KEY_2 of the second one.",
-)
-@click.option("--served-model", required=True, help="The target's name at the endpoints.")
 @click.option("--out", required=True, help="The .jsonl file of answers, for --data of prepare.")
 @options(RegenerateConfig)
 @click.pass_obj
 def regenerate(cache: str, data: tuple[str, ...], **given: Any) -> None:
-    """Keeps the user's turns of conversations and has the target answer them, through servers that run it.
+    """Keeps the user's turns of conversations and has the target answer them, through servers that run it or,
+    if it is small, on this machine.
 
     Heads that learn from the target's own words have more drafts accepted. Tools are told to the server as
     they are defined; an answer that calls one ends its conversation.
 
     Example: eyas regenerate --data chats.jsonl --endpoint http://localhost:8000/v1 --served-model qwen3-8b
     --out answers.jsonl
+
+    Example: eyas regenerate --data chats.jsonl --model smollm2-135m --out answers.jsonl
     """
     from pipelines.regenerate.run import run
 

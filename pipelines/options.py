@@ -62,6 +62,8 @@ def _kind(knob: Knob) -> click.ParamType:
     s = knob.setting
     if s.choices:
         return click.Choice(s.choices)
+    if knob.kind == tuple[str, ...]:
+        return click.STRING
     if typing.get_origin(knob.kind) is tuple:
         return Numbers(typing.get_args(knob.kind)[0])
     lowest = s.above if s.least is None else s.least

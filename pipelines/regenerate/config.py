@@ -15,20 +15,33 @@ _OURS = (
 
 @dataclass(frozen=True)
 class RegenerateConfig:
-    """Which questions to ask whom. `data`: files or URLs; `endpoint`: base URLs of servers that answer as
-    OpenAI's chat completions do; `served_model`: its name there; `out`: a local .jsonl file."""
+    """Which questions to ask whom: servers, or the target on this machine. `data`: files or URLs; `out`: a
+    local .jsonl file."""
 
     data: tuple[str, ...]
-    endpoint: tuple[str, ...]
-    served_model: str
     out: str
+    endpoint: tuple[str, ...] | None = setting(
+        None,
+        "The address of a server that answers as OpenAI's chat completions do, http://HOST:8000/v1; may be "
+        "repeated. Keys are given by the environment: EYAS_API_KEY, or EYAS_API_KEY_2 of the second one.",
+        otherwise="--model answers",
+    )
+    served_model: str | None = setting(None, "The target's name at the endpoints.", otherwise="none")
+    model: str | None = setting(
+        None,
+        "A small target that answers on this machine, without a server: a recipe (see `eyas targets`), a "
+        "Hugging Face folder, a gs:// prefix or a Hub id.",
+        otherwise="--endpoint answers",
+    )
     max_tokens: int = setting(4096, "Most tokens of an answer, its reasoning included.", least=1)
     truncated: str = setting(
         "drop",
         "What becomes of an answer that has more; in either case its conversation ends there.",
         choices=("drop", "keep"),
     )
-    temperature: float | None = setting(None, "0 is greedy.", least=0, otherwise="the server's")
+    temperature: float | None = setting(
+        None, "0 is greedy.", least=0, otherwise="the server's; that of --model is 0"
+    )
     top_p: float | None = setting(
         None, "Sample from the likeliest tokens of this mass.", above=0, most=1, otherwise="the server's"
     )
@@ -44,6 +57,8 @@ class RegenerateConfig:
     max_conversations: int | None = setting(
         None, "Stop reading after so many conversations.", least=1, otherwise="all"
     )
+    slots: int = setting(8, "Conversations that --model answers at once.", least=1, most=1024)
+    length: int = setting(2048, "Tokens of a conversation that --model answers, at most.", least=2)
     concurrency: int = setting(64, "Requests in flight at each endpoint.", least=1, most=4096)
     stream: bool = setting(
         False, "Have answers sent piece by piece: for gateways that cut what is silent for a minute."
@@ -57,11 +72,15 @@ class RegenerateConfig:
         check(self)
         for name in ("data", "endpoint"):
             value = getattr(self, name)
+            if name == "endpoint" and value is None:
+                continue
             if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value or [0]):
                 raise ValueError(f"{name} must be a tuple of at least one text")
-        for number, url in enumerate(self.endpoint, 1):
+        self._require_who_answers()
+        endpoints = self.endpoint or ()
+        for number, url in enumerate(endpoints, 1):
             _require_plain(url, number)
-        if len({completions_url(url) for url in self.endpoint}) < len(self.endpoint):
+        if len({completions_url(url) for url in endpoints}) < len(endpoints):
             raise ValueError("an endpoint is named twice; --concurrency asks one more at a time")
         if not self.out.endswith((".jsonl", ".ndjson")):
             raise ValueError(f"out={self.out!r} must be a file whose name ends in .jsonl")
@@ -71,11 +90,26 @@ class RegenerateConfig:
             )
         self.fields()
 
+    def _require_who_answers(self) -> None:
+        if self.endpoint and self.model:
+            raise ValueError(f"endpoint and model={self.model!r} are given; one of the two answers")
+        if not self.endpoint and not self.model:
+            raise ValueError(
+                "nobody answers: give --endpoint and --served-model, or --model for a small target"
+            )
+        if self.endpoint and not self.served_model:
+            raise ValueError("endpoint needs the target's name there: give --served-model")
+        for name in ("served_model", "extra", "stream") if self.model else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is for servers, and model={self.model!r} answers by itself; leave it"
+                )
+
     def fields(self) -> dict[str, Any]:
         """The fields of every request but messages, tools and seed."""
         given = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-        plain = {"model": self.served_model} | {k: v for k, v in given.items() if v is not None}
-        return plain | self._extra()
+        given = {"model": self.served_model} | given
+        return {k: v for k, v in given.items() if v is not None} | self._extra()
 
     def _extra(self) -> dict[str, Any]:
         try:

@@ -26,7 +26,7 @@ def read_reply(body: bytes) -> Answer:
     choice = _choice(value)
     if not isinstance(choice.get("message"), dict):
         raise RubbishError("the reply has no message")
-    return _judged(choice["message"], choice.get("finish_reason"), _tokens(value))
+    return judged(choice["message"], choice.get("finish_reason"), _tokens(value))
 
 
 def read_stream(body: bytes) -> Answer:
@@ -55,7 +55,7 @@ def read_stream(body: bytes) -> Answer:
     message: dict[str, Any] = {name: "".join(parts) for name, parts in texts.items()}
     if calls:
         message["tool_calls"] = [calls[index] for index in sorted(calls)]
-    return _judged(message, finish, _tokens({"usage": usage}))
+    return judged(message, finish, _tokens({"usage": usage}))
 
 
 def read_problem(body: bytes) -> str:
@@ -101,7 +101,8 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
     return choices[0]
 
 
-def _judged(message: dict[str, Any], finish: Any, tokens: int) -> Answer:
+def judged(message: dict[str, Any], finish: Any, tokens: int) -> Answer:
+    """The answer of a message that ended by `finish`. RubbishError for a reason that nobody knows."""
     if finish not in (*_ENDED, *_CALLED, *_CUT, _HELD_BACK):
         known = isinstance(finish, str) and finish.isidentifier()
         raise RubbishError(f"the reply ended by {finish[:30] if known else 'no known reason'}")

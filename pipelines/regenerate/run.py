@@ -17,6 +17,7 @@ from dump.sources import Sources
 from pipelines.regenerate.answers import Answers
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.endpoint import Endpoint, key_of
+from pipelines.regenerate.local import Local
 from pipelines.regenerate.questions import Questions
 from pipelines.regenerate.record import Record
 from pipelines.regenerate.talk import REJECTED, Talk
@@ -24,6 +25,8 @@ from pipelines.regenerate.work import Work
 
 _REASONS = 5  # for rejections that are told
 _SYNC = 5.0  # seconds between two times that what was answered is forced to disk
+
+Answerers = list[Endpoint] | list[Local]
 
 
 def run(config: RegenerateConfig) -> dict[str, Any]:
@@ -33,17 +36,17 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     or endpoints that refuse; RestartError if some conversations are left without an answer.
     """
     out = os.path.abspath(storage.local_path(config.out))
-    keys = [key_of(number) for number in range(1, len(config.endpoint) + 1)]
+    answerers = [Local(config)] if config.model else _endpoints(config)
     storage.require_folder(os.path.dirname(out))
     with locked_file(out):
         storage.remove_partial(os.path.dirname(out))
         sources = Sources(config.data)
-        record = Record(out, _settings(config, sources), config.endpoint)
+        record = Record(out, _settings(config, sources, answerers), config.endpoint or ())
         with Questions(os.path.dirname(out)) as questions:
             counts = questions.read(sources, config.max_conversations or math.inf)
             record.write(conversations=len(questions))
             with Answers(out, len(questions)) as answers:
-                work = _ask(config, keys, questions, answers)
+                work = _ask(config, answerers, questions, answers)
                 complete = len(answers) == len(questions)
                 if complete:
                     answers.finish()
@@ -59,9 +62,10 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     return {"out": config.out} | found
 
 
-def _settings(config: RegenerateConfig, sources: Sources) -> dict[str, Any]:
+def _settings(config: RegenerateConfig, sources: Sources, answerers: Answerers) -> dict[str, Any]:
     """All that decides about the answers, as far as it is known here."""
-    return {
+    local = [answerer.described() for answerer in answerers if isinstance(answerer, Local)]
+    return ({"target": local[0]} if local else {}) | {
         "data": [file.identity() for file in sources.files],
         "max_conversations": config.max_conversations,
         "request": to_json(config.fields()),
@@ -71,18 +75,18 @@ def _settings(config: RegenerateConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _ask(
-    config: RegenerateConfig, keys: list[str | None], questions: Questions, answers: Answers
+    config: RegenerateConfig, answerers: Answerers, questions: Questions, answers: Answers
 ) -> Work | None:
     """Asks what has no answer yet."""
     if len(answers) == len(questions):
         note(f"{config.out} has all answers")
         return None
     with Progress("regenerate", len(questions), " conversations", done=len(answers)) as bar:
-        return asyncio.run(_asked(config, keys, questions, answers, bar))
+        return asyncio.run(_asked(config, answerers, questions, answers, bar))
 
 
 async def _asked(
-    config: RegenerateConfig, keys: list[str | None], questions: Questions, answers: Answers, bar: Progress
+    config: RegenerateConfig, answerers: Answerers, questions: Questions, answers: Answers, bar: Progress
 ) -> Work:
     shown, before, start = len(answers), answers.tokens, time.monotonic()
     synced = start
@@ -109,23 +113,20 @@ async def _asked(
     left = questions.talks(answers.is_there(number) for number in range(len(questions)))
     work = Work(left, done, config.seed, config.truncated == "keep")
     async with AsyncExitStack() as stack:
-        await work.run(
-            [await stack.enter_async_context(answerer) for answerer in _answerers(config, keys)], tick
-        )
+        await work.run([await stack.enter_async_context(answerer) for answerer in answerers], tick)
     answers.sync()
     return work
 
 
-def _answerers(config: RegenerateConfig, keys: list[str | None]) -> list[Endpoint]:
-    """Who answers: whatever keeps the protocol `Answerer` and is opened by `async with`."""
-    return [Endpoint(url, key, config) for url, key in zip(config.endpoint, keys, strict=True)]
+def _endpoints(config: RegenerateConfig) -> list[Endpoint]:
+    return [Endpoint(url, key_of(number), config) for number, url in enumerate(config.endpoint, 1)]
 
 
 def _unfinished(config: RegenerateConfig, left: int, total: int, work: Work | None) -> EyasError:
     """Why conversations are left without an answer."""
     reasons = [f"{name}: {error}" for name, error in work.gone.items()]
     reasons += [f"tried again and again: {talk.reason}" for talk in work.unanswered[:1]]
-    mistake = len(work.gone) == len(config.endpoint) and all(e.mistake for e in work.gone.values())
+    mistake = len(work.gone) == len(config.endpoint or ()) and all(e.mistake for e in work.gone.values())
     kind = EyasError if mistake else RestartError
     again = "mend that; the same command goes on" if mistake else "the same command asks them again"
     return kind(f"{left:,} of {total:,} conversations have no answer yet ({'; '.join(reasons)}); {again}")

@@ -24,7 +24,7 @@ def fast(monkeypatch):
 def config(tmp_path):
     data = write_data(tmp_path / "chats.jsonl")
     out = str(tmp_path / "answers.jsonl")
-    return RegenerateConfig((data,), ("http://127.0.0.1:1",), "tiny", out, concurrency=4, timeout=5.0)
+    return RegenerateConfig((data,), out, ("http://127.0.0.1:1",), "tiny", concurrency=4, timeout=5.0)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def command(folder, server):
 def whole(folder, server):
     """The bytes of a run that nobody interrupts."""
     place = str(folder / "answers.jsonl")
-    run(RegenerateConfig((str(folder / "chats.jsonl"),), (server.url,), "tiny", place, concurrency=8))
+    run(RegenerateConfig((str(folder / "chats.jsonl"),), place, (server.url,), "tiny", concurrency=8))
     found = (folder / "answers.jsonl").read_bytes()
     for name in ("answers.jsonl", "answers.settings.json"):
         os.unlink(folder / name)
