@@ -69,13 +69,16 @@ class RegenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
-        for name in ("data", "endpoint"):
+        for name in (
+            "data",
+            "endpoint",
+        ):  # first, as `check` repeats values, and an endpoint may hold a secret
             value = getattr(self, name)
             if name == "endpoint" and value is None:
                 continue
             if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value or [0]):
                 raise ValueError(f"{name} must be a tuple of at least one text")
+        check(self)
         self._require_who_answers()
         endpoints = self.endpoint or ()
         for number, url in enumerate(endpoints, 1):

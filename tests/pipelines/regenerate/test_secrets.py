@@ -48,6 +48,7 @@ def test_a_key_that_no_header_can_have_is_not_told(config, monkeypatch):
         ("endpoint", ("http://host:secret",), "endpoint 1 must be an address such as http://localhost"),
         ("endpoint", ("http://a/v1", "http://a/v1/"), "an endpoint is named twice"),
         ("endpoint", (), "endpoint must be a tuple of at least one text"),
+        ("endpoint", ("", "http://user:secret@host"), "endpoint must be a tuple of at least one text"),
         ("out", "answers.json", "out='answers.json' must be a file whose name ends in .jsonl"),
         ("out", "gs://bucket/answers.jsonl", "must be a local file, which grows by lines"),
         ("extra", "[]", "must be an object of JSON"),
