@@ -151,9 +151,12 @@ def regenerate(cache: str, data: tuple[str, ...], **given: Any) -> None:
 
     Example: eyas regenerate --data chats.jsonl --model smollm2-135m --out answers.jsonl
     """
+    from pipelines.regenerate.local import require_small
     from pipelines.regenerate.run import run
 
     config = configure(RegenerateConfig, None, "", given | {"data": data or (EMBEDDED,)})
+    if config.model:  # before its weights are fetched
+        require_small(recipes.folder(config.model, cache, weights=False), config.length)
     show(run(fetch(config, cache)))
 
 

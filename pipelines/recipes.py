@@ -109,10 +109,11 @@ def find(model: str | None) -> Recipe | None:
     return load(model)
 
 
-def folder(model: str, cache: str) -> str:
+def folder(model: str, cache: str, weights: bool = True) -> str:
     """The model folder (or URL) of MODEL: a recipe, a folder, a URL or a Hub id, fetched into `cache`.
 
-    EyasError if it is none of them or cannot be fetched.
+    Without `weights` it may lack those, so that what it is can be looked at first. EyasError if it is none of
+    them or cannot be fetched.
     """
     recipe = find(model)
     if recipe is not None and recipe.model == EMBEDDED:
@@ -122,10 +123,10 @@ def folder(model: str, cache: str) -> str:
     source = recipe.model if recipe else model
     if "://" in source or os.path.isdir(source) or not _HUB_ID.fullmatch(source):
         return source  # the stage says what is wrong with a folder that is not there
-    return _from_hub(source, cache)
+    return _from_hub(source, cache, weights)
 
 
-def _from_hub(model: str, cache: str) -> str:
+def _from_hub(model: str, cache: str, weights: bool) -> str:
     """A Hub repository's weights, configuration and tokenizer.
 
     A broken connection continues where it broke, and a stopped or killed fetch with the files that are
@@ -133,7 +134,7 @@ def _from_hub(model: str, cache: str) -> str:
     """
     import huggingface_hub
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    wanted = ["*.json", "*.jinja", "tokenizer.model", "*.txt"] + ["*.safetensors"] * weights
     place = os.path.join(cache, "hub", *model.split("/"))
     _remove_abandoned(place)
     try:

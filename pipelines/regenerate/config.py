@@ -69,10 +69,8 @@ class RegenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "data",
-            "endpoint",
-        ):  # first, as `check` repeats values, and an endpoint may hold a secret
+        # First, as `check` repeats values, and an endpoint may hold a secret.
+        for name in ("data", "endpoint"):
             value = getattr(self, name)
             if name == "endpoint" and value is None:
                 continue

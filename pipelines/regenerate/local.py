@@ -45,8 +45,7 @@ class Local:
         folder = config.model
         self.name, self.width = f"the target {folder}", config.slots
         self._folder, self._max_tokens, self._length = folder, config.max_tokens, config.length
-        self._target = target.read_config(folder)
-        _require_fits(folder, self._target, config.length)
+        self._target = require_small(folder, config.length)
         target.check(folder, self._target)
         self._chat = Chat.load(folder)
         self._sampling = Sampling(config.temperature or 0.0, config.top_p, config.top_k)
@@ -141,7 +140,12 @@ class Local:
             asked.answered.set_result(finish)
 
 
-def _require_fits(folder: str, cfg: target.TargetConfig, length: int) -> None:
+def require_small(folder: str, length: int) -> target.TargetConfig:
+    """The target of a folder, whose weights need not be there.
+
+    EyasError if it is too large to answer here, or made for conversations of less than `length` tokens.
+    """
+    cfg = target.read_config(folder)
     size = sum(math.prod(p.shape) for p in target.parameters(cfg).values())
     if size > LARGEST:
         raise EyasError(
@@ -151,3 +155,4 @@ def _require_fits(folder: str, cfg: target.TargetConfig, length: int) -> None:
     limit = min(n for n in (positions_limit(cfg.text), cfg.max_length, length) if n is not None)
     if limit < length:
         raise EyasError(f"length={length}, but {folder} is made for {limit} tokens; give --length {limit}")
+    return cfg

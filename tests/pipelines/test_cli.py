@@ -106,6 +106,7 @@ def test_what_the_help_says_of_a_default_is_the_default():
         ("train --store s --out o --epochs nan", "epochs=nan must be a number above 0"),
         ("train --store s --out o --warmup 1", "1.0 is not in the range 0<=x<1"),
         ("dump --store s --aux-layers=-1,2,3", "aux_layers=(-1, 2, 3) must be a whole number of at least 0"),
+        ("regenerate --out o.jsonl", "nobody answers: give --endpoint and --served-model, or --model"),
         ("dump --store s --precision int8", "'int8' is not one of 'float32', 'bfloat16', 'float8_e4m3fn'"),
     ],
 )

@@ -1,5 +1,6 @@
 """A model is fetched from the Hub: only what is needed, and what is there already is not fetched again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_llama
 from tests.pipelines.hub import serve
 
 REPOSITORY = "owner/model-1B"
@@ -91,6 +93,22 @@ def test_a_killed_fetch_continues_with_the_files_that_are_missing(hub, tmp_path)
     assert fetched(fetch(hub, tmp_path)) == FILES
     assert [len(hub.downloads(name)) for name in others] == [1] * len(others)
     assert not list(place.rglob("*.incomplete"))
+
+
+def test_a_target_too_large_to_answer_here_is_refused_before_its_weights_are_fetched(tmp_path):
+    size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    config = json.dumps(tiny_llama.CONFIG | size).encode()
+    with serve(REPOSITORY, FILES | {"config.json": config}) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": f"{tmp_path}/home"}
+        command = [sys.executable, "-m", "pipelines", "--cache", str(tmp_path), "regenerate"]
+        command += ["--data", "q.jsonl", "--out", f"{tmp_path}/a.jsonl", "--model", REPOSITORY]
+        command += ["--length", "64"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "billion parameters, too many to answer here" in done.stderr
+        assert "give --endpoint" in done.stderr
+        assert hub.downloads("config.json")
+        assert not hub.downloads(WEIGHTS)
 
 
 def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path):
