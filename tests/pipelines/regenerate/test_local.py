@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.errors import EyasError
+from common.errors import EyasError, MachineError
 from common.mesh import make_mesh
 from dump import target
 from dump.chat import Chat
+from pipelines.decoding.engine import Engine
 from pipelines.regenerate import local
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.run import run
@@ -157,3 +158,22 @@ def test_greedy_answers_are_those_of_transformers(config, model):
             )[0, len(prompt) :].tolist()
             answer = [token for token in found if token not in chat.stops]
             assert line["messages"][at]["content"] == chat.decode(answer, special=False)
+
+
+def test_a_device_that_fails_ends_the_run_and_what_was_answered_stays(config, monkeypatch):
+    run(config)
+    whole = Path(config.out).read_bytes()
+    Path(config.out).write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    step, steps = Engine.step, iter(range(10**6))
+
+    def fails(engine):
+        if next(steps) == 20:
+            raise MachineError("the chip is gone")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", fails)
+    with pytest.raises(MachineError, match="the chip is gone"):
+        run(replace(config, slots=1))
+    assert 2 < len(lines(config)) < 6
+    monkeypatch.undo()
+    assert bytes_of(config) == whole
