@@ -15,6 +15,7 @@ import numpy as np
 from common import pod, storage
 from common.config import to_json
 from common.errors import EyasError
+from common.mesh import training_options
 from common.progress import note
 from common.stopping import interruptible
 from train import losses, optimizer, placing
@@ -150,7 +151,8 @@ class Trainer:
             with pod.together():
                 note("train: compiling")
                 lowered = self._program().lower(self._state, self._frozen, batch)
-                compiling = partial(self._plan.source.program, lowered, lowered.compile)
+                options = training_options(self._plan.mesh)
+                compiling = partial(self._plan.source.program, lowered, partial(lowered.compile, options))
                 self._compiled = interruptible(compiling, check)
 
     def take(self, batch: Batch) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.mesh import compiler_options, sharding
+from common.mesh import sharding, training_options
 from common.params import shapes
 from common.progress import note
 from common.splash import BLOCK
@@ -57,7 +57,7 @@ def compile_step(recipe: str, length: int, rows: int) -> tuple[jax.stages.Compil
         (placing.along(state, head.parameters(), mesh), _frozen_lies(frozen, mesh)),
     )
     given = *lying, _batch(head, mesh, length, rows * mesh.size)
-    compiled = jax.jit(step, donate_argnums=0).lower(*given).compile(compiler_options(mesh))
+    compiled = jax.jit(step, donate_argnums=0).lower(*given).compile(training_options(mesh))
     return compiled, head, config
 
 
