@@ -67,7 +67,8 @@ class Setting:
         )
 
     def _bounds(self, value: Any, largest: float | None) -> str:
-        beyond = largest if type(value) is int and value > (largest or value) else None
+        is_number = type(value) in (int, float)
+        beyond = largest if is_number and largest is not None and value > largest else None
         least, most = ("of at least", self.least), ("of at most", beyond)
         words = (least, most, ("above", self.above), ("below", self.below))
         return " and".join(f" {word} {bound:.10g}" for word, bound in words if bound is not None)
