@@ -365,5 +365,5 @@ def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
 
 def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path):
     refused(config, tmp_path, "rows are more than", steps=2**31 - 1)
-    with pytest.raises(ValueError, match="epochs=1e.300 must be a number of at most 1000000"):
+    with pytest.raises(ValueError, match=r"epochs=1e.300 must be a number of at most 1000000"):
         replace(config, steps=None, epochs=1e300)
