@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 import zlib
@@ -84,6 +85,7 @@ def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
                 {
                     "identity": plan.identity,
                     "config": to_json(plan.config),
+                    "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                     "versions": {name: version(name) for name in names},
                 },
             )
@@ -216,8 +218,6 @@ class Saved:
                 raise explained(error, place) from error
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
         state, noted = found["state"], self._checked(step, found["noted"])
-        if int(state.step) != step:
-            raise EyasError(f"{place} holds the state of step {int(state.step)}; {advice}")
         damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
         if damaged:
             raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
@@ -247,7 +247,7 @@ class Saved:
         )
         found = schema.check(_Noted, noted, place, advice)
         if found["crc32"] != _crc32(step, found):
-            raise EyasError(f"{place} is not what was saved; {advice}")
+            raise EyasError(f"{place} is not what was saved at step {step}; {advice}")
         return found
 
     def _read(self, step: int | None, like: State, where: State) -> Any:

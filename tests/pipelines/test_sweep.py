@@ -82,7 +82,7 @@ ONE = '[[experiments]]\nname = "a"\n'
         (ONE + "seed = true", "experiment a: seed=True must be a whole number"),
         (ONE + "learning_rate = nan", "experiment a: learning_rate=nan must be a number"),
         (ONE + "loss = 'hard'", "experiment a: loss='hard' is unknown; use one of cross-entropy"),
-        (ONE + "epochs = 1e308", "experiment a: epochs=1e+308 must be a number above 0"),
+        (ONE + "epochs = 1e308", "experiment a: epochs=1e+308 must be a number of at most 1000000"),
         ("[[experiments]]\nname = 'compare.html'", "a file of that name lies beside the heads' folders"),
         ("x = " + "[" * 10_000, "rates.toml is not TOML: "),
         (ONE + "batch_rows = 8", "experiment a: batch_rows is of the stream that all share; move it"),

@@ -261,7 +261,7 @@ def test_a_changed_number_beside_a_state_is_found(config, whole, tmp_path):
     noted = out / "state/7/noted/metadata"
     assert number in noted.read_text()
     noted.write_text(noted.read_text().replace(number, str(float(number) + 0.25)))
-    with pytest.raises(EyasError, match=r"state/7/noted is not what was saved; delete .*state/7 to continue"):
+    with pytest.raises(EyasError, match=r"state/7/noted is not what was saved at step 7; delete .*state/7"):
         continued(config, out)
     with pytest.raises(EyasError, match="is not what was saved"):
         Saved(str(out)).noted()
@@ -274,7 +274,7 @@ def test_a_state_of_other_shapes_or_of_another_step_is_refused(config, whole, tm
     with pytest.raises(EyasError, match=r"state/7 cannot be read \(Requested shape.*delete it"):
         continued(wider, out, plan_of(config).identity)
     shutil.copytree(out / "state/7", out / "state/9")
-    with pytest.raises(EyasError, match=r"state/9 holds the state of step 7; delete it"):
+    with pytest.raises(EyasError, match=r"state/9/noted is not what was saved at step 9; delete"):
         continued(config, out)
 
 
