@@ -8,8 +8,9 @@ import math
 import time
 
 _SHARE = 0.06  # rows that are evaluated, of those that are trained on: one costs a third of a training row
-_LEAST, _MOST = 4, 20  # evaluations, if the rows suffice
-_ENOUGH = 2**20  # positions of an evaluation
+_MOST = 20  # evaluations
+_FEW, _ENOUGH = 2**13, 2**20  # positions of one: fewer do not tell the better head, more tell nothing new
+_EXPORTS = 4  # where nothing can be measured
 _RATE = 0.5e9  # bytes a second, until a save was timed
 _TIMES = 40  # how much longer than a save the time between two is
 LOOK = 8  # steps after which it is known how long one takes
@@ -18,12 +19,14 @@ LOOK = 8  # steps after which it is known how long one takes
 def evaluations(steps: int, batch_rows: int, length: int, held_out: int) -> tuple[int, int]:
     """(steps between two evaluations, held-out rows of one): the same rows each time, whole batches or all.
 
-    Where the held-out rows are many for so short a run, a part of them is measured; `eyas eval` takes all.
+    Where the held-out rows are many for so short a run, a part of them is measured; `eyas eval` takes all. A
+    very short run is measured once, at its end.
     """
     if not held_out:
-        return -(-steps // _LEAST), 0
+        return -(-steps // _EXPORTS), 0
     budget = int(_SHARE * steps * batch_rows)
-    wanted = min(budget // _LEAST, _ENOUGH // length)
+    times = min(_MOST, max(1, budget * length // _FEW))
+    wanted = min(budget // times, _ENOUGH // length)
     rows = min(held_out, max(1, wanted // batch_rows) * batch_rows)
     return -(-steps // min(_MOST, max(1, budget // rows))), rows
 
