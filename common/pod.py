@@ -189,11 +189,6 @@ def require_same(value: dict[str, Any], what: str) -> None:
             raise error
 
 
-def any_of(flag: bool) -> bool:
-    """Whether `flag` is true on any process."""
-    return any(exchange(flag))
-
-
 @contextmanager
 def announced() -> Iterator[None]:
     """Around a whole stage: an error that leaves it on one process ends the others, wherever they are."""

@@ -160,11 +160,9 @@ def _bytes(shape: str, started: bool) -> int:
     return max(sizes, default=0) if started else sum(sizes)
 
 
-def work(text: str, trips: int = 1) -> Work:
-    """What one chip does in a program, given as the text of its optimised HLO; `trips`: how often loops run
-    whose length it does not say."""
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
+    """(the lines of every computation, the name of the one that is run)."""
     computations: dict[str, list[str]] = {}
-    shapes: dict[str, str] = {}
     entry, lines = "", []
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -172,7 +170,18 @@ def work(text: str, trips: int = 1) -> Work:
             entry = head[2] if head[1] else entry
         else:
             lines.append(line)
-            if found := _INSTRUCTION.match(_COMMENTS.sub("", line)):
-                shapes[found[1]] = found[2]
+    return computations, entry
+
+
+def work(text: str, trips: int = 1) -> Work:
+    """What one chip does in a program, given as the text of its optimised HLO; `trips`: how often loops run
+    whose length it does not say."""
+    computations, entry = computations_of(text)
+    shapes = {
+        found[1]: found[2]
+        for lines in computations.values()
+        for line in lines
+        if (found := _INSTRUCTION.match(_COMMENTS.sub("", line)))
+    }
     fused = {*_FUSED.findall(text), *_BESIDE.findall(text)}
     return _Program(computations, shapes, fused, trips).work(entry)

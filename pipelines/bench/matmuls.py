@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+from pipelines.bench.hlo import computations_of
+
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _COMMENTS = re.compile(r"/\*.*?\*/|(?<=\])\{[^}]*\}")  # and layouts
@@ -21,7 +22,7 @@ class Matmul:
 
 def matmuls(text: str) -> list[Matmul]:
     """Those of a program, given as the text of its optimised HLO; of a `conditional` all branches."""
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     shapes = {m[1]: m[2] for m in map(_INSTRUCTION.match, _COMMENTS.sub("", text).splitlines()) if m}
     known: dict[str, list[Matmul]] = {}
 
@@ -57,16 +58,3 @@ def _dot_flops(result: str, line: str, shapes: dict[str, str]) -> float:
     for at in summed:
         size *= dims[int(at)]
     return size
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(the lines of every computation, the name of the one that is run)."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if head := _HEAD.match(line):
-            lines = computations[head[2]] = []
-            entry = head[2] if head[1] else entry
-        else:
-            lines.append(line)
-    return computations, entry

@@ -188,20 +188,8 @@ def told(tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        config = TrainConfig(
-            store=small_store.write_store(str(folder / "store")),
-            out=str(folder / "out"),
-            steps=7,
-            batch_rows=4,
-            ttt_steps=2,
-            draft_vocab=32,
-            learning_rate=3e-2,
-            log_every=2,
-            eval_every=3,
-            save_every=3,
-            init="normal",
-            log_to=HERE,
-        )
+        store = small_store.write_store(str(folder / "store"))
+        config = small_store.short_run(store, str(folder / "out"), log_to=HERE)
         for step in (2, 5):
             stopped_at(step, config, patch)
         run(config)

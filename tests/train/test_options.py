@@ -12,7 +12,7 @@ from pipelines.compare import runs
 from tests.train import small_store
 from tests.train.test_run import assert_same_run, weights_of
 from train import evaluate
-from train.config import EvaluateConfig, TrainConfig
+from train.config import EvaluateConfig
 from train.plan import make_plan
 from train.run import run
 
@@ -21,18 +21,13 @@ from train.run import run
 def config(tmp_path_factory):
     """Everything that the optimiser keeps beside the weights; six steps."""
     folder = tmp_path_factory.mktemp("options")
-    return TrainConfig(
-        store=small_store.write_store(str(folder / "store")),
-        out=str(folder / "whole"),
+    return small_store.short_run(
+        small_store.write_store(str(folder / "store")),
+        str(folder / "whole"),
         steps=6,
         batch_rows=2,
-        ttt_steps=2,
-        draft_vocab=32,
-        learning_rate=3e-2,
         log_every=1,
-        eval_every=3,
         save_every=2,
-        init="normal",
         optimizer="muon",
         ema=0.9,
         schedule="wsd",

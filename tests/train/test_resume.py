@@ -18,7 +18,7 @@ from tests.train import small_store
 from tests.train.served import read_tensors
 from train import together
 from train.plan import make_plan
-from train.run import TrainConfig, run
+from train.run import run
 from train.state import Saved, claimed
 from train.trainer import Trainer
 
@@ -34,19 +34,7 @@ def told_once(capfd):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("resume")
-    return TrainConfig(
-        store=small_store.write_store(str(place / "store")),
-        out=str(place / "whole"),
-        steps=7,
-        batch_rows=4,
-        ttt_steps=2,
-        draft_vocab=32,
-        learning_rate=3e-2,
-        log_every=2,
-        eval_every=3,
-        save_every=3,
-        init="normal",
-    )
+    return small_store.short_run(small_store.write_store(str(place / "store")), str(place / "whole"))
 
 
 @pytest.fixture(scope="module")

@@ -36,19 +36,7 @@ HOLD = (
 
 
 def config_of(folder: str) -> TrainConfig:
-    return TrainConfig(
-        store=f"{folder}/store",
-        out=f"{folder}/out",
-        steps=7,
-        batch_rows=4,
-        ttt_steps=2,
-        draft_vocab=32,
-        learning_rate=3e-2,
-        log_every=2,
-        eval_every=3,
-        save_every=3,
-        init="normal",
-    )
+    return small_store.short_run(f"{folder}/store", f"{folder}/out")
 
 
 def fetched(url: str, folder: str) -> str:

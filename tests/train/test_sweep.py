@@ -18,7 +18,6 @@ from common.store import Store
 from tests.train import small_store
 from tests.train.served import read_tensors
 from train import sweep, together
-from train.config import TrainConfig
 from train.evaluate import Evaluator, score_all
 from train.heads.eagle3 import Eagle3
 from train.order import order
@@ -32,19 +31,8 @@ from train.trainer import Trainer
 @pytest.fixture(scope="module")
 def common(tmp_path_factory):
     place = tmp_path_factory.mktemp("sweep")
-    return TrainConfig(
-        store=small_store.write_store(str(place / "store")),
-        out=str(place / "alone"),
-        steps=6,
-        batch_rows=4,
-        ttt_steps=2,
-        draft_vocab=32,
-        learning_rate=3e-2,
-        log_every=1,
-        eval_every=3,
-        save_every=2,
-        init="normal",
-    )
+    store = small_store.write_store(str(place / "store"))
+    return small_store.short_run(store, str(place / "alone"), steps=6, log_every=1, save_every=2)
 
 
 def configs_of(common, out, **different):
