@@ -23,9 +23,10 @@ from common.config import knobs
 from common.errors import EyasError, MachineError
 from common.stopping import Stopped
 from dump.config import DumpConfig, PrepareConfig
-from pipelines import cli
+from pipelines import cli, recipes
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.same_target import require_same_target
+from pipelines.verbs.shared import configure
 from tests.dump import chats, tiny
 from train.config import EvaluateConfig, TrainConfig
 
@@ -115,9 +116,9 @@ def test_a_value_that_a_field_cannot_have_is_refused(command, message):
 
 
 def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_the_default():
-    recipe = cli.recipes.load("qwen3-32b")
+    recipe = recipes.load("qwen3-32b")
     given = {"model": "m", "store": "s", "tp": 4, "topk": None}
-    config = cli.configure(DumpConfig, recipe, "dump", given)
+    config = configure(DumpConfig, recipe, "dump", given)
     assert (config.tp, config.dp, config.topk) == (4, 16, 64)
 
 
@@ -226,7 +227,7 @@ def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, r
     def fail(name):
         raise raised
 
-    monkeypatch.setattr(cli.recipes, "load", fail)
+    monkeypatch.setattr(recipes, "load", fail)
     assert refused(invoke("targets"), code).startswith(text)
 
 
@@ -239,12 +240,12 @@ def test_what_fails_while_a_stage_is_stopped_has_an_exit_code_of_its_own(monkeyp
         except KeyboardInterrupt:
             raise MachineError("x/state: the disk is full") from None
 
-    monkeypatch.setattr(cli.recipes, "load", fail)
+    monkeypatch.setattr(recipes, "load", fail)
     assert refused(invoke("targets"), 1) == "Error: x/state: the disk is full"
 
 
 def test_an_error_of_our_own_is_not_dressed_up_as_the_users(monkeypatch):
-    monkeypatch.setattr(cli.recipes, "names", lambda: 1 / 0)
+    monkeypatch.setattr(recipes, "names", lambda: 1 / 0)
     assert isinstance(invoke("targets").exception, ZeroDivisionError)
 
 
@@ -312,7 +313,7 @@ def test_a_store_of_another_model_is_refused(dumped, place):
     with pytest.raises(EyasError, match="holds features of another model"):
         require_same_target(dumped, other, None)
     with pytest.raises(EyasError, match=r"another model \(model: layers 8\) than llama-3.1-8b \(layers 32\)"):
-        require_same_target(dumped, "llama-3.1-8b", cli.recipes.load("llama-3.1-8b"))
+        require_same_target(dumped, "llama-3.1-8b", recipes.load("llama-3.1-8b"))
     require_same_target(dumped, str(place / "model"), None)
 
 
