@@ -14,8 +14,8 @@ from common.progress import note
 from common.stopping import Stop, stopped
 from train import together
 from train.config import TrainConfig
+from train.experiment import claimed
 from train.plan import Plan, make_plan
-from train.state import claimed
 from train.trainer import Trainer
 
 __all__ = ["TrainConfig", "run"]

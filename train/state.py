@@ -1,38 +1,27 @@
-"""What a run has on disk, and what is read of it again: experiment.json, state/ and metrics.jsonl."""
+"""state/ of a run: what is saved to continue from, and how it is read again."""
 
 import inspect
-import io
 import json
 import logging
 import os
-import shlex
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
-from typing import Any, BinaryIO
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from common import pod, schema, storage, strict_json
-from common.config import differences, to_json
+from common import schema, storage
 from common.errors import EyasError, MachineError
 from common.library_errors import explained, is_librarys, is_refusal, library_errors
-from common.lock import FILE as LOCK
-from common.lock import locked
 from common.schema import Count, Crc32, TypedDict
-from train.plan import FILE, Plan
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before
-
-
-class _Experiment(TypedDict):
-    identity: dict[str, Any]
 
 
 class _Evaluation(TypedDict):
@@ -48,67 +37,6 @@ class _Noted(TypedDict):
     best: _Evaluation | None
     last: _Evaluation
     crc32: Crc32  # of the others, and the step
-
-
-@contextmanager
-def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Holds the plan's folder, for this pod alone, with the plan in its experiment.json.
-
-    Yields a check, for the first process, that raises EyasError once another one has it.
-
-    EyasError if another process is at work there, the folder holds another experiment or anything else, or
-    it is not the same folder on all hosts.
-    """
-    with ExitStack() as held:
-        check: Callable[[], None] = lambda: None  # noqa: E731
-        with pod.together():
-            if pod.is_first():
-                check = held.enter_context(_claimed(plan))
-        with pod.together():
-            if not pod.is_first() and not require_own(plan):
-                raise EyasError(
-                    f"{plan.config.out} is not the same folder on every host; name a gs:// prefix, or a "
-                    "folder that the hosts share"
-                )
-        yield check
-
-
-@contextmanager
-def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
-    out = plan.config.out
-    require_own(plan)
-    with locked(out) as require_ours:
-        if not require_own(plan):
-            names = ("eyas", "jax", "jaxlib", "optax", "numpy")
-            storage.write_json(
-                storage.join(out, FILE),
-                {
-                    "identity": plan.identity,
-                    "config": to_json(plan.config),
-                    "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                    "versions": {name: version(name) for name in names},
-                },
-            )
-        yield require_ours
-
-
-def require_own(plan: Plan) -> bool:
-    """Whether the folder has this plan's experiment already. EyasError if it has anything else."""
-    out = plan.config.out
-    place = storage.join(out, FILE)
-    if not storage.exists(place):
-        foreign = [n for n in storage.list_names(out) if n != LOCK and not storage.is_partial(n)]
-        if foreign:
-            raise EyasError(f"{out} already holds {foreign[0]}; name a new or an empty folder")
-        return False
-    found = schema.read(_Experiment, place, "restore the file, or name a new folder")
-    different = differences(found["identity"], plan.identity)
-    if different:
-        raise EyasError(
-            f"{out} holds another experiment: {'; '.join(different[:5])}; use the same options to continue "
-            "it, or name a new folder"
-        )
-    return True
 
 
 @jax.jit
@@ -278,66 +206,3 @@ class Saved:
         """`finish`, and no more."""
         with self._writing():
             self._manager.close()
-
-
-class Lines:
-    """metrics.jsonl, a JSON object a line. Lines beyond `step`, and evaluations beyond step `measured`, are
-    dropped: the run that wrote them was killed, and they come again.
-
-    An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
-    are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with. Of
-    several processes the first one writes. `before`: the lines that were there.
-    """
-
-    def __init__(self, out: str, step: int, measured: int):
-        """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
-        self._url = storage.join(out, "metrics.jsonl")
-        self._unwritten = False
-        self._file: BinaryIO = io.BytesIO()
-        self.before: list[dict[str, Any]] = []
-        if not pod.is_first():
-            return
-        kept: list[bytes] = []
-        if storage.exists(self._url):
-            lines = storage.read_bytes(self._url).splitlines(keepends=True)
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    continue
-                found = self._parse(line, number)
-                if found["step"] <= (measured if "evaluation" in found else step):
-                    kept.append(line)
-                    self.before.append(found)
-        storage.write_bytes(self._url, b"".join(kept))
-        if storage.is_remote(self._url):
-            self._file.write(b"".join(kept))
-            return
-        with library_errors(self._url):
-            self._file = open(storage.local_path(self._url), "ab")  # noqa: SIM115
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        where, advice = f"{self._url}, line {number}", "mend or delete that line: the weights do not need it"
-        return schema.check(_Evaluation, strict_json.parse(line, where), where, advice)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Appends one line, on a disk at once."""
-        self._unwritten = pod.is_first()
-        with library_errors(self._url):
-            self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-            self._file.flush()
-
-    def flush(self) -> None:
-        """Waits until every line is on disk or in the bucket; one that refused them is not asked again."""
-        unwritten, self._unwritten = self._unwritten, False
-        if isinstance(self._file, io.BytesIO):
-            if unwritten:
-                storage.write_bytes(self._url, self._file.getvalue())
-            return
-        with library_errors(self._url):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """No more lines. Those of a run that ends by an error are kept where that can be done."""
-        with suppress(EyasError):
-            self.flush()
-        with suppress(OSError):  # what the disk refused, which was told, is tried once more
-            self._file.close()

@@ -21,11 +21,11 @@ from common.stopping import Stop, stopped
 from common.storage import require_room
 from train import together
 from train.config import TrainConfig
+from train.experiment import claimed, require_own
 from train.plan import FILE as EXPERIMENT
 from train.plan import Plan, make_plan, room
 from train.run import SMALLER
 from train.source import Source
-from train.state import claimed, require_own
 from train.stream import Stream
 from train.trainer import Trainer, is_done
 

@@ -24,11 +24,12 @@ from train.evaluate import Evaluator
 from train.export import export, target_identity
 from train.logs import Logs
 from train.metrics import LENGTH, better
+from train.metrics_file import Lines
 from train.noise import noised
 from train.pace import LOOK, Saving
 from train.plan import Plan
 from train.sample import Sample, empty
-from train.state import Lines, Saved
+from train.state import Saved
 from train.step import Metrics, State, gradient, train_step
 
 

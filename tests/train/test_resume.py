@@ -17,9 +17,10 @@ from common.lock import locked
 from tests.train import small_store
 from tests.train.served import read_tensors
 from train import together
+from train.experiment import claimed
 from train.plan import make_plan
 from train.run import run
-from train.state import Saved, claimed
+from train.state import Saved
 from train.trainer import Trainer
 
 

@@ -1,0 +1,82 @@
+"""Who may work in a run's folder: one pod, on the experiment that experiment.json says."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from common import pod, schema, storage
+from common.config import differences, to_json
+from common.errors import EyasError
+from common.lock import FILE as LOCK
+from common.lock import locked
+from common.schema import TypedDict
+from train.plan import FILE, Plan
+
+
+class _Experiment(TypedDict):
+    identity: dict[str, Any]
+
+
+@contextmanager
+def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
+    """Holds the plan's folder, for this pod alone, with the plan in its experiment.json.
+
+    Yields a check, for the first process, that raises EyasError once another one has it.
+
+    EyasError if another process is at work there, the folder holds another experiment or anything else, or
+    it is not the same folder on all hosts.
+    """
+    with ExitStack() as held:
+        check: Callable[[], None] = lambda: None  # noqa: E731
+        with pod.together():
+            if pod.is_first():
+                check = held.enter_context(_claimed(plan))
+        with pod.together():
+            if not pod.is_first() and not require_own(plan):
+                raise EyasError(
+                    f"{plan.config.out} is not the same folder on every host; name a gs:// prefix, or a "
+                    "folder that the hosts share"
+                )
+        yield check
+
+
+@contextmanager
+def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
+    out = plan.config.out
+    require_own(plan)
+    with locked(out) as require_ours:
+        if not require_own(plan):
+            names = ("eyas", "jax", "jaxlib", "optax", "numpy")
+            storage.write_json(
+                storage.join(out, FILE),
+                {
+                    "identity": plan.identity,
+                    "config": to_json(plan.config),
+                    "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                    "versions": {name: version(name) for name in names},
+                },
+            )
+        yield require_ours
+
+
+def require_own(plan: Plan) -> bool:
+    """Whether the folder has this plan's experiment already. EyasError if it has anything else."""
+    out = plan.config.out
+    place = storage.join(out, FILE)
+    if not storage.exists(place):
+        foreign = [n for n in storage.list_names(out) if n != LOCK and not storage.is_partial(n)]
+        if foreign:
+            raise EyasError(f"{out} already holds {foreign[0]}; name a new or an empty folder")
+        return False
+    found = schema.read(_Experiment, place, "restore the file, or name a new folder")
+    different = differences(found["identity"], plan.identity)
+    if different:
+        raise EyasError(
+            f"{out} holds another experiment: {'; '.join(different[:5])}; use the same options to continue "
+            "it, or name a new folder"
+        )
+    return True
