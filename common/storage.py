@@ -1,4 +1,4 @@
-"""Files and folders by path or URL (fsspec): checked reads, atomic writes, room.
+"""Files and folders by path or URL (fsspec): checked reads, atomic writes of files, room.
 
 A join cannot leave its folder. Every file is written whole or not at all, and every library's error is one
 line (see library_errors.py).
@@ -23,9 +23,8 @@ from tqdm import tqdm
 from common import strict_json
 from common.errors import EyasError
 from common.library_errors import library_errors
-from common.progress import note
 
-_PARTIAL = ".partial"  # how the name of a file that is being written ends
+PARTIAL = ".partial"  # how the name of a file that is being written ends
 _BEGIN_SECONDS = 60.0  # after which who has made a file has locked it
 _TIMEOUT = 30.0  # seconds for a server to connect, or to go on answering; gcsfs tries six times
 _ONE_SLASH = re.compile(r"(gs|gcs|s3|hf|https?|file):/(?!/)")
@@ -178,7 +177,7 @@ def write_pieces(url: str, pieces: Iterable[bytes]) -> None:
 def _write_local(path: str, pieces: Iterable[bytes]) -> None:
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_PARTIAL)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             _lock(handle)  # until the file has its name
@@ -213,7 +212,7 @@ def remove_partial(folder: str) -> None:
 
 def is_partial(name: str) -> bool:
     """Whether a file or folder of that name is being written, or was left by a writer that was killed."""
-    return name.startswith(".") and name.endswith(_PARTIAL)
+    return name.startswith(".") and name.endswith(PARTIAL)
 
 
 def _remove_dead(folder: str, start: str) -> None:
@@ -279,113 +278,3 @@ def require_room(url: str, need: int, what: str, advice: str) -> None:
             f"{what} need {tqdm.format_sizeof(need, 'B')}, the disk of {url} has "
             f"{tqdm.format_sizeof(free, 'B')} left; {advice}"
         )
-
-
-def write_folder(folder: str, files: dict[str, bytes], mark: str = "architectures") -> None:
-    """Makes `folder` hold `files` ({name: content}). The last one, a JSON object, makes the folder whole.
-
-    A new folder appears at once. In an older one, every file is replaced in one step, the last one last; if
-    the last one changes, it is taken away before the others are replaced. So a reader who begins with it
-    finds a whole old folder, a whole new one, or none yet, and never a mixture. Local files are all on disk
-    before the first is replaced: a full disk leaves what was there. Other files of the folder stay.
-
-    EyasError, with nothing written, if `folder` is a file or somebody else's: it holds something, but no last
-    file with the same value of `mark`.
-    """
-    place = folder.rstrip("/") if is_remote(folder) else os.path.realpath(local_path(folder))
-    *others, last = files
-    if not is_remote(place) and os.path.isfile(place):
-        raise EyasError(f"{folder} is a file; name a folder")
-    if is_remote(place):
-        old = _last_file(place, last)
-        _refuse_foreign(folder, list_names(place), files, old, mark)
-        if old not in (None, files[last]):
-            _remove(join(place, last))
-        for name, content in files.items():
-            write_bytes(join(place, name), content)
-        return
-    parent, name = posixpath.split(place)
-    partial = f"{parent}/.{name}{_PARTIAL}"
-    with library_errors(folder), _alone(parent):
-        old = _last_file(place, last) or _last_file(partial, last)
-        _refuse_foreign(folder, list_names(place), files, old, mark)
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
-            for name, content in files.items():
-                write_bytes(join(partial, name), content)
-            _flush(partial)
-            _put(partial, place, [*others, last], old == files[last])
-            _flush(parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _alone(parent: str) -> Iterator[None]:
-    """Waits until no other process makes a folder in `parent`: two at once would make one of both."""
-    os.makedirs(parent, exist_ok=True)
-    handle = os.open(parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _last_file(folder: str, name: str) -> bytes | None:
-    place = join(folder, name)
-    return read_bytes(place) if exists(place) else None
-
-
-def _refuse_foreign(
-    folder: str, present: list[str], files: dict[str, bytes], old: bytes | None, mark: str
-) -> None:
-    """EyasError unless a folder that holds `present` is empty or an earlier one of the same kind."""
-    if not present:
-        return
-    *_, last = files
-    others = [name for name in present if name not in files]
-    if old is None or _marked(old, mark) != _marked(files[last], mark):
-        named = ", ".join((others or present)[:3])
-        raise EyasError(f"{folder} already holds {named}; name a new or an empty folder")
-    if others:
-        note(f"{folder} also holds {', '.join(others[:3])}, which stays as it is")
-
-
-def _marked(data: bytes, mark: str) -> Any:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return None
-    return value.get(mark) if isinstance(value, dict) else None
-
-
-def _put(new: str, place: str, names: list[str], same: bool) -> None:
-    """Moves the files `names` of the folder `new` to `place`; `same`: the last one is there already."""
-    if not os.path.exists(place) or not os.listdir(place):
-        os.replace(new, place)
-        return
-    last = os.path.join(place, names[-1])
-    if not same and os.path.exists(last):
-        os.unlink(last)
-        _flush(place)
-    for name in names:
-        os.replace(os.path.join(new, name), os.path.join(place, name))
-    _flush(place)
-
-
-def _remove(url: str) -> None:
-    fs, path = filesystem(url)
-    with library_errors(url):
-        fs.rm_file(path)
-
-
-def _flush(folder: str) -> None:
-    """Forces a folder's names to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

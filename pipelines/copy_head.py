@@ -1,6 +1,7 @@
 """A head's folder, checked against its target, is written to another place and checked there."""
 
 from common import storage
+from common.folders import write_folder
 from train.check_export import check
 
 _FILES = ("model.safetensors", "README.md", "config.json")  # the last one makes the folder whole
@@ -14,5 +15,5 @@ def copy_head(head: str, target_config: dict, out: str, servers: tuple[str, ...]
     """
     check(head, target_config, servers)
     names = [name for name in _FILES if storage.exists(storage.join(head, name))]
-    storage.write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
+    write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
     return [f"{out}: written and checked", *(f"  {line}" for line in check(out, target_config))]

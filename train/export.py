@@ -10,7 +10,8 @@ from safetensors.numpy import save
 
 from common import params as declared
 from common.errors import EyasError
-from common.storage import is_remote, local_path, write_folder
+from common.folders import write_folder
+from common.storage import is_remote, local_path
 from common.store import Store, tensor_file
 from train.draft_maps import vocabulary_maps
 from train.heads import Head
