@@ -14,7 +14,7 @@ _START = 2**31  # a fold of the key beyond those of parameters
 
 
 def start(
-    head: Head, mesh: Mesh, sample: Sample, lm_head_DH: jax.Array | None, init: str, seed: int
+    head: Head, mesh: Mesh, sample: Sample, lm_head_DH: jax.Array | None, init: str, seed: int | np.uint32
 ) -> Params:
     """A fresh head in float32: all N(0, 0.02) in units of its features ("normal"), with the target's rows as
     its output ("target"), or also with the sample's fit ("fitted"). The same arguments give the same head. An
@@ -28,6 +28,6 @@ def start(
         noise = initialise(head.parameters(), key)
         return head.start(noise, sample, lm_head_DH, jax.random.fold_in(key, _START))
 
-    given = sample, lm_head_DH, np.uint32(seed % 2**32)
+    given = sample, lm_head_DH, np.uint32(seed)
     where = placing.along(jax.eval_shape(made, *given), head.parameters(), mesh)
     return jax.jit(jax.sharding.auto_axes(made, out_sharding=where))(*given)

@@ -14,7 +14,7 @@ from train.batch import Batch
 _STREAM = 0x6E6F6973  # apart from what else a seed is for
 
 
-def noised(amount: float, seed: int, batch: Batch, step: jax.Array) -> Batch:
+def noised(amount: float, batch: Batch, seed: jax.Array, step: jax.Array) -> Batch:
     """The batch with every value of its aux states times 1 + amount * N(0, 1).
 
     The noise is a share of each value, because dimensions differ in size by thousands. It depends on seed,
@@ -22,17 +22,22 @@ def noised(amount: float, seed: int, batch: Batch, step: jax.Array) -> Batch:
     """
     if not amount:
         return batch
-    apply = partial(_noised, amount, seed)
+    apply = partial(_noised, amount)
     where = jax.typeof(batch.aux_hidden).sharding
     if not where.mesh.empty:
         apply = jax.sharding.auto_axes(apply, out_sharding=where)
     return batch._replace(
-        aux_hidden=apply(batch.aux_hidden, batch.aux_scale, batch.row, step), aux_scale=None
+        aux_hidden=apply(batch.aux_hidden, batch.aux_scale, batch.row, seed, step), aux_scale=None
     )
 
 
 def _noised(
-    amount: float, seed: int, stored: jax.Array, scale: jax.Array | None, row_B: jax.Array, step: jax.Array
+    amount: float,
+    stored: jax.Array,
+    scale: jax.Array | None,
+    row_B: jax.Array,
+    seed: jax.Array,
+    step: jax.Array,
 ) -> jax.Array:
     aux_BTAH = decode(stored, scale)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)

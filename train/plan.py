@@ -74,6 +74,11 @@ class Plan:
     def mesh(self) -> Mesh:
         return self.source.mesh
 
+    @property
+    def seed(self) -> np.uint32:
+        """The seed of the head and of noise, as programs take it."""
+        return np.uint32(self.config.seed)
+
     def shapes(self) -> Params:
         """ShapeDtypeStructs of the head's float32 parameters, as they lie on the mesh."""
         return shapes(placing.layout(self.head.parameters(), self.mesh), jnp.float32, self.mesh)
@@ -93,7 +98,7 @@ class Plan:
             return jax.tree.map(placing.place, found, where)
         knows = c.init != "normal" or self.head.still()
         rows = self.source.rows_of(self.head.rows_of, self.draft_ids, self.dtype) if knows else None
-        return start(self.head, self.mesh, sample, rows, c.init, c.seed)
+        return start(self.head, self.mesh, sample, rows, c.init, self.seed)
 
     def optimizer(self, rate: optax.Schedule, sample: Sample) -> optax.GradientTransformation:
         """What trains the head, with the head's matrices in its units."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -25,11 +26,13 @@ _ALL = spec(())
 
 
 class State(NamedTuple):
-    """What training changes. `step` is the number of steps done, int32 []."""
+    """What training changes. `step` is the number of steps done, int32 []; `seed`, which stays, is data as
+    the units and rates of the optimiser are: one program serves all seeds."""
 
     params: Params
     optimizer: Any
     step: jax.Array
+    seed: Any = np.uint32(0)
 
 
 class Metrics(NamedTuple):
@@ -144,18 +147,18 @@ def gradient(
 def train_step(
     gradients_of: Callable,
     optimizer: optax.GradientTransformation,
-    changed: Callable[[Batch, jax.Array], Batch] = lambda batch, step: batch,
+    changed: Callable[[Batch, State], Batch] = lambda batch, state: batch,
 ) -> Callable[[State, Frozen, Batch], tuple[State, Metrics]]:
     """One optimiser step; to be jitted with the state donated. `changed` gives what of a batch is trained on
-    at a step."""
+    in a state."""
     with_loss = optax.with_extra_args_support(optimizer)
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
-        (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, changed(batch, state.step))
+        (loss, loss_K, acc_K), gradients = gradients_of(state.params, frozen, changed(batch, state))
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it; our own code runs under "strict"
             params, moments, norm = _updated(with_loss, state, gradients, loss)
         metrics = Metrics(loss, loss_K, acc_K, norm, *skipped(moments))
-        return State(params, moments, state.step + 1), metrics
+        return State(params, moments, state.step + 1, state.seed), metrics
 
     return step
 

@@ -121,17 +121,17 @@ class Trainer:
         if self._saved.step() is None:
             note(f"train: making a head ({plan.config.init})")
             sample = plan.sample()
-            made = plan.initial(sample), sample
+            made = plan.initial(sample), sample, plan.seed
             where = placing.along(jax.eval_shape(self._new_state, *made), declared, plan.mesh)
             return jax.jit(self._new_state, out_shardings=where)(*made)
-        like = jax.eval_shape(self._new_state, plan.shapes(), self._no_sample())
+        like = jax.eval_shape(self._new_state, plan.shapes(), self._no_sample(), plan.seed)
         state, noted = self._saved.restore(like, placing.along(like, declared, plan.mesh))
         self.best, self.last, self._seconds = noted["best"], noted["last"], noted["seconds"]
         note(f"train: continuing after step {int(state.step)} of {plan.steps}")
         return state
 
-    def _new_state(self, params: Params, sample: Sample) -> State:
-        return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0))
+    def _new_state(self, params: Params, sample: Sample, seed: jax.Array) -> State:
+        return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0), seed)
 
     def _no_sample(self) -> Sample:
         hidden = self._plan.store.features["target"]["hidden_size"]
@@ -181,7 +181,10 @@ class Trainer:
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
         rule = plan.optimizer(self._rate, self._no_sample())
-        changed = partial(noised, c.noise, c.seed)
+
+        def changed(batch: Batch, state: State) -> Batch:
+            return noised(c.noise, batch, state.seed, state.step)
+
         return jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
 
     @property

@@ -104,9 +104,9 @@ def test_noise_is_a_function_of_seed_step_and_row():
     names = dict.fromkeys(Batch._fields)
     batch = Batch(**names | {"aux_hidden": jnp.asarray(aux), "row": jnp.asarray([7, 2, 7], jnp.int32)})
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @partial(jax.jit, static_argnums=0)
     def noisy(amount, seed, step):
-        return noised(amount, seed, batch, step).aux_hidden
+        return noised(amount, batch, seed, step).aux_hidden
 
     found = np.asarray(noisy(0.1, 0, 3))
     np.testing.assert_array_equal(found[0], found[2])

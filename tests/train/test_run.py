@@ -11,9 +11,11 @@ import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from common import storage
 from common.errors import EyasError
@@ -315,7 +317,7 @@ def test_losses_that_are_not_finite_end_the_run(config, tmp_path):
 
 
 def test_a_skipped_step_takes_no_rate_of_the_schedule(config, tmp_path, monkeypatch):
-    def broken(amount, seed, batch, step):
+    def broken(amount, batch, seed, step):
         return batch._replace(aux_hidden=batch.aux_hidden * jnp.where(step == 1, jnp.nan, 1.0))
 
     monkeypatch.setattr("train.trainer.noised", broken)
@@ -369,3 +371,32 @@ def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, 
     refused(config, tmp_path, "rows are more than", steps=2**31 - 1)
     with pytest.raises(ValueError, match=r"epochs=1e.300 must be a number of at most 1000000"):
         replace(config, steps=None, epochs=1e300)
+
+
+@pytest.mark.slow
+def test_another_seed_compiles_nothing(config, tmp_path):
+    """What seeds decide is data of every program: of the start, of noise, of steps and of evaluations."""
+    there = {
+        "jax_compilation_cache_dir": str(tmp_path / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in there}
+
+    def keep(settings):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    def programs(seed):
+        short = {"steps": 2, "eval_every": 2, "noise": 0.1, "init": "fitted"}
+        run(replace(config, out=str(tmp_path / str(seed)), seed=seed, data_seed=seed, **short))
+        return {name for name in os.listdir(tmp_path / "programs") if name.endswith("-cache")}
+
+    keep(there)
+    try:
+        first = programs(3)
+        assert len(first) > 3
+        assert {name.split("-")[0] for name in programs(4) - first} == set()
+    finally:
+        keep(before)
