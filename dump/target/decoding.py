@@ -2,9 +2,9 @@
 
 `prefill` begins sequences, `step` continues them by a few tokens each, at positions of their own. Both are
 pure, of static shapes, and to be jitted by the caller with the cache donated. Whoever drafts gives a step the
-drafts as well and starts the next one behind those that were accepted.
+drafts as well and starts the next one behind those that were accepted; of a tree, `keep` moves them together.
 
-Dimensions: B sequences of the cache, S positions, b of them that begin, T and m tokens, A aux states.
+Dimensions: B sequences of the cache, S places, b of them that begin, T and m tokens, A aux states.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from common.cached_attention import Tree
 from common.errors import EyasError
 from dump.target.decoder import check_aux_layers, check_length, run_layers
 from dump.target.groups import group
@@ -69,14 +70,36 @@ def step(
     tokens_Bm: jax.Array,
     starts_B: jax.Array,
     aux_layers: tuple[int, ...] = (),
+    tree: Tree | None = None,
 ) -> Found:
     """(aux [B, m, A, H], last [B, m, H], cache) of the next tokens of all sequences, from positions `starts`
-    on.
+    on; of a tree that begins there, whose m tokens take as many places of the cache.
 
     A start is at most where the last pass over a sequence ended and at least where that one started: tokens
     of it that stand there or behind are forgotten.
     """
-    return _pass(cfg, weights, cache, tokens_Bm, Remembering(tokens_Bm, starts_B), aux_layers)
+    return _pass(cfg, weights, cache, tokens_Bm, Remembering(tokens_Bm, starts_B, tree=tree), aux_layers)
+
+
+def require_trees(cfg: TargetConfig) -> None:
+    """EyasError for a target whose layers keep a state, which goes along one sequence."""
+    if any(getattr(layer.attention, "recurrent", False) for layer in cfg.layers):
+        raise EyasError(
+            f"{cfg.architecture} has layers that keep a state, of which a tree would need one a branch; "
+            "draft a chain (--topk 1)"
+        )
+
+
+def keep(cache: Cache, starts_B: jax.Array, nodes_Bd: jax.Array) -> Cache:
+    """The cache behind a step over a tree of drafts: these of its nodes, ascending, stand in a row."""
+    rows_B1, count = jnp.arange(len(starts_B), dtype=jnp.int32)[:, None], nodes_Bd.shape[1]
+    to_Bd = starts_B[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+    def moved(x_RBS: jax.Array) -> jax.Array:
+        found = x_RBS[:, rows_B1, starts_B[:, None] + nodes_Bd]
+        return x_RBS.at[:, rows_B1, to_Bd].set(found, mode="drop")
+
+    return jax.tree.map(moved, cache)
 
 
 def _pass(cfg, weights, cache, tokens_BT, context: Remembering, aux_layers: tuple[int, ...]) -> Found:

@@ -9,6 +9,7 @@ value, H hidden size. The projections hold, key head by key head, [q D, k D, v G
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ _UNIT_EPS = 1e-6  # of the keys' and queries' normalisation
 class DeltaNet:
     """A linear attention layer."""
 
+    recurrent: ClassVar[bool] = True  # what it remembers is a state, not one entry a position
     hidden: int
     key_heads: int
     value_heads: int

@@ -108,7 +108,7 @@ class Mla:
             return latent_BS1X, latent_BS1X[..., :C]
 
         length = context.cache["latent"].shape[2]
-        mixed_BmNC = attend_to_cache(q_BmNX, read, length, context.positions_BT, self.scale)
+        mixed_BmNC = attend_to_cache(q_BmNX, read, length, context.new, self.scale)
         return einsum("bmnc,nec->bmne", mixed_BmNC, w_NXC[:, P:]).astype(mixed_BmNC.dtype)
 
     def _queries(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:

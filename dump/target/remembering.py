@@ -4,7 +4,7 @@ A cache is {name: array [R, B, ...]}: a name is "g.p.LOCAL", as a weight's is, R
 sequences. LOCAL names what the attention of the layer declares in `remembers`: keys and values by position
 [S, ...], or a state that changes.
 
-Dimensions: b of the cache's B sequences, T positions of the pass, S of the cache.
+Dimensions: b of the cache's B sequences, T positions of the pass, S places of the cache.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from common.cached_attention import attend_to_cache
+from common.cached_attention import New, Tree, attend_to_cache
 from dump.target.spec import Context
 
 Past = Callable[[jax.Array, int], jax.Array]
-"""(start, S) -> what is remembered [B, S, ...] of the positions from `start` on."""
+"""(start, S) -> what is remembered [B, S, ...] in the places from `start` on."""
 
 
 class Remembering(Context):
@@ -24,7 +24,8 @@ class Remembering(Context):
 
     `starts_b`: position of each sequence's first token. `lengths_b`: where sequences begin with this pass,
     how many of its tokens are theirs; the others only fill the batch. None: they go on behind what the cache
-    holds. `slots_b`: which of the cache's sequences they are, None for all of them, in order.
+    holds. `slots_b`: which of the cache's sequences they are, None for all of them, in order. `tree`: the
+    tokens are one, all of its places are theirs; None: a sequence.
     """
 
     def __init__(
@@ -33,21 +34,25 @@ class Remembering(Context):
         starts_b: jax.Array,
         lengths_b: jax.Array | None = None,
         slots_b: jax.Array | None = None,
+        tree: Tree | None = None,
     ):
         b, T = tokens_bT.shape
         offsets_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        self.new = New.behind(starts_b, T)
+        if tree is not None:
+            self.new = self.new._replace(positions_Bm=starts_b[:, None] + tree.depths_BM, tree=tree)
         self.starts_b, self.lengths_b = starts_b, lengths_b
         self.slots_b = jnp.arange(b, dtype=jnp.int32) if slots_b is None else slots_b
         own_bT = offsets_1T < (T if lengths_b is None else lengths_b[:, None])
         segments_bT = jnp.broadcast_to(own_bT.astype(jnp.int32), (b, T))
-        super().__init__(segments_bT, starts_b[:, None] + offsets_1T, None)
+        super().__init__(segments_bT, self.new.positions_Bm, None)
 
     def remember(self, name: str, x_bTX: jax.Array) -> Past | None:
-        """Writes what is new at its positions; returns what reads all positions, None where all is new.
+        """Writes what is new to its places; returns what reads all places, None where all is new.
 
         What lies behind the cache's end is not written.
         """
-        place = (self.repeat, self.slots_b[:, None], self.positions_BT)
+        place = (self.repeat, self.slots_b[:, None], self.new.places_Bm)
         held = self.cache[name].at[place].set(x_bTX.astype(self.cache[name].dtype), mode="drop")
         self.cache = self.cache | {name: held}
         if self.lengths_b is not None:
@@ -78,4 +83,4 @@ class Remembering(Context):
             return keys(start, size), values(start, size)
 
         length = self.cache["k"].shape[2]
-        return attend_to_cache(q_BTNd, read, length, self.positions_BT, scale, window, sinks_N)
+        return attend_to_cache(q_BTNd, read, length, self.new, scale, window, sinks_N)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import cached_attention
-from common.cached_attention import attend_to_cache
+from common.cached_attention import New, Tree, attend_to_cache
 
 B, M, N, J, D, E, LENGTH = 3, 2, 4, 2, 8, 5, 21
 SCALE = 0.4
@@ -24,12 +24,12 @@ def arrays():
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def attended(q, k, v, starts, **form):
+def attended(q, k, v, starts, tree=None, **form):
     def read(start, size):
         return tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, 1) for x in (k, v))
 
-    positions = jnp.asarray(starts)[:, None] + jnp.arange(M, dtype=jnp.int32)[None]
-    return np.asarray(attend_to_cache(jnp.asarray(q), read, LENGTH, positions, SCALE, **form))
+    new = New.behind(jnp.asarray(starts), q.shape[1]) if tree is None else tree
+    return np.asarray(attend_to_cache(jnp.asarray(q), read, LENGTH, new, SCALE, **form))
 
 
 def plain(q, k, v, starts, window=None, sinks_N=None, softcap=None):
@@ -60,3 +60,27 @@ def test_a_sequence_gets_the_same_bits_whatever_stands_beside_it():
     together = attended(q, k, v, STARTS, window=6)
     others = np.where(np.arange(B) == 2, STARTS, 0).astype(np.int32)
     np.testing.assert_array_equal(attended(q, k, v, others, window=6)[2], together[2])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_branch_of_a_tree_gets_what_it_gets_alone(window):
+    """A root with two branches of two: each place sees those that lead to it, wherever the others lie."""
+    rng = np.random.default_rng(1)
+    starts, parents = np.array([14, 0, 7], np.int32), (0, 0, 0, 2, 1)
+    nodes = len(parents)
+    q, k, v = rng.normal(size=(B, nodes, N, D)), *(rng.normal(size=(B, LENGTH, J, x)) for x in (D, E))
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    paths = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 1, 4]]
+    sees = np.array([[node in path for node in range(nodes)] for path in paths])
+    depths = np.repeat([[len(path) - 1 for path in paths]], B, 0).astype(np.int32)
+    places = starts[:, None] + np.arange(nodes, dtype=np.int32)
+    tree = Tree(jnp.asarray(starts), jnp.asarray(depths), jnp.repeat(jnp.asarray(sees)[None], B, 0))
+    new = New(jnp.asarray(starts[:, None] + depths), jnp.asarray(places), tree)
+    found = attended(q, k, v, starts, new, window=window)
+    for node, path in enumerate(paths):
+        moved = [x.copy() for x in (k, v)]
+        for at, place in enumerate(path):
+            for x, y in zip(moved, (k, v), strict=True):
+                x[np.arange(B), starts + at] = y[np.arange(B), starts + place]
+        alone = attended(q[:, node : node + 1], *moved, starts + len(path) - 1, window=window)
+        np.testing.assert_allclose(found[:, node], alone[:, 0], rtol=1e-5, atol=1e-6)

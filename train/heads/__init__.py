@@ -1,6 +1,7 @@
 """Kinds of draft heads. Each is one package behind one protocol; nothing else knows what is inside.
 
-Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py).
+Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py). Of
+decoding: B sequences, m indices of each, A aux states.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import jax
 
+from common.cached_attention import New
 from common.errors import EyasError
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
@@ -81,6 +83,30 @@ class Head(Protocol):
 
     def rollout(self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
         """The states [K, C, H] of the live indices that `output` turns into logits."""
+        ...
+
+    def ready(self, params: Params, dtype: Any) -> Any:
+        """The parameters as `begin` and `step` take them, made once for all steps."""
+        ...
+
+    def empty_cache(self, sequences: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+        """What sequences of up to `length` places leave to later steps, [..., B, ...] with B as axis 1."""
+        ...
+
+    def begin(self, ready: Any, aux_BmAH: jax.Array) -> jax.Array:
+        """The states [B, m, H] that the first steps at indices take, from the target's aux states there."""
+        ...
+
+    def step(
+        self,
+        ready: Any,
+        cache: dict[str, jax.Array],
+        embedded_BmH: jax.Array,
+        state_BmH: jax.Array,
+        new: New,
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(states that the next steps take, states that `output` turns into logits, cache). What is embedded
+        is the token behind an index; the logits are of the one behind that."""
         ...
 
     def tensors(self) -> dict[str, str]:

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Self
 
 import jax
 
+from common.cached_attention import New
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import card, published, rollout, serving, sizes, start
+from train.heads.eagle3 import block, cached, card, published, rollout, serving, sizes, start
 from train.sample import Sample
 from train.serving_config import Limit
 
@@ -62,6 +63,26 @@ class Eagle3(sizes.Sizes):
 
     def rollout(self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
         return rollout.rollout(self, params, frozen, batch, steps, dtype)
+
+    def ready(self, params: Params, dtype: Any) -> tuple[Params, Params]:
+        return block.weights(self, params, dtype)
+
+    def empty_cache(self, sequences: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+        return cached.empty_cache(self, sequences, length, dtype)
+
+    def begin(self, ready: tuple[Params, Params], aux_BmAH: jax.Array) -> jax.Array:
+        B, m, *sizes = aux_BmAH.shape
+        return block.fused(self, ready[0], aux_BmAH.reshape(B * m, *sizes)).reshape(B, m, -1)
+
+    def step(
+        self,
+        ready: tuple[Params, Params],
+        cache: dict[str, jax.Array],
+        embedded_BmH: jax.Array,
+        state_BmH: jax.Array,
+        new: New,
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        return cached.step(self, ready, cache, embedded_BmH, state_BmH, new)
 
     def tensors(self) -> dict[str, str]:
         return serving.tensors(self)
