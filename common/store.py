@@ -12,29 +12,25 @@ A block without its commit marker does not exist. `common/store_writer.py` write
 checks all.
 """
 
-import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 import tensorstore as ts
 
 from common import kept_rows, safetensors, storage, zarr
+from common.checked import Checked
 from common.config import digest
-from common.errors import DamagedError, EyasError, MachineError
+from common.errors import DamagedError, EyasError
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, read_manifest, read_marker
 from common.row_cache import RowCache
 
-Value = TypeVar("Value")
 _MARKER = re.compile(r"(\d{6,})\.json")
 _ANEW = "which writes it anew"
 _READERS = 32  # small files read at once
@@ -55,11 +51,6 @@ def tensor_file(tensor: str) -> str:
     return f"{tensor}.safetensors"
 
 
-def sha256(data: bytes) -> str:
-    """The sum of a file, as the manifest has it."""
-    return hashlib.sha256(data).hexdigest()
-
-
 class Store:
     """A feature store opened for reading. Whatever is wrong with it is an EyasError; no number is made up."""
 
@@ -70,6 +61,7 @@ class Store:
         self.rows: int = manifest["rows"]["rows"]
         self.length: int = manifest["rows"]["length"]
         self._cache, self._prefix = cache, self.hash[:32]
+        self._checked = Checked(self.url, self._prefix, cache)
         self._open: dict[str, ts.TensorStore] = {}
         self._known: set[int] = set()  # blocks whose markers were read
         self._block_sums: dict[str, np.ndarray] = {}  # their sums, uint32 [R]
@@ -124,7 +116,7 @@ class Store:
         """A block's commit marker; EyasError if another manifest was in force when it was written."""
         place, arrays = self.marker_place(block), list(self.features["arrays"])
         rows = self.block_range(block)
-        return self._twice(lambda: read_marker(place, self.hash, block, rows, arrays))
+        return self._checked.twice(lambda: read_marker(place, self.hash, block, rows, arrays))
 
     def commits(self, blocks: set[int] | None = None) -> list[dict[str, Any]]:
         """The commit markers of `blocks`, or of all that are committed, in the order of the blocks."""
@@ -144,38 +136,6 @@ class Store:
         if name not in self._block_sums:
             self._block_sums.setdefault(name, np.zeros(self.rows, np.uint32))  # several threads read
         return self._block_sums[name]
-
-    def _twice(self, fetch: Callable[[], Value]) -> Value:
-        """What `fetch` gives. From a bucket it is fetched once more if it came damaged: what is stored may be
-        whole."""
-        try:
-            return fetch()
-        except MachineError:
-            raise
-        except EyasError:
-            if not storage.is_remote(self.url):
-                raise
-        return fetch()
-
-    def _file(self, place: str, wanted: str, damaged: str) -> bytes:
-        """A file with this sha256; DamagedError of that text if it has another."""
-
-        def fetch() -> bytes:
-            data = storage.read_bytes(place)
-            if sha256(data) != wanted:
-                raise DamagedError(damaged)
-            return data
-
-        if self._cache is None:
-            return self._twice(fetch)
-        key = f"{self._prefix}/files/{wanted}"
-        data = self._cache.read(key)
-        if data is None or sha256(data) != wanted:
-            if data is not None:
-                self._cache.drop(key)
-            data = self._twice(fetch)
-            self._cache.write(key, data)
-        return data
 
     def require_complete(self) -> None:
         """EyasError unless every block has a commit marker."""
@@ -218,17 +178,7 @@ class Store:
         return self._row_sums
 
     def _table(self, name: str, columns: dict[str, pa.DataType], whole: bool = False) -> pa.Table:
-        """These columns of a file of `rows.files`, of types that fit into these; all, if `whole`."""
-        place = f"{self.url}/{name}"
-        damaged = f"{place} is damaged: it is not the file that the manifest names; prepare a new store"
-        data = self._file(place, self.manifest["rows"]["files"][name], damaged)
-        try:
-            table = pyarrow.parquet.read_table(io.BytesIO(data), columns=None if whole else list(columns))
-            table.select(list(columns)).cast(pa.schema(columns))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise EyasError(f"{place} is not what prepare writes ({reason}); prepare a new store") from None
-        return table
+        return self._checked.table(name, self.manifest["rows"]["files"][name], columns, whole)
 
     def split_rows(self, split: str) -> np.ndarray:
         """The rows of "train" or "test", int64 ascending; a row belongs to one split."""
@@ -240,7 +190,9 @@ class Store:
     def token_counts(self) -> np.ndarray:
         """How often each token is counted (loss mask 1) in the train split, int64 [V]."""
         rows = self.manifest["rows"]
-        return self._whole("rows", "token_counts", rows["arrays"]["token_counts"], rows["token_counts_crc32"])
+        return self._checked.array(
+            "rows/token_counts", rows["arrays"]["token_counts"], rows["token_counts_crc32"]
+        )
 
     def draft_ids(self) -> np.ndarray | None:
         """The ids behind draft_logits, int32 [N] ascending; None where the codec is not `draft`."""
@@ -248,23 +200,7 @@ class Store:
         if codec["name"] != "draft":
             return None
         described = zarr.describe((codec["size"],), np.dtype(np.int32))
-        return self._whole("features", "draft_ids", described, codec["ids_crc32"])
-
-    def _whole(self, folder: str, name: str, described: dict[str, Any], crc32: int) -> np.ndarray:
-        """An array that is read whole and has one sum."""
-        return self._twice(lambda: self._read_whole(f"{self.url}/{folder}/{name}", described, crc32))
-
-    def _read_whole(self, place: str, described: dict[str, Any], crc32: int) -> np.ndarray:
-        folder, name = place.split("/")[-2:]
-        opened = zarr.open_array(place, described)
-        advice = "run the same dump command" if folder == "features" else "prepare a new store"
-        try:
-            found = zarr.read_rows({name: opened}, np.arange(described["shape"][0]))[name]
-        except DamagedError as error:
-            raise DamagedError(f"{self.url}: {error}; {advice}") from error
-        if zarr.crc32(found) != crc32:
-            raise DamagedError(f"{place}: {name} is damaged on disk (checksums differ); {advice}")
-        return found
+        return self._checked.array("features/draft_ids", described, codec["ids_crc32"])
 
     def read(self, names: list[str] | tuple[str, ...], rows: Any) -> dict[str, np.ndarray]:
         """{name: [n, T, ...]} in the order of `rows` (any order, repeats allowed).
@@ -280,7 +216,7 @@ class Store:
             self._described(name)
         if len(rows) and features:
             self._require_committed(rows)
-        return self._twice(lambda: self._read(names, rows))
+        return self._checked.twice(lambda: self._read(names, rows))
 
     def _read(self, names: list[str] | tuple[str, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
         try:
@@ -358,7 +294,7 @@ class Store:
                 f"{place} is not of this store; it has {', '.join(self.features['target_files'])}"
             )
         damaged = f"{place} is damaged (its checksum differs); run the same dump command, {_ANEW}"
-        return self._file(place, wanted, damaged)
+        return self._checked.file(place, wanted, damaged)
 
     def target_tensor(self, name: str) -> np.ndarray:
         """The target's "embed_tokens" or "lm_head", [V, H] in its own dtype; one and the same where tied.

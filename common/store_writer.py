@@ -19,12 +19,13 @@ import pyarrow.parquet
 import tensorstore as ts
 
 from common import kvstore, stopping, storage, zarr
+from common.checked import sha256
 from common.config import differences
 from common.errors import EyasError
 from common.library_errors import library_errors
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker, read_manifest
 from common.progress import Progress
-from common.store import Store, sha256
+from common.store import Store
 
 _LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
 _LOOK_SECONDS = 0.5  # between two looks whether a dump that waits is asked to stop

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from common import safetensors, storage
+from common.checked import sha256
 from common.errors import EyasError
 from common.progress import note
-from common.store import Store, sha256, tensor_file
+from common.store import Store, tensor_file
 from dump.plan import Plan
 from dump.target.weights import stacks
 

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from common import storage
+from common.checked import sha256
 from common.manifest import COLUMNS, INDEX, MANIFEST, ROW_SUMS, SCHEMA, make_marker
-from common.store import Store, sha256
+from common.store import Store
 from common.store_writer import create_features, describe_arrays, parquet, write_rows
 from common.zarr import describe
 

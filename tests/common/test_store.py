@@ -17,8 +17,9 @@ import pytest
 import tensorstore as ts
 
 from common import kvstore, safetensors, stopping, storage, store_writer, zarr
+from common.checked import sha256
 from common.errors import EyasError
-from common.store import Store, sha256, tensor_file
+from common.store import Store, tensor_file
 from common.store_verify import verify
 from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
 

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import kvstore, storage, store_writer
+from common.checked import sha256
 from common.errors import DamagedError, EyasError, MachineError
 from common.manifest import read_manifest
-from common.store import Store, has_rows, sha256
+from common.store import Store, has_rows
 from common.store_verify import verify
 from tests.common.test_store import (
     BLOCK,

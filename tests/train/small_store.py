@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from common import safetensors, storage, zarr
+from common.checked import sha256
 from common.config import digest
-from common.store import sha256, tensor_file
+from common.store import tensor_file
 from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
 from tests import tiny_llama
 from train.config import TrainConfig
