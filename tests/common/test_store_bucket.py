@@ -13,8 +13,8 @@ from common.errors import EyasError
 from common.store import Store, has_rows
 from common.store_verify import verify
 from tests.common.bucket import Bucket, serving
+from tests.common.made_store import features, make_rows, write_blocks
 from tests.common.refusing import environment
-from tests.common.test_store import features, make_rows, write_blocks
 
 URL = "gs://bucket/store"
 
