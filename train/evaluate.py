@@ -28,7 +28,8 @@ from train.stream import Stream, View
 
 
 class Evaluator:
-    """Scores heads of one shape on the test rows; compiles once. `counted`: the positions that count."""
+    """Scores heads of one shape on the test rows; compiles once. `rows`: how many; `counted`: the positions
+    that count."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Evaluator:
         wanted = each_once(rows, size)
         # The default mask, whatever the training's was: figures of different runs compare.
         workload = source.workload(ttt_steps, test=True)
-        self.source, self.counted = source, workload.counted(rows)
+        self.source, self.rows, self.counted = source, len(rows), workload.counted(rows)
         capacity = workload.capacity(wanted.rows, chips)
         # The whole teacher, whatever the training's was.
         self.view = View(wanted, workload, capacity, "recompute", draft_ids, head.aux_layers)
@@ -59,7 +60,7 @@ class Evaluator:
         )
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
-        """The metrics of train/metrics.py."""
+        """The metrics of train/metrics.py, and "rows": of how many."""
         return score_all([(self, params, taught)], label)[0]
 
 
@@ -78,7 +79,9 @@ def score_all(
                 evaluator, params, taught = heads[number]
                 sums[number] = add(sums[number], evaluator.score(params, taught, batch))
             progress.update(B * source.store.length)
-    return [summarise(one) for one in sums if one is not None]
+    evaluators = [evaluator for evaluator, _, _ in heads]
+    found = zip(evaluators, sums, strict=True)
+    return [{"rows": evaluator.rows} | summarise(one) for evaluator, one in found if one is not None]
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

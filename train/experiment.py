@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from common import pod, schema, storage
 from common.config import differences, to_json
@@ -19,6 +21,7 @@ from train.plan import FILE, Plan
 
 class _Experiment(TypedDict):
     identity: dict[str, Any]
+    calls: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 @contextmanager
@@ -49,29 +52,37 @@ def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     out = plan.config.out
     require_own(plan)
     with locked(out) as require_ours:
-        if not require_own(plan):
-            names = ("eyas", "jax", "jaxlib", "optax", "numpy")
-            storage.write_json(
-                storage.join(out, FILE),
-                {
-                    "identity": plan.identity,
-                    "config": to_json(plan.config),
-                    "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                    "versions": {name: version(name) for name in names},
-                },
-            )
+        calls, call = _calls(plan), _call(plan)
+        if calls[-1:] != [call]:
+            storage.write_json(storage.join(out, FILE), {"identity": plan.identity, "calls": [*calls, call]})
         yield require_ours
+
+
+def _call(plan: Plan) -> dict[str, Any]:
+    """What experiment.json keeps of this process: the options that a later one may change, and versions."""
+    names = ("eyas", "jax", "jaxlib", "optax", "numpy")
+    return {
+        "config": to_json(plan.config),
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "versions": {name: version(name) for name in names},
+    }
 
 
 def require_own(plan: Plan) -> bool:
     """Whether the folder has this plan's experiment already. EyasError if it has anything else."""
+    return bool(_calls(plan))
+
+
+def _calls(plan: Plan) -> list[dict[str, Any]]:
+    """The calls that the folder has had, each unlike the one before; [] where it has no experiment yet.
+    EyasError if it has anything else."""
     out = plan.config.out
     place = storage.join(out, FILE)
     if not storage.exists(place):
         foreign = [n for n in storage.list_names(out) if n != LOCK and not storage.is_partial(n)]
         if foreign:
             raise EyasError(f"{out} already holds {foreign[0]}; name a new or an empty folder")
-        return False
+        return []
     found = schema.read(_Experiment, place, "restore the file, or name a new folder")
     different = differences(found["identity"], plan.identity)
     if different:
@@ -79,4 +90,4 @@ def require_own(plan: Plan) -> bool:
             f"{out} holds another experiment: {'; '.join(different[:5])}; use the same options to continue "
             "it, or name a new folder"
         )
-    return True
+    return found["calls"]

@@ -151,8 +151,8 @@ class Saved:
             raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
         return state, noted
 
-    def noted(self) -> tuple[int, dict[str, Any] | None, dict[str, Any]] | None:
-        """(step, best, last) of the newest state, of which nothing else is read; None if there is none."""
+    def noted(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, last) of the newest state, of which nothing else is read; None if there is none."""
         step = self.step()
         if step is None:
             return None
@@ -164,8 +164,7 @@ class Saved:
             if is_refusal(error):
                 raise explained(error, place) from error
             raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
-        noted = self._checked(step, found)
-        return step, noted["best"], noted["last"]
+        return step, self._checked(step, found)["last"]
 
     def _checked(self, step: int, noted: Any) -> dict[str, Any]:
         """What `save` noted beside the state of this step, unchanged."""

@@ -23,7 +23,7 @@ from train.batch import Batch, Params
 from train.evaluate import Evaluator
 from train.export import export, target_identity
 from train.logs import Logs
-from train.metrics import LENGTH, better
+from train.metrics import LENGTH, SINCE_BEST, better
 from train.metrics_file import Lines
 from train.noise import noised
 from train.pace import LOOK, Saving
@@ -44,15 +44,14 @@ def is_done(plan: Plan) -> bool:
         saved.close()
     if found is None:
         return False
-    step, _, last = found
-    return _ends(plan, *found) and last["step"] == step  # else it was stopped in its last evaluation
+    step, last = found
+    return _ends(plan, step, last) and last["step"] == step  # else it was stopped in its last evaluation
 
 
-def _ends(plan: Plan, step: int, best: dict[str, Any] | None, last: dict[str, Any]) -> bool:
+def _ends(plan: Plan, step: int, last: dict[str, Any]) -> bool:
     """Whether every step is done, or `patience` evaluations in a row found no better head."""
     patience = plan.config.patience
-    stands_still = patience and best and last["step"] - best["step"] >= patience * plan.eval_every
-    return step == plan.steps or bool(stands_still)
+    return step == plan.steps or (patience is not None and last.get(SINCE_BEST, 0) >= patience)
 
 
 class Trainer:
@@ -104,7 +103,7 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether every step is, or `patience` evaluations in a row found no better head."""
-        return _ends(self._plan, self.step, self.best, self.last)
+        return _ends(self._plan, self.step, self.last)
 
     @property
     def name(self) -> str:
@@ -143,8 +142,11 @@ class Trainer:
         if not held_out:
             note("train: the store has no held-out rows, so best/ is the last head")
             return None
+        rows = self.last.get("rows", plan.eval_rows)  # figures of other rows would not tell the better head
+        if rows != plan.eval_rows:
+            note(f"train: this run's heads are measured on {rows} held-out rows, as its first was")
         shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
-        return Evaluator(*shape, count=plan.eval_rows if plan.eval_rows < held_out else None)
+        return Evaluator(*shape, count=rows if rows < held_out else None)
 
     def compile(self, batch: Batch, check: Callable[[], None] = lambda: None) -> None:
         """Makes the program for batches like this one, if there is none yet; `check` may end the waiting."""
@@ -284,7 +286,9 @@ class Trainer:
         EyasError if the metrics or the loss of the last step are not finite.
         """
         self._read()
-        found: dict[str, Any] = {"step": self.step} | metrics
+        is_better = better(metrics, self.best)
+        since = 0 if is_better else self.last[SINCE_BEST] + 1
+        found: dict[str, Any] = {"step": self.step, SINCE_BEST: since} | metrics
         if metrics:
             if not math.isfinite(found[LENGTH] + sum(found["loss"])):
                 raise EyasError(
@@ -297,7 +301,7 @@ class Trainer:
         self._wait_for_export()
         self.last = found
         folders = ["last"]
-        if better(found, self.best):
+        if is_better:
             self.best = found
             folders.append("best")
         weights = placing.on_host(self._weights(), "bfloat16")
@@ -331,7 +335,7 @@ class Trainer:
             facts |= {
                 f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
                 f"the same, temperature 1 with sampled drafts ({how})": found["length_sampled"],
-                "held-out rows": plan.eval_rows,
+                "held-out rows": found["rows"],
                 "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
             }
         about = plan.head, plan.draft_ids, plan.store.target_config()

@@ -10,9 +10,10 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from common import schema, storage
 from common.errors import EyasError
@@ -22,6 +23,7 @@ from pipelines.compare.curves import Curve, thin
 
 EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
 LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
+SINCE_BEST = "evaluations_since_best"
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")
 EVALUATED = (GREEDY, SAMPLED, "acc", "loss")
@@ -49,10 +51,14 @@ class _Failed(TypedDict):
     reason: str
 
 
-class _Experiment(TypedDict):
-    identity: _Identity
+class _Call(TypedDict):
     config: dict[str, Any]
     versions: dict[str, str]
+
+
+class _Experiment(TypedDict):
+    identity: _Identity
+    calls: Annotated[list[_Call], Field(min_length=1)]  # the last one's options hold
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def _runs_in(folder: str, depth: int) -> list[str]:
 def read(url: str, points: int) -> Run:
     """The run in the folder `url`, its curves thinned to `points`. EyasError for a bad experiment.json."""
     experiment = schema.read(_Experiment, f"{url}/{EXPERIMENT}", "restore the file, or leave this run out")
-    identity = experiment["identity"]
+    identity, call = experiment["identity"], experiment["calls"][-1]
     notes: list[str] = []
     lines, evaluations = _lines(f"{url}/{METRICS}", notes)
     columns = _columns(lines, TRAINED)
@@ -168,13 +174,13 @@ def read(url: str, points: int) -> Run:
     measured = [line["evaluation"] for line in evaluations]
     heads = [Evaluation(int(s), t, c, v) for s, t, c, v in zip(*at, measured, strict=True)]
     reached = int(max([0, *steps[-1:], *when[-1:]]))
-    done = reached >= identity["steps"] or _gave_up(heads, experiment["config"])
+    done = reached >= identity["steps"] or _gave_up(heads, call["config"])
     return Run(
         url=url,
         store=identity["store"],
-        store_url=str(experiment["config"].get("store", "")),
+        store_url=str(call["config"].get("store", "")),
         target=dict(identity["target"]),
-        settings=_settings(experiment),
+        settings=_settings(identity, call),
         planned=identity["steps"],
         step=reached,
         state=_failure(url, notes) or _state(url, done),
@@ -197,10 +203,8 @@ def _best(heads: list[Evaluation]) -> Evaluation | None:
 
 def _gave_up(heads: list[Evaluation], config: dict[str, Any]) -> bool:
     """Whether the run ended before its time, as `patience` says."""
-    best, patience = _best(heads), config.get("patience")
-    if best is None or type(patience) is not int:
-        return False
-    return sum(head.step > best.step for head in heads) >= patience
+    patience = config.get("patience")
+    return type(patience) is int and bool(heads) and heads[-1].number(SINCE_BEST) >= patience
 
 
 def _failure(url: str, notes: list[str]) -> str:
@@ -225,11 +229,10 @@ def _state(url: str, done: bool) -> str:
     return "running" if in_use(url) else "stopped"
 
 
-def _settings(experiment: _Experiment) -> dict[str, Any]:
-    identity, config = experiment["identity"], experiment["config"]
-    pace = {name: value for name, value in config.items() if name not in _DECIDED}
+def _settings(identity: _Identity, call: _Call) -> dict[str, Any]:
+    pace = {name: value for name, value in call["config"].items() if name not in _DECIDED}
     rest = {name: value for name, value in identity.items() if name not in ("config", "store", "target")}
-    return _flat(pace | identity["config"] | rest | {"versions": experiment["versions"]})
+    return _flat(pace | identity["config"] | rest | {"versions": call["versions"]})
 
 
 def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -49,7 +49,8 @@ def write_run(
         "epochs": 3.0,
         "log_every": log_every,
     }
-    experiment = {"identity": identity, "config": whole, "versions": {"eyas": "0.1.0", "jax": "0.10.2"}}
+    call = {"config": whole, "versions": {"eyas": "0.1.0", "jax": "0.10.2"}}
+    experiment = {"identity": identity, "calls": [call]}
     (folder / "experiment.json").write_text(json.dumps(experiment))
     rng = np.random.default_rng(seed)
     lines = []

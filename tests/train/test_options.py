@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common import storage
 from common.errors import EyasError
 from common.store import Store
 from pipelines.compare import runs
@@ -101,3 +102,22 @@ def test_aux_layers_that_the_store_lacks_are_refused(config):
     ):
         with pytest.raises(EyasError, match=match):
             make_plan(replace(config, aux_layers=aux_layers))
+
+
+def test_what_a_run_is_continued_with_mixes_nothing(tmp_path, monkeypatch):
+    """Every head is measured on the rows of the first; what counts for patience is what was measured, however
+    often; experiment.json has every call, and a comparison shows the last one."""
+    monkeypatch.setattr("train.plan.evaluations", lambda *_: (2, 4))  # of 5 held-out rows
+    out = str(tmp_path / "out")
+    store = small_store.write_store(str(tmp_path / "store"))
+    still = small_store.short_run(store, out, eval_every=None, learning_rate=1e-9, patience=2)
+    first = run(still)
+    assert (first["steps"], first["best"]["step"], first["last"]["rows"]) == (6, 2, 4)
+    later = run(replace(still, eval_every=1, patience=3))
+    assert (later["steps_before"], later["last"]["step"], later["last"]["rows"]) == (6, 7, 4)
+    assert later["last"]["evaluations_since_best"] == 3
+    assert run(replace(still, eval_every=1, patience=3))["steps_before"] == 7
+    found = runs.read(out, 10)
+    assert (found.settings["patience"], found.settings["eval_every"], found.state) == (3, 1, "done")
+    calls = storage.read_json(f"{out}/experiment.json")["calls"]
+    assert [call["config"]["patience"] for call in calls] == [2, 3]

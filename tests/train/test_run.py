@@ -95,8 +95,9 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     how = "(chain of 3, held-out answers walked through as a server does)"
     assert f"temperature 0 {how} | {best['length_greedy']:.4g} |" in card
     kept = storage.read_json(f"{config.out}/experiment.json")
-    assert shlex.split(kept["command"])[1:] == sys.argv[1:]
-    assert kept["config"]["learning_rate"] == 3e-2
+    (call,) = kept["calls"]
+    assert shlex.split(call["command"])[1:] == sys.argv[1:]
+    assert call["config"]["learning_rate"] == 3e-2
     assert kept["identity"]["store"] == Store.open(config.store).hash
 
 
