@@ -1,19 +1,79 @@
-"""A head's folder, checked against its target, is written to another place and checked there."""
+"""A head's folder, checked against its target, is written to another place, in a layout that servers load."""
+
+import json
+from typing import Any
+
+from safetensors import safe_open
 
 from common import storage
+from common.errors import EyasError
 from common.folders import write_folder
-from train.check_export import check
+from common.safetensors import Checkpoint
+from common.store import Store
+from train.check_export import WEIGHTS, check
+from train.evaluate import draft_ids_of
+from train.export import MADE, TRAINED_FOR, export
+from train.heads import read_serving_config
+from train.servers import SPECULATORS, require, verdicts
 
-_FILES = ("model.safetensors", "README.md", "config.json")  # the last one makes the folder whole
+_FILES = (WEIGHTS, "README.md", "config.json")  # the last one makes the folder whole
 
 
-def copy_head(head: str, target_config: dict, out: str, servers: tuple[str, ...] = ()) -> list[str]:
-    """Checks the folder `head` against its target, writes the same files to `out` and checks those.
+def copy_head(
+    head: str,
+    store: Store,
+    out: str,
+    servers: tuple[str, ...] = (),
+    layout: str | None = None,
+    target: str | None = None,
+) -> list[str]:
+    """Checks the folder `head` against its target, writes it to `out` in `layout` and checks that.
 
+    The same files where `layout` is that of the folder, or None. `target` is the target's folder or Hub id.
     Returns what the check found, a line each. EyasError, with nothing written, if `head` is not sound, or one
-    of `servers`, keys of serving_config.SERVERS, cannot take it.
+    of `servers`, keys of servers.SERVERS, cannot take it in that layout.
     """
-    check(head, target_config, servers)
-    names = [name for name in _FILES if storage.exists(storage.join(head, name))]
-    write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
-    return [f"{out}: written and checked", *(f"  {line}" for line in check(out, target_config))]
+    config = store.target_config()
+    check(head, config)
+    described = storage.read_json(storage.join(head, "config.json"))
+    found = read_serving_config(head, described, config["num_hidden_layers"])
+    layout = layout or found.layout_of(described)
+    require(verdicts(found.limits(config), layout), servers, head)
+    if layout == found.layout_of(described):
+        names = [name for name in _FILES if storage.exists(storage.join(head, name))]
+        write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
+    else:
+        _convert(head, described, store, out, layout, target)
+    return [f"{out}: written and checked", *(f"  {line}" for line in check(out, config))]
+
+
+def _convert(
+    folder: str, described: dict[str, Any], store: Store, out: str, layout: str, target: str | None
+) -> None:
+    if layout == SPECULATORS and not target:
+        raise EyasError(
+            f"the layout {layout} names the target, for servers to find: give --target, its folder or Hub id"
+        )
+    config, tensors = store.target_config(), Checkpoint.open(folder)
+    head = read_serving_config(folder, described, config["num_hidden_layers"])
+    sources, origin = head.sources(tensors.tensors, folder), described.get(TRAINED_FOR)
+    export(
+        out,
+        {name: tensors.read(source) for name, source in sources.items()},
+        head,
+        draft_ids_of(head, tensors),
+        config,
+        dtype=described["torch_dtype"],
+        metadata=_made(folder),
+        trained_for=origin,
+        layout=layout,
+        verifier=target or "",
+        embedding=store.target_tensor("embed_tokens") if layout == SPECULATORS else None,
+    )
+
+
+def _made(folder: str) -> dict[str, Any]:
+    """What an export says of how its head was made."""
+    with storage.as_local(storage.join(folder, WEIGHTS)) as path, safe_open(path, framework="np") as file:
+        made = (file.metadata() or {}).get(MADE)
+    return json.loads(made) if made else {}

@@ -76,11 +76,11 @@ def run(config: DemoConfig) -> str:
     with stages.stage("evaluate"):
         found = evaluate.run(evaluate.EvaluateConfig(os.path.join(experiment, "best"), store))
     with stages.stage("export"):
-        target = Store.open(store).target_config()
-        checks = copy_head(os.path.join(experiment, "best"), target, head)
+        opened = Store.open(store)
+        checks = copy_head(os.path.join(experiment, "best"), opened, head)
     summary = {
         "target": embedded.NOTE,
-        "target_config_hash": digest(target),
+        "target_config_hash": digest(opened.target_config()),
         "seconds": stages.seconds,
         "rows": {name: rows[name] for name in ("train_rows", "test_rows", "tokens", "counted", "fill")},
         "dump": dumped,

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from common import params as declared
 from common.errors import EyasError
-from common.params import Param
 from common.storage import as_local, join, list_names, read_json
+from train import servers
 from train.draft_maps import check_maps
 from train.heads import Head, read_serving_config
 
@@ -21,14 +21,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def check(
-    folder: str, target_config: dict[str, Any] | None = None, servers: tuple[str, ...] = ()
+    folder: str, target_config: dict[str, Any] | None = None, wanted: tuple[str, ...] = ()
 ) -> list[str]:
     """What was found, a line each; EyasError, in one line, for the first thing a server would stumble over.
 
     Compares names, shapes, dtypes and values of the tensors with config.json, d2t with t2d, and, when the
-    target's config.json is given, sizes, RoPE and aux layers with the target's. A line that says `cannot`
-    names servers that do not take such a head; it is an EyasError where it is one of `servers`, keys of
-    serving_config.SERVERS.
+    target's config.json is given, sizes, RoPE and aux layers with the target's. Says of each server what it
+    makes of the folder; EyasError if one of the servers `wanted`, keys of servers.SERVERS, cannot take it.
     """
     _check_files(folder)
     path = join(folder, "config.json")
@@ -37,16 +36,14 @@ def check(
     head = read_serving_config(path, config, (target_config or {}).get("num_hidden_layers", 7))
     if target_config is not None:
         head.require_fit(target_config, folder)
-    facts = [*_check_weights(folder, head, config["torch_dtype"]), *head.facts()]
+    layout = head.layout_of(config)
+    assert layout is not None
+    facts = [*_check_weights(folder, head, layout, config["torch_dtype"]), *head.facts()]
     if target_config is not None:
         facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
-    for limit in head.limits():
-        if wanted := [name for name in limit.servers if name in servers]:
-            raise EyasError(
-                f"{folder}: {limit._replace(servers=tuple(wanted)).sentence()}; train a head without it, "
-                "or serve it elsewhere"
-            )
-    return facts + [limit.sentence() for limit in head.limits()]
+    found = servers.verdicts(head.limits(target_config or {}), layout)
+    servers.require(found, wanted, folder)
+    return [*facts, f"layout {layout}:", *(f"  {line}" for line in servers.table(found))]
 
 
 def _check_files(folder: str) -> None:
@@ -61,35 +58,29 @@ def _check_files(folder: str) -> None:
             raise EyasError(f"{folder} holds {name} beside {WEIGHTS}, and servers load both; remove it")
 
 
-def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
+def _check_weights(folder: str, head: Head, layout: str, dtype: str) -> list[str]:
     path = join(folder, WEIGHTS)
-    declared_as = head.parameters()
-    expected = {name: declared_as[source] for name, source in head.tensors().items()}
-    types = dict.fromkeys(expected, _DTYPES[dtype])
+    declared_as, beside = head.parameters(), head.beside(layout)
+    expected = {name: declared_as[source] for name, source in head.tensors(layout).items()}
+    types = dict.fromkeys(expected, (_DTYPES[dtype],)) | dict.fromkeys(beside, tuple(_DTYPES.values()))
+    types |= {"d2t": ("I64",), "t2d": ("BOOL",)}
     N, V = head.draft_vocab_size, head.vocab_size
-    if N < V:
-        expected = expected | {"d2t": Param((N,), (None,)), "t2d": Param((V,), (None,))}
-        types |= {"d2t": "I64", "t2d": "BOOL"}
     try:
         with as_local(path) as local, safe_open(local, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             found = {name: SimpleNamespace(shape=s.get_shape()) for name, s in slices.items()}
-            declared.check(expected, found, f"{path}, beside its config.json,")
+            declared.check(expected | beside, found, f"{path}, beside its config.json,")
             for name, s in slices.items():
-                if s.get_dtype() != types[name]:
+                if s.get_dtype() not in types[name]:
                     raise EyasError(
-                        f"{path}: {name} is {s.get_dtype()}, expected {types[name]}; export it again"
+                        f"{path}: {name} is {s.get_dtype()}, expected {types[name][0]}; export it again"
                     )
                 if not np.isfinite(file.get_tensor(name)).all():
                     raise EyasError(
                         f"{path}: {name} has values that are not finite; export another checkpoint"
                     )
-            for name, source in head.tensors().items():
-                if name != source and not np.array_equal(file.get_tensor(name), file.get_tensor(source)):
-                    raise EyasError(
-                        f"{path}: {name} is not {source}, as which servers read it; export it again"
-                    )
-            if N < V:
+            _check_copies(path, file, head.tensors(layout))
+            if "d2t" in beside:
                 check_maps(path, file.get_tensor("d2t"), file.get_tensor("t2d"), V)
     except FileNotFoundError:
         raise EyasError(f"{path} is missing; check the path") from None
@@ -97,6 +88,15 @@ def _check_weights(folder: str, head: Head, dtype: str) -> list[str]:
         raise EyasError(f"{path} cannot be read ({error}); copy or export it again") from error
     count = sum(int(np.prod(p.shape)) for p in head.parameters().values())
     return [
-        f"{WEIGHTS}: {len(expected)} tensors, {count:,} parameters, {dtype}, all finite",
-        f"draft vocabulary: {N:,} of {V:,} tokens" + (", d2t and t2d agree" if N < V else ""),
+        f"{WEIGHTS}: {len(expected | beside)} tensors, {count:,} parameters, {dtype}, all finite",
+        f"draft vocabulary: {N:,} of {V:,} tokens" + (", d2t and t2d agree" if "d2t" in beside else ""),
     ]
+
+
+def _check_copies(path: str, file: Any, sources: dict[str, str]) -> None:
+    """EyasError unless tensors that servers find under two names are the same under both."""
+    first: dict[str, str] = {}
+    for name, source in sources.items():
+        same = first.setdefault(source, name)
+        if same != name and not np.array_equal(file.get_tensor(name), file.get_tensor(same)):
+            raise EyasError(f"{path}: {name} is not {same}, as which servers read it; export it again")

@@ -121,8 +121,14 @@ def load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], n
             f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
         )
     tensors = Checkpoint.open(folder)
-    params = {name: tensors.read(name).astype(np.float32) for name in head.parameters()}
+    sources = head.sources(tensors.tensors, folder)
+    params = {name: tensors.read(sources[name]).astype(np.float32) for name in head.parameters()}
+    return head, params, draft_ids_of(head, tensors)
+
+
+def draft_ids_of(head: Head, tensors: Checkpoint) -> np.ndarray:
+    """The target ids int32 [N] of the draft vocabulary of a folder that was checked."""
     ids = np.arange(head.draft_vocab_size)
     if "d2t" in tensors.tensors:
         ids = ids + tensors.read("d2t")
-    return head, params, ids.astype(np.int32)
+    return ids.astype(np.int32)

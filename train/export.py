@@ -1,4 +1,4 @@
-"""A trained head as the portable folder that SGLang, sglang-jax, EAGLE and vLLM load."""
+"""A trained head as a folder that servers load, in one of the layouts of train/servers.py."""
 
 import json
 from collections.abc import Mapping
@@ -15,9 +15,11 @@ from common.storage import is_remote, local_path
 from common.store import Store, tensor_file
 from train.draft_maps import vocabulary_maps
 from train.heads import Head
+from train.servers import PORTABLE
 from train.serving_config import DTYPES
 
 TRAINED_FOR = "trained_for"  # a key of config.json that no server looks at
+MADE = "made"  # an entry of model.safetensors' metadata, as JSON
 
 
 def target_identity(store: Store) -> dict[str, str]:
@@ -38,37 +40,53 @@ def export(
     dtype: str = "bfloat16",
     metadata: Mapping[str, Any] | None = None,
     trained_for: Mapping[str, str] | None = None,
+    layout: str = PORTABLE,
+    verifier: str = "",
+    embedding: np.ndarray | None = None,
 ) -> str:
     """Writes config.json, model.safetensors and README.md whole or not at all; returns the path or URL.
 
     `params` is {name: [out, in] array} as `head.parameters()` declares it; `draft_ids` the target ids of the
     draft vocabulary, ascending integers [N]; `target_config` the target's HF config.json; `metadata` what
     the model card tells of the head (target, store, step, acceptance length); `trained_for` what
-    `target_identity` says, by which a warm start knows the target again. EyasError, before anything is
-    written, for arrays that are not this head's or not finite, a head that does not fit the target, and a
-    folder that is not an earlier export.
+    `target_identity` says, by which a warm start knows the target again. `verifier` (the target's folder or
+    Hub id) and `embedding` (its embed_tokens [V, H], kept in its dtype) are for layouts that hold them.
+    EyasError, before anything is written, for arrays that are not this head's or not finite, a head that does
+    not fit the target, and a folder that is not an earlier export.
     """
     if dtype not in DTYPES:
         raise EyasError(f"dtype {dtype!r} cannot be served; choose one of {', '.join(DTYPES)}")
     declared.check(head.parameters(), dict(params), "the head")
     head.require_fit(target_config, "the head")
     cast = {name: _cast(name, params[name], dtype) for name in head.parameters()}
-    tensors = {name: cast[source] for name, source in head.tensors().items()}
-    if head.draft_vocab_size < head.vocab_size:
-        tensors["d2t"], tensors["t2d"] = vocabulary_maps(draft_ids, head.draft_vocab_size, head.vocab_size)
-    config = head.serving_config(target_config, dtype)
+    tensors = {name: cast[source] for name, source in head.tensors(layout).items()}
+    tensors |= _beside(head, layout, draft_ids, embedding)
+    config = head.serving_config(target_config, dtype, layout, verifier)
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
+    made = dict(metadata or {})
+    # "pt" says that linear weights are [out, in]; transformers refuses a file without it.
+    about = {"format": "pt", MADE: json.dumps(made, default=str)}
     write_folder(
         folder,
         {
-            # "pt" says that linear weights are [out, in]; transformers refuses a file without it.
-            "model.safetensors": save(tensors, metadata={"format": "pt"}),
-            "README.md": head.card(metadata or {}).encode(),
+            "model.safetensors": save(tensors, metadata=about),
+            "README.md": head.card(made, target_config, layout).encode(),
             "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },
     )
     return folder if is_remote(folder) else local_path(folder)
+
+
+def _beside(
+    head: Head, layout: str, draft_ids: np.ndarray, embedding: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    wanted = head.beside(layout)
+    d2t, t2d = vocabulary_maps(draft_ids, head.draft_vocab_size, head.vocab_size)
+    known = {"d2t": d2t, "t2d": t2d, "embed_tokens.weight": embedding}
+    found = {name: known[name] for name in wanted if known[name] is not None}
+    declared.check(wanted, found, f"what the layout {layout} takes of the target")
+    return found
 
 
 def _cast(name: str, value: Any, dtype: str) -> np.ndarray:

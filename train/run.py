@@ -12,7 +12,7 @@ from common.config import to_json
 from common.device_errors import device_errors
 from common.progress import note
 from common.stopping import Stop, stopped
-from train import together
+from train import servers, together
 from train.config import TrainConfig
 from train.experiment import claimed
 from train.plan import Plan, make_plan
@@ -53,13 +53,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _announce(plan: Plan) -> str:
     B, T = plan.config.batch_rows, plan.store.length
+    limits = plan.head.limits(plan.store.target_config())
     parameters = sum(int(np.prod(x.shape)) for x in plan.shapes().values())
     return (
         f"train: {plan.steps} steps of {B} x {T} tokens, {plan.counted:,} counted positions an "
         f"epoch; a head of {parameters / 1e6:.1f}M parameters, draft vocabulary {len(plan.draft_ids):,}; "
         f"an evaluation of {plan.eval_rows} rows every {plan.eval_every} steps, a checkpoint "
         + (f"every {plan.save_every}" if plan.save_every else "as often as its cost allows")
-        + "".join(f"\ntrain: {limit.sentence()}" for limit in plan.head.limits())
+        + "".join(f"\ntrain: {line}" for line in servers.sentences(limits))
     )
 
 

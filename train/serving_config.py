@@ -5,35 +5,16 @@ SafeAILab/EAGLE `eagle/model/{configs,cnets,ea_model}.py`, transformers 4 and 5 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.aux_layers import is_default
 from common.errors import EyasError
 
 DTYPES = ("bfloat16", "float16", "float32")
-SERVERS = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "sglang-jax": "sglang-jax",
-    "tpu-inference": "tpu-inference",
-    "eagle": "EAGLE's own code",
-}
 AUX_KEY = "eagle_aux_hidden_state_layer_ids"
 _AUX_COUNT = "num_aux_hidden_states"  # by which servers size the projection; 3 where it is missing
 _USUAL_AUX = 3
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class Limit(NamedTuple):
-    """Something about a head that these servers, keys of SERVERS, cannot take."""
-
-    what: str
-    servers: tuple[str, ...]
-
-    def sentence(self) -> str:
-        """Which servers cannot take what."""
-        *names, last = [SERVERS[name] for name in self.servers]
-        return f"{', '.join(names) + ' and ' if names else ''}{last} cannot take {self.what}"
 
 
 def token_ids(target: dict[str, Any], vocab_size: int) -> dict[str, Any]:

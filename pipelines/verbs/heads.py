@@ -11,7 +11,7 @@ from pipelines.options import options
 from pipelines.verbs.runs import show_runs
 from pipelines.verbs.shared import RECIPES, configure, model_option, plots_option, show, store_option
 from train.config import EvaluateConfig, TrainConfig
-from train.serving_config import SERVERS
+from train.servers import LAYOUTS, SERVERS
 
 
 @click.command()
@@ -107,13 +107,25 @@ def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     type=click.Choice(list(SERVERS)),
     help="Refuse a head that this server cannot take; may be repeated.",
 )
-def export(head: str, store: str, out: str, servers: tuple[str, ...]) -> None:
-    """Writes a head as a folder that SGLang, vLLM and EAGLE load, and checks it against its target.
+@click.option(
+    "--layout",
+    type=click.Choice(list(LAYOUTS)),
+    help="; ".join(f"{name}: {text}" for name, text in LAYOUTS.items()) + " (default: that of HEAD).",
+)
+@click.option("--target", help="The target's Hub id or folder, as servers find it; for --layout speculators.")
+def export(
+    head: str, store: str, out: str, servers: tuple[str, ...], layout: str | None, target: str | None
+) -> None:
+    """Writes a head as a folder that servers load, checks it against its target, and says what each server
+    makes of it.
 
     Example: eyas export --head runs/smollm2-135m/best --store stores/smollm2-135m --out heads/smollm2-135m
+
+    Example: eyas export --head runs/qwen3-8b/best --store stores/qwen3-8b --layout speculators
+    --target Qwen/Qwen3-8B --out heads/qwen3-8b
     """
     from common.store import Store
     from pipelines.copy_head import copy_head
 
-    for line in copy_head(head, Store.open(store).target_config(), out, servers):
+    for line in copy_head(head, Store.open(store), out, servers, layout, target):
         click.echo(line)

@@ -85,8 +85,8 @@ AUX = "eagle_aux_hidden_state_layer_ids"
         (_edit_config(tie_word_embeddings=True), "tie_word_embeddings is True, expected False"),
         (_edit_config(num_hidden_layers=True), "num_hidden_layers is True, expected a positive integer"),
         (
-            _edit_config(architectures=["LlamaForCausalLM"]),
-            "architectures is .*expected .'LlamaForCausalLMEagle3'",
+            _edit_config(architectures=["LlamaForCausalLMEagle"]),
+            "architectures is .*of no head that was exported here",
         ),
         (_edit_config(hidden_size="24"), "hidden_size is '24', expected a positive integer"),
         (_edit_config(rope_theta="remove"), "rope_theta is missing"),

@@ -17,6 +17,7 @@ import pytest
 from common import kvstore, lease, storage
 from common.errors import EyasError, RestartError
 from common.lock import FILE, locked
+from common.store import Store
 from pipelines.bench import bucket
 from pipelines.compare import runs
 from pipelines.copy_head import copy_head
@@ -97,8 +98,7 @@ def head_is_used(there: TrainConfig, here: TrainConfig) -> None:
     measured = [evaluate.run(EvaluateConfig(f"{x.out}/best", x.store, ttt_steps=2)) for x in (there, here)]
     assert measured[0] == measured[1]
     copied = "gs://bucket/heads/one"
-    target = storage.read_json(f"{here.store}/target/config.json")
-    assert copy_head(f"{OUT}/best", target, copied)[0] == f"{copied}: written and checked"
+    assert copy_head(f"{OUT}/best", Store.open(here.store), copied)[0] == f"{copied}: written and checked"
     for name in storage.list_names(copied):
         assert storage.read_bytes(f"{copied}/{name}") == storage.read_bytes(f"{here.out}/best/{name}")
 

@@ -15,13 +15,12 @@ from common.params import Declaration
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import Eagle3
 from train.sample import Sample
-from train.serving_config import Limit
+from train.servers import PORTABLE, Limit
 
 
 class Head(Protocol):
     """The sizes of a head; its parameters are a flat dict. All methods are pure."""
 
-    architecture: ClassVar[str]  # what names this kind in config.json's `architectures`
     options: ClassVar[tuple[str, ...]]  # the fields of the training's configuration that are this kind's
     hidden_size: int
     vocab_size: int  # of the target
@@ -34,6 +33,11 @@ class Head(Protocol):
         cls, target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], **options: Any
     ) -> Self:
         """The head that fits a target, whose text's config.json is `target`; see `options`."""
+        ...
+
+    @classmethod
+    def layout_of(cls, config: dict[str, Any]) -> str | None:
+        """The layout (see train/servers.py) of an exported folder with that config.json; None if not ours."""
         ...
 
     @classmethod
@@ -109,8 +113,12 @@ class Head(Protocol):
         is the token behind an index; the logits are of the one behind that."""
         ...
 
-    def tensors(self) -> dict[str, str]:
+    def tensors(self, layout: str) -> dict[str, str]:
         """{name in an exported file: parameter}; servers may want one under several names."""
+        ...
+
+    def beside(self, layout: str) -> Declaration:
+        """What an exported file has beside them: d2t, t2d, embed_tokens.weight."""
         ...
 
     def still(self) -> frozenset[str]:
@@ -121,11 +129,14 @@ class Head(Protocol):
         """The matrix [D, H] from a rollout's states to logits."""
         ...
 
-    def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """The config.json that servers read, of weights in `dtype`."""
+    def serving_config(
+        self, target: dict[str, Any], dtype: str, layout: str = PORTABLE, verifier: str = ""
+    ) -> dict[str, Any]:
+        """The config.json that servers read, of weights in `dtype`. `target` is the target's; `verifier` its
+        folder or Hub id, for layouts that name it."""
         ...
 
-    def card(self, metadata: Mapping[str, Any]) -> str:
+    def card(self, metadata: Mapping[str, Any], target: dict[str, Any], layout: str) -> str:
         """The README.md of an exported head; `metadata` says how it was made, "target" of which target."""
         ...
 
@@ -133,8 +144,8 @@ class Head(Protocol):
         """What a check says of it beside its tensors, a line each."""
         ...
 
-    def limits(self) -> list[Limit]:
-        """What of this head which servers would refuse, or read as something else."""
+    def limits(self, target: dict[str, Any]) -> list[Limit]:
+        """What of this head, or of its target's config.json, which servers would refuse or misread."""
         ...
 
     def require_fit(self, target: dict[str, Any], where: str) -> None:
@@ -150,9 +161,9 @@ def read_serving_config(path: str, config: Any, num_target_layers: int) -> Head:
     if not isinstance(config, dict):
         raise EyasError(f"{path} is no JSON object; export the head again")
     for kind in HEADS.values():
-        if config.get("architectures") == [kind.architecture]:
+        if kind.layout_of(config):
             return kind.from_serving_config(path, config, num_target_layers)
-    known = " or ".join(str([kind.architecture]) for kind in HEADS.values())
     raise EyasError(
-        f"{path}: architectures is {config.get('architectures')!r}, expected {known}; export the head again"
+        f"{path}: architectures is {config.get('architectures')!r}, of no head that was exported here; "
+        "export it, or begin a training with it (--init)"
     )

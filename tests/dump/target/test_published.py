@@ -17,6 +17,7 @@ from pipelines.bench.published import PUBLISHED
 from train.heads import read_serving_config
 from train.heads.eagle3 import Eagle3
 from train.plan import TrainConfig
+from train.servers import best
 from train.serving_config import canonical_rope
 
 HBM = {"v6e": 32e9, "v5p": 95e9}  # bytes a chip
@@ -97,7 +98,15 @@ def test_a_head_is_made_and_trained_for_it_on_its_slice(name, tmp_path):
     again = read_serving_config("head.json", storage.read_json(f"{tmp_path}/head.json"), cfg.num_layers)
     assert again == replace(head, rope=canonical_rope(head.rope))
     LlamaConfig.from_dict(storage.read_json(f"{tmp_path}/head.json"))  # as servers do: it refuses some sizes
-    assert not [limit for limit in head.limits() if "vllm" in limit.servers]
+    outside = (
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Glm4MoeForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+    )
+    found = best(head.limits(cfg.text | {"architectures": [cfg.architecture]}))
+    assert found["vllm"].taken is (cfg.architecture not in outside)
+    assert found["sglang"].taken
     assert head.ffn >= 2 * head.hidden_size or head.hidden_size > 5_000
 
     count = sum(math.prod(p.shape) for p in head.parameters().values())

@@ -9,16 +9,15 @@ import jax
 from common.cached_attention import New
 from common.params import Declaration
 from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import block, cached, card, published, rollout, serving, sizes, start
+from train.heads.eagle3 import block, cached, card, limits, published, rollout, serving, sizes, start
 from train.sample import Sample
-from train.serving_config import Limit
+from train.servers import PORTABLE, Limit
 
 
 @dataclass(frozen=True)
 class Eagle3(sizes.Sizes):
     """See train/heads: Head."""
 
-    architecture: ClassVar[str] = serving.ARCHITECTURE
     options: ClassVar[tuple[str, ...]] = sizes.OPTIONS
 
     @classmethod
@@ -26,6 +25,10 @@ class Eagle3(sizes.Sizes):
         cls, target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], **options: Any
     ) -> Self:
         return cls(**sizes.for_target(target, draft_vocab_size, aux_layers, **options))
+
+    @classmethod
+    def layout_of(cls, config: dict[str, Any]) -> str | None:
+        return serving.layout_of(config)
 
     @classmethod
     def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
@@ -84,8 +87,11 @@ class Eagle3(sizes.Sizes):
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         return cached.step(self, ready, cache, embedded_BmH, state_BmH, new)
 
-    def tensors(self) -> dict[str, str]:
-        return serving.tensors(self)
+    def tensors(self, layout: str) -> dict[str, str]:
+        return serving.tensors(self, layout)
+
+    def beside(self, layout: str) -> Declaration:
+        return serving.beside(self, layout)
 
     def still(self) -> frozenset[str]:
         return sizes.still(self)
@@ -93,17 +99,19 @@ class Eagle3(sizes.Sizes):
     def output(self, params: Params) -> jax.Array:
         return params["lm_head.weight"]
 
-    def serving_config(self, target: dict[str, Any], dtype: str) -> dict[str, Any]:
-        return serving.write(self, target, dtype)
+    def serving_config(
+        self, target: dict[str, Any], dtype: str, layout: str = PORTABLE, verifier: str = ""
+    ) -> dict[str, Any]:
+        return serving.write(self, target, dtype, layout, verifier)
 
-    def card(self, metadata: Mapping[str, Any]) -> str:
-        return card.model_card(self, metadata)
+    def card(self, metadata: Mapping[str, Any], target: dict[str, Any], layout: str) -> str:
+        return card.model_card(self, metadata, target, layout)
 
     def facts(self) -> list[str]:
         return serving.facts(self)
 
-    def limits(self) -> list[Limit]:
-        return serving.limits(self)
+    def limits(self, target: dict[str, Any]) -> list[Limit]:
+        return limits.limits(self, target)
 
     def require_fit(self, target: dict[str, Any], where: str) -> None:
         wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, ffn=self.ffn)

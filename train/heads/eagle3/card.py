@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from train.heads.eagle3 import serving
+from train import launch, servers
+from train.heads.eagle3.limits import limits
 from train.heads.eagle3.sizes import Sizes
 from train.serving_config import canonical_rope
 
@@ -23,28 +24,29 @@ target's own, and come sooner.{variant}
 | {hidden} | {heads} ({kv_heads}) x {head_dim} | {ffn} | {draft} of {vocab} tokens | {rope} |
 
 ## Serve it
+This folder has the layout `{layout}`. What the servers make of it, by their loaders at these versions:
+
+| | |
+|---|---|
+{servers}
+
 `TARGET` is the target's name or folder, `HEAD` this folder. Three tokens a step are a fair start; more pay
 off where the acceptance length is high.
 
 ```sh
-# vLLM; on TPU with MODEL_IMPL_TYPE=vllm DRAFT_MODEL_IMPL_TYPE=vllm in the environment
-vllm serve TARGET \\
-    --speculative-config '{{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}}'
-# SGLang; for sglang-jax on TPU put sgl_jax.launch_server for sglang.launch_server
-python -m sglang.launch_server --model-path TARGET \\
-    --speculative-algorithm EAGLE3 --speculative-draft-model-path HEAD \\
-    --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4
+{commands}
 ```
-{limits}
+
 ## How it was made
 By Eyas, from a store of the frozen target's features.
 {made}
 """
 
 
-def model_card(head: Sizes, metadata: Mapping[str, Any]) -> str:
+def model_card(head: Sizes, metadata: Mapping[str, Any], target: dict[str, Any], layout: str) -> str:
     """Markdown. `metadata["target"]` names the target; every entry becomes a row of the last section."""
     scaling = canonical_rope(head.rope)
+    found = servers.verdicts(limits(head, target), layout)
     variant = [name for name in ("fc_norm", "norm_output", "norm_before_residual") if getattr(head, name)]
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in metadata.items()]
     return _CARD.format(
@@ -61,7 +63,12 @@ def model_card(head: Sizes, metadata: Mapping[str, Any]) -> str:
         draft=f"{head.draft_vocab_size:,}",
         vocab=f"{head.vocab_size:,}",
         rope=f"theta {head.rope_theta:g}" + (f", {scaling['rope_type']} scaling" if scaling else ""),
-        limits="".join(f"\n- {limit.sentence()}.\n" for limit in serving.limits(head)),
+        layout=layout,
+        servers="\n".join(
+            f"| {servers.SERVERS[name].title} {servers.SERVERS[name].version} | {_cell(verdict.text())} |"
+            for name, verdict in found.items()
+        ),
+        commands="\n".join(launch.commands(found, "TARGET", "HEAD", layout)),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 

@@ -1,27 +1,25 @@
-"""The config.json of an EAGLE3 head, written and read, and which servers load which head.
+"""The folder of an EAGLE3 head in each layout: its config.json, written and read, and its tensors.
 
-Read off the servers' own loaders: vLLM 0.32 and SGLang `models/llama_eagle3.py`, sglang-jax
+Read off the servers' own loaders: vLLM and SGLang `models/llama_eagle3.py`, sglang-jax
 `models/llama_eagle3.py`, tpu-inference `models/jax/llama_eagle3.py`, SafeAILab/EAGLE `eagle/model/cnets.py`.
+The layout of speculators has a config.json of its own (see speculators.py).
 """
 
 from typing import Any, TypeVar
 
 from common.aux_layers import default_aux_layers, is_default
 from common.errors import EyasError
+from common.params import Declaration, Param
+from train.heads.eagle3 import speculators
 from train.heads.eagle3.sizes import Sizes, layer_name, parameters
-from train.serving_config import (
-    Limit,
-    aux_keys,
-    canonical_rope,
-    check_fields,
-    read_aux_layers,
-    token_ids,
-)
+from train.servers import PORTABLE, SPECULATORS, TPU
+from train.serving_config import aux_keys, canonical_rope, check_fields, read_aux_layers, token_ids
 
 Kind = TypeVar("Kind", bound=Sizes)
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+# vLLM, by which tpu-inference reads config.json, prefixes the second with Eagle3, whose JAX model there is;
+# for the first there is none. SGLang knows the first alone.
+_ARCHITECTURES = {PORTABLE: ["LlamaForCausalLMEagle3"], TPU: ["LlamaForCausalLM"]}
 _FIXED = {
-    "architectures": [ARCHITECTURE],
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
@@ -47,14 +45,21 @@ _SIZES = {  # the key in config.json: the field of Sizes
 _NUMBERS = {"rms_norm_eps": "rms_eps", "rope_theta": "rope_theta"}
 
 
-def write(head: Sizes, target: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config.json of a head. `target` is its target's; `dtype` names the weights' type.
+def layout_of(config: dict[str, Any]) -> str | None:
+    """The layout of a folder with that config.json; None if no EAGLE3 head was exported to it."""
+    known = _ARCHITECTURES | {SPECULATORS: speculators.ARCHITECTURES}
+    return next((name for name, its in known.items() if config.get("architectures") == its), None)
+
+
+def write(head: Sizes, target: dict[str, Any], dtype: str, layout: str, verifier: str) -> dict[str, Any]:
+    """The config.json of a head. `target` is its target's; `dtype` names the weights' type; `verifier` is the
+    target's folder or Hub id, which the layout of speculators names.
 
     RoPE is written as `rope_theta` and `rope_scaling`, which transformers 5 turns into `rope_parameters` by
     itself. `target_hidden_size` is left out: it defaults to `hidden_size` everywhere, and EAGLE's own code
     skips the target's embedding where it finds the key.
     """
-    return {
+    config = {
         **_FIXED,
         **{name: getattr(head, field) for name, field in (_SIZES | _NUMBERS | _FLAGS).items()},
         "rope_scaling": canonical_rope(head.rope),
@@ -62,6 +67,9 @@ def write(head: Sizes, target: dict[str, Any], dtype: str) -> dict[str, Any]:
         **token_ids(target, head.vocab_size),
         **aux_keys(head.aux_layers, head.num_target_layers),
     }
+    if layout == SPECULATORS:
+        return speculators.write(config, list(head.aux_layers), target, verifier)
+    return {"architectures": _ARCHITECTURES[layout]} | config
 
 
 def read(kind: type[Kind], path: str, config: dict[str, Any], num_target_layers: int) -> Kind:
@@ -69,6 +77,8 @@ def read(kind: type[Kind], path: str, config: dict[str, Any], num_target_layers:
 
     EyasError for a field that a server needs and that is missing, of another type or of another value.
     """
+    if layout_of(config) == SPECULATORS:
+        config = speculators.read(path, config)
     check_fields(path, config, _FIXED, _SIZES, _NUMBERS, _FLAGS)
     aux_layers = read_aux_layers(path, config) or default_aux_layers(num_target_layers)
     try:
@@ -93,40 +103,24 @@ def facts(head: Sizes) -> list[str]:
     ]
 
 
-def limits(head: Sizes) -> list[Limit]:
-    """What of this head a server would refuse, or read as something else."""
-    heads, scaling = head.num_heads, canonical_rope(head.rope) or {}
-    custom = not is_default(head.aux_layers, head.num_target_layers)
-    uneven, wide = head.hidden_size % heads > 0, head.head_dim * heads != head.hidden_size
-    plain = ("sglang-jax", "tpu-inference", "eagle")  # which know the head of the paper alone
-    known = [
-        (custom, f"aux layers {list(head.aux_layers)}", plain),
-        (head.fc_norm, "fc_norm, which they do not read", plain),
-        (head.norm_output, "norm_output, which they do not read", plain),
-        (head.norm_before_residual, "norm_before_residual, which they do not read", ("sglang", *plain)),
-        (head.layers > 1, f"{head.layers} layers, only one", plain),
-        (
-            uneven,
-            f"{heads} heads at hidden_size {head.hidden_size}: transformers 5 refuses a Llama whose heads do "
-            "not divide it",
-            ("vllm", "sglang"),
-        ),
-        (
-            wide,
-            f"heads of {head.head_dim}: it divides hidden_size {head.hidden_size} by {heads} heads",
-            ("eagle",),
-        ),
-        (bool(scaling), f"{scaling.get('rope_type')} RoPE scaling in this form", ("eagle",)),
-    ]
-    return [Limit(what, servers) for holds, what, servers in known if holds]
-
-
-def tensors(head: Sizes) -> dict[str, str]:
+def tensors(head: Sizes, layout: str) -> dict[str, str]:
     """{name in model.safetensors: parameter}. vLLM norms what enters a later layer by its `input_layernorm`,
     SGLang by its `hidden_norm`: each finds it under its own name, and never looks at the other."""
+    names = {name: name for name in parameters(head)}
+    if layout == SPECULATORS:
+        return {name.replace("midlayer.", "layers.0."): name for name in names}
     later = [layer_name(number) for number in range(1, head.layers)]
-    both = {f"{name}.hidden_norm.weight": f"{name}.input_layernorm.weight" for name in later}
-    return {name: name for name in parameters(head)} | both
+    return names | {f"{name}.hidden_norm.weight": f"{name}.input_layernorm.weight" for name in later}
+
+
+def beside(head: Sizes, layout: str) -> Declaration:
+    """What model.safetensors has beside parameters: the maps of the draft vocabulary, and the target's
+    embedding where a loader wants its own. vLLM refuses maps of a whole vocabulary, the JAX model of
+    tpu-inference refuses to be without."""
+    N, V = head.draft_vocab_size, head.vocab_size
+    maps = {"d2t": Param((N,), (None,)), "t2d": Param((V,), (None,))}
+    embedding = {speculators.EMBEDDING: Param((V, head.target_hidden_size), (None, None))}
+    return (maps if N < V or layout == TPU else {}) | (embedding if layout == SPECULATORS else {})
 
 
 def require_fit(head: Sizes, wanted: Sizes, where: str) -> None:

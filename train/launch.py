@@ -1,0 +1,100 @@
+"""The command that serves a target with a head, for each server: what a head's card and SERVING.md print.
+
+Options were read off the servers' own parsers, at the versions of train/servers.py.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from train.servers import SERVERS, SPECULATORS, Verdict
+
+TOKENS = 3  # drafted a step: a fair start
+CPU = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+_SGLANG = {"sglang": "sglang.launch_server", "sglang-jax": "sgl_jax.launch_server"}
+
+
+class Command(NamedTuple):
+    """A program with its options, each a tuple with its value, and the environment that it needs."""
+
+    options: tuple[tuple[str, ...], ...]
+    environment: Mapping[str, str] = {}
+
+    def arguments(self) -> list[str]:
+        """As a process is started with."""
+        return [word for option in self.options for word in option]
+
+    def text(self) -> str:
+        """As it is typed, a line an option."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        first, *others = (" ".join(map(shlex.quote, option)) for option in self.options)
+        return " \\\n    ".join([" ".join([*variables, first]), *others])
+
+
+def command(
+    server: str,
+    target: str,
+    head: str | None,
+    layout: str,
+    tokens: int = TOKENS,
+    chips: int = 1,
+    environment: Mapping[str, str] = {},
+) -> Command:
+    """How `server` (vllm, tpu-inference, sglang, sglang-jax) serves `target` with `head`, or alone.
+
+    `tokens` are drafted a step, as a chain; the weights are divided over `chips`.
+    """
+    make = _sglang if server in _SGLANG else _vllm
+    return Command(tuple(make(server, target, head, layout, tokens, chips)), environment)
+
+
+def commands(
+    found: Mapping[str, Verdict], target: str, head: str, layout: str, tokens: int = TOKENS, chips: int = 1
+) -> list[str]:
+    """For each server that takes the head its name, as a comment, and the command."""
+    lines = []
+    for name in ("vllm", "tpu-inference", "sglang", "sglang-jax"):
+        if found[name].taken:
+            made = command(name, target, head, layout, tokens, chips, found[name].environment)
+            lines += [f"# {SERVERS[name].title}", made.text()]
+    return lines
+
+
+def _vllm(
+    _: str, target: str, head: str | None, layout: str, tokens: int, chips: int
+) -> list[tuple[str, ...]]:
+    itself = layout == SPECULATORS and head is not None  # its config.json names target, method and tokens
+    options: list[tuple[str, ...]] = [("vllm", "serve", head if itself and head else target)]
+    if chips > 1:
+        options.append(("--tensor-parallel-size", str(chips)))
+    if head and not itself:
+        how = {"method": "eagle3", "model": head, "num_speculative_tokens": tokens}
+        options.append(("--speculative-config", json.dumps(how)))
+    return options
+
+
+def _sglang(
+    server: str, target: str, head: str | None, layout: str, tokens: int, chips: int
+) -> list[tuple[str, ...]]:
+    options: list[tuple[str, ...]] = [("python", "-m", _SGLANG[server], "--model-path", target)]
+    if chips > 1:
+        options.append(("--tp-size", str(chips)))
+    if server == "sglang-jax":
+        options += [("--device", "tpu"), ("--dtype", "bfloat16"), ("--attention-backend", "fa")]
+    if not head:
+        return options
+    options += [
+        ("--speculative-algorithm", "EAGLE3"),
+        ("--speculative-draft-model-path", head),
+        ("--speculative-num-steps", str(tokens)),
+        ("--speculative-eagle-topk", "1"),
+        ("--speculative-num-draft-tokens", str(tokens + 1)),
+    ]
+    if server == "sglang-jax":
+        options += [("--page-size", "64"), ("--disable-overlap-schedule",)]
+    return options
