@@ -1,27 +1,29 @@
-"""Continuous batching: a target with a few slots, each with an answer of its own that grows a token a step.
+"""Continuous batching: a target with a few slots, each with an answer of its own that grows with every step.
 
 A slot is taken by the next prompt as soon as its answer ends. Shapes are static: there is one program for
 steps, and one each for prompts of up to 64, 128, 256, ... tokens.
 
-Dimensions: B slots, T tokens of a prompt.
+Dimensions: B slots, d tokens a step at most.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dump import target
-from dump.target import decoding
-from pipelines.decoding.sampling import Sampling, choose
+from pipelines.decoding import steps
+from pipelines.decoding.drafting import Drafter, Drafting
+from pipelines.decoding.sampling import Sampling
 
 _SHORTEST = 64  # positions that a prompt is computed in
 
 
 class Engine:
-    """`slots` answers at once; a prompt and its answer have up to `length` tokens together."""
+    """`slots` answers at once; a prompt and its answer have up to `length` tokens together.
+
+    With `drafting` the `drafter`'s head drafts. EyasError for a tree on a target that cannot read one.
+    """
 
     def __init__(
         self,
@@ -30,15 +32,18 @@ class Engine:
         slots: int,
         length: int,
         sampling: Sampling,
+        drafting: Drafting | None = None,
+        drafter: Drafter | None = None,
     ):
         self.length = length
-        self._weights = weights
-        self._cache = decoding.empty_cache(cfg, slots, length, weights["norm"].dtype)
+        how = steps.How(cfg, sampling, drafting)
+        self._weights = steps.Weights(weights, drafter)
+        self._held = steps.nothing(how, slots, length, weights["norm"].dtype)
         self._free = list(range(slots))
-        # By slot: the last token, its position, its number in the answer, and the answer's seed.
+        # By slot: the last token, its position, the next one's number in the answer, and the answer's seed.
         self._token, self._start, self._number, self._seed = np.zeros((4, slots), np.int32)
-        self._prefill = jax.jit(partial(_prefill, cfg, sampling), donate_argnums=1)
-        self._step = jax.jit(partial(_step, cfg, sampling), donate_argnums=1)
+        self._prefill = jax.jit(partial(steps.prefill, how), donate_argnums=1)
+        self._step = jax.jit(partial(steps.step, how), donate_argnums=1)
 
     @property
     def free(self) -> int:
@@ -55,24 +60,26 @@ class Engine:
         padded = np.zeros((1, _padded(len(prompt), self.length)), np.int32)
         padded[0, : len(prompt)] = prompt
         about = (np.array([n], np.int32) for n in (len(prompt), slot, seed))
-        token, self._cache = self._prefill(self._weights, self._cache, padded, *about)
+        token, self._held = self._prefill(self._weights, self._held, padded, *about)
         self._token[slot], self._start[slot] = int(token[0]), len(prompt)
         self._number[slot], self._seed[slot] = 1, seed
         return slot, int(token[0])
 
-    def step(self) -> np.ndarray:
-        """The next token [B] of all slots; that of a free one means nothing.
+    def step(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens [B, d] of all slots, and how many of them they are [B]; those of a free slot mean
+        nothing.
 
-        A slot must end before its prompt and answer have more than `length` tokens.
+        A slot must end before its prompt and answer have `length` tokens or more.
         """
         given = (x.copy() for x in (self._token, self._start, self._seed, self._number))
-        tokens, self._cache = self._step(self._weights, self._cache, *given)
-        self._token = np.array(tokens)
-        taken = np.ones(len(self._token), np.int32)
+        found, self._held = self._step(self._weights, self._held, *given)
+        tokens, counts = np.array(found.tokens_Bd), np.array(found.counts_B)
+        self._token = np.take_along_axis(tokens, counts[:, None] - 1, 1)[:, 0]
+        taken = counts.copy()
         taken[self._free] = 0
         self._start += taken
         self._number += taken
-        return self._token.copy()
+        return tokens, counts
 
     def end(self, slot: int) -> None:
         """The slot is free."""
@@ -86,14 +93,3 @@ def _padded(length: int, most: int) -> int:
     while size < length:
         size *= 2
     return min(size, most)
-
-
-def _prefill(cfg, sampling: Sampling, weights, cache, tokens_1T, length_1, slot_1, seed_1) -> tuple[Any, Any]:
-    _, last_1TH, cache = decoding.prefill(cfg, weights, cache, tokens_1T, length_1, slot_1)
-    last_1H = jnp.take_along_axis(last_1TH, length_1[:, None, None] - 1, 1)[:, 0]
-    return choose(sampling, target.logits(cfg, weights, last_1H), seed_1, jnp.zeros_like(seed_1)), cache
-
-
-def _step(cfg, sampling: Sampling, weights, cache, tokens_B, starts_B, seeds_B, numbers_B) -> tuple[Any, Any]:
-    _, last_B1H, cache = decoding.step(cfg, weights, cache, tokens_B[:, None], starts_B)
-    return choose(sampling, target.logits(cfg, weights, last_B1H[:, 0]), seeds_B, numbers_B), cache

@@ -26,21 +26,51 @@ def choose(sampling: Sampling, logits_BV: jax.Array, seeds_B: jax.Array, numbers
     """int32 [B]: the `numbers`-th token of each answer, from float32 logits. Seeds are int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    values_BK, ids_BK = _candidates(sampling, logits_BV)
+    drawn_B = draw(values_BK, seeds_B, numbers_B)
+    return drawn_B if ids_BK is None else jnp.take_along_axis(ids_BK, drawn_B[:, None], -1)[:, 0]
+
+
+def probabilities(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
+    """float32 [B, V]: what `choose` draws from."""
+    if sampling.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits_BV, -1), logits_BV.shape[-1], dtype=jnp.float32)
+    values_BK, ids_BK = _candidates(sampling, logits_BV)
+    p_BK = jax.nn.softmax(values_BK, -1)
+    if ids_BK is None:
+        return p_BK
+    rows_B1 = jnp.arange(len(ids_BK), dtype=jnp.int32)[:, None]
+    return jnp.zeros(logits_BV.shape, jnp.float32).at[rows_B1, ids_BK].set(p_BK)
+
+
+def draw(logits_BK: jax.Array, seeds_B: jax.Array, numbers_B: jax.Array, use: int = 0) -> jax.Array:
+    """int32 [B], from the softmax of logits. Draws for another `use` are independent ones."""
+
+    def one(logits_K: jax.Array, seed: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.categorical(_key(seed, number, use), logits_K)
+
+    return jax.vmap(one)(logits_BK, seeds_B, numbers_B).astype(jnp.int32)
+
+
+def uniform(seeds_B: jax.Array, numbers_B: jax.Array, use: int) -> jax.Array:
+    """float32 [B] in [0, 1)."""
+    return jax.vmap(lambda seed, number: jax.random.uniform(_key(seed, number, use)))(seeds_B, numbers_B)
+
+
+def _candidates(sampling: Sampling, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """(logits, -inf of those that are left out; their tokens, None if they are all, in order)."""
     logits_BV = logits_BV / sampling.temperature
     V = logits_BV.shape[-1]
     if sampling.top_p in (None, 1.0) and (sampling.top_k or V) >= V:
-        return _drawn(logits_BV, seeds_B, numbers_B)
+        return logits_BV, None
     values_BK, ids_BK = jax.lax.top_k(logits_BV, min(sampling.top_k or V, V))
     if sampling.top_p is not None:
         p_BK = jax.nn.softmax(values_BK, -1)
         # By what stands before it, so that the likeliest token always stays.
         values_BK = jnp.where(jnp.cumsum(p_BK, -1) - p_BK < sampling.top_p, values_BK, -jnp.inf)
-    drawn_B = _drawn(values_BK, seeds_B, numbers_B)
-    return jnp.take_along_axis(ids_BK, drawn_B[:, None], -1)[:, 0]
+    return values_BK, ids_BK
 
 
-def _drawn(logits_BK: jax.Array, seeds_B: jax.Array, numbers_B: jax.Array) -> jax.Array:
-    def one(logits_K: jax.Array, seed: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), number), logits_K)
-
-    return jax.vmap(one)(logits_BK, seeds_B, numbers_B).astype(jnp.int32)
+def _key(seed: jax.Array, number: jax.Array, use: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.fold_in(key, use) if use else key

@@ -118,9 +118,9 @@ class Local:
                 self._active[slot] = asked
                 self._take(slot, token)
             if self._active:
-                tokens = await asyncio.to_thread(self._engine.step)
+                tokens, _ = await asyncio.to_thread(self._engine.step)
                 for slot in list(self._active):
-                    self._take(slot, int(tokens[slot]))
+                    self._take(slot, int(tokens[slot, 0]))
             await asyncio.sleep(0)  # who was answered asks the next question
 
     def _take(self, slot: int, token: int) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipelines.decoding.sampling import Sampling, choose
+from pipelines.decoding.sampling import Sampling, choose, probabilities
 
 P = np.array([0.4, 0.05, 0.3, 0.05, 0.2])  # of a tiny vocabulary
 DRAWS = 20_000
@@ -35,6 +35,8 @@ def test_tokens_follow_the_distribution(sampling, expected):
     expected = expected / expected.sum()
     spread = np.sqrt(expected * (1 - expected) / DRAWS)
     assert (np.abs(found - expected) <= 4 * spread).all(), found
+    told = np.asarray(probabilities(sampling, jnp.asarray(np.log(P), jnp.float32)[None]))[0]
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
 
 
 def test_a_draw_is_of_its_seed_and_number_alone():

@@ -1,0 +1,51 @@
+"""A head that is told what the target will say: a kind of its own behind the protocol."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from pipelines.decoding.drafting import Drafter, Drafting
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """`rank` of a position: how many other tokens it holds likelier than the right one there, by turns.
+
+    Its cache is the text of each slot, which a test writes into it.
+    """
+
+    vocab_size: int
+    slots: tuple[tuple[int, ...], ...]  # the texts
+    ranks: tuple[int, ...] = (0,)
+    aux_layers: tuple[int, ...] = (2, 4)
+
+    @property
+    def hidden_size(self):
+        return self.vocab_size
+
+    def empty_cache(self, sequences, length, dtype):
+        texts = np.zeros((1, sequences, length + 2), np.int32)
+        for slot, text in enumerate(self.slots):
+            texts[0, slot, : len(text)] = text[: length + 2]
+        return {"text": jnp.asarray(texts)}
+
+    def begin(self, ready, aux_BmAH):
+        return jnp.zeros((*aux_BmAH.shape[:2], self.vocab_size))
+
+    def step(self, ready, cache, embedded_BmH, state_BmH, new):
+        at = jnp.minimum(new.positions_Bm + 2, cache["text"].shape[2] - 1)
+        right = jnp.take_along_axis(cache["text"][0], at, 1)
+        rank = jnp.asarray(self.ranks, jnp.int32)[at % len(self.ranks)]
+        vocabulary = jnp.arange(self.vocab_size, dtype=jnp.int32)[None, None]
+        behind = (vocabulary - right[..., None]) % self.vocab_size
+        # The right token's logit is 0; those of the `rank` tokens behind it in the vocabulary are above.
+        far = behind.astype(jnp.float32)
+        logits = jnp.where(behind <= rank[..., None], 0.2 * far, -9.0 - far / self.vocab_size)
+        return state_BmH, logits, cache
+
+
+def drafting(head: Oracle, **how) -> tuple[Drafting, Drafter]:
+    """For an engine; the draft vocabulary is the whole one."""
+    V = head.vocab_size
+    return Drafting(head, **how), Drafter((), jnp.eye(V), jnp.arange(V, dtype=jnp.int32))

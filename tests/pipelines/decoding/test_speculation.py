@@ -1,0 +1,148 @@
+"""Answers that are drafted are the target's own, token by token, whatever the drafts are worth."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import EyasError
+from common.mesh import make_mesh
+from common.params import initialise
+from dump import target
+from pipelines.decoding import steps as steps_
+from pipelines.decoding.drafting import Drafter, Drafting
+from pipelines.decoding.engine import Engine
+from pipelines.decoding.sampling import Sampling, probabilities
+from tests.goldens import golden
+from tests.pipelines.decoding.oracle import Oracle, drafting
+from train.heads.eagle3 import Eagle3
+
+GREEDY = Sampling()
+LENGTH, ANSWER = 48, 24
+PROMPTS = ([5, 9, 2, 11, 3, 8, 1], [7, 7, 4], [12, 1, 6, 30, 2, 14, 3, 9, 9, 4, 1])
+CHAIN, TREE = {"steps": 3, "nodes": 4}, {"steps": 3, "topk": 3, "nodes": 12}
+OTHERS = ("qwen3_next", "qwen3_moe", "deepseek_v3", "gemma3", "gpt_oss")
+RANKS = (0, 0, 1, 0, 2, 0, 0, 0, 4)  # of the right token among the head's, from position to position
+
+
+class Target:
+    """A golden's model on one device."""
+
+    def __init__(self, name, tmp_path):
+        made = golden.read(name)
+        folder = golden.write_folder(made, tmp_path)
+        self.cfg, self.aux_layers = target.read_config(folder), made.aux_layers
+        loaded = target.load(folder, self.cfg, make_mesh(), jnp.float32)
+        self.weights = {name: x.addressable_data(0) for name, x in loaded.items()}
+
+    def answers(self, head=(), sampling=GREEDY):
+        """(the answers' tokens, how many each step gave): all prompts side by side, each in its own slot."""
+        engine = Engine(self.cfg, self.weights, len(PROMPTS), LENGTH, sampling, *head)
+        found, steps = {}, []
+        for seed, prompt in reversed(list(enumerate(PROMPTS))):  # the last slot is taken first
+            slot, token = engine.begin(prompt, seed)
+            found[slot] = [token]
+        while found.keys() - {slot for slot in range(len(PROMPTS)) if len(found[slot]) >= ANSWER}:
+            tokens, counts = engine.step()
+            for slot, answer in found.items():
+                if len(answer) < ANSWER:
+                    answer += tokens[slot, : counts[slot]].tolist()
+                    steps.append(int(counts[slot]))
+                    if len(answer) >= ANSWER:
+                        engine.end(slot)
+        return [found[slot][:ANSWER] for slot in range(len(PROMPTS))], steps
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return Target("llama", tmp_path_factory.mktemp("llama"))
+
+
+def eagle3(model, **how):
+    """A random head of the model, which drafts every other token of the vocabulary."""
+    ids = jnp.arange(0, model.cfg.vocab_size, 2, dtype=jnp.int32)
+    head = Eagle3.for_target(model.cfg.text, len(ids), model.aux_layers)
+    params = initialise(head.parameters(), jax.random.key(0))
+    return Drafting(head, **how), Drafter(head.ready(params, jnp.float32), head.output(params), ids)
+
+
+def oracle(model, plain, ranks=RANKS, **how):
+    slots = tuple((*prompt, *answer, *[0] * 8) for prompt, answer in zip(PROMPTS, plain, strict=True))
+    return drafting(Oracle(model.cfg.vocab_size, slots, ranks, model.aux_layers), **how)
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_greedy_answers_are_the_plain_ones(name, tmp_path):
+    model = Target(name, tmp_path)
+    plain, steps = model.answers()
+    assert set(steps) == {1}
+    chain, steps = model.answers(oracle(model, plain, **CHAIN))
+    assert chain == plain
+    assert set(steps) == {1, 2, 3, 4}, "drafts of every length are accepted"
+    if name == "qwen3_next":
+        with pytest.raises(EyasError, match=r"keep a state.*--topk 1"):
+            model.answers(oracle(model, plain, **TREE))
+        return
+    tree, of_tree = model.answers(oracle(model, plain, **TREE))
+    assert tree == plain
+    assert len(of_tree) < len(steps), "a tree has tokens that a chain misses"
+
+
+def test_a_perfect_head_has_all_accepted_and_a_random_one_almost_nothing(llama):
+    plain, _ = llama.answers()
+    perfect, steps = llama.answers(oracle(llama, plain, (0,), **CHAIN))
+    assert perfect == plain
+    assert set(steps) == {CHAIN["nodes"]}
+    random, steps = llama.answers(eagle3(llama, **CHAIN))
+    assert random == plain
+    assert np.mean(steps) < 1.1
+
+
+@pytest.mark.parametrize("how", [CHAIN, pytest.param(TREE, marks=pytest.mark.slow)])
+def test_sampled_answers_with_greedy_drafts_are_the_plain_ones_of_the_same_seeds(llama, how):
+    sampling = Sampling(0.7, top_p=0.9, top_k=20)
+    plain, _ = llama.answers(sampling=sampling)
+    assert plain != llama.answers()[0]
+    drafted, steps = llama.answers(oracle(llama, plain, **how), sampling)
+    assert drafted == plain
+    assert max(steps) == CHAIN["nodes"]
+
+
+def chi_squared(tokens, p):
+    """How far draws are from the distribution p, in standard deviations of what they would be."""
+    expected = len(tokens) * p
+    assert not np.isin(tokens, np.flatnonzero(p == 0)).any()
+    off = (np.bincount(tokens, minlength=len(p)) - expected)[p > 0] ** 2 / expected[p > 0]
+    return (off.sum() - len(off) + 1) / np.sqrt(2 * len(off))
+
+
+def test_sampled_drafts_leave_the_targets_distribution_as_it_is(llama):
+    """The first two tokens of a step that thousands of answers take at once, which differ by their seeds."""
+    B, prompt, sampling = 6_000, PROMPTS[0], Sampling(0.8, top_k=12)
+    head = eagle3(llama, **CHAIN, sampled=True)
+    how, w = steps_.How(llama.cfg, sampling, head[0]), steps_.Weights(llama.weights, head[1])
+    one = [np.array([n], np.int32) for n in (len(prompt), 0, 5)]
+    token, held = steps_.prefill(how, w, steps_.nothing(how, 1, 16, jnp.float32), np.array([prompt]), *one)
+    held = steps_.Held(
+        *({name: jnp.repeat(x, B, 1) for name, x in of.items()} for of in held[:2]),
+        *(jnp.repeat(x, B, 0) for x in held[2:]),
+    )
+    same = (jnp.full(B, n, jnp.int32) for n in (int(token[0]), len(prompt)))
+    given, _ = jax.jit(partial(steps_.step, how))(w, held, *same, jnp.arange(B), jnp.ones(B, jnp.int32))
+    tokens, counts = np.asarray(given.tokens_Bd), np.asarray(given.counts_B)
+
+    def exact(text):
+        row = jnp.arange(len(text), dtype=jnp.int32)[None]
+        forward = partial(target.forward, llama.cfg, llama.weights)
+        _, last = forward(jnp.asarray([text]), jnp.ones_like(row), row, llama.aux_layers)
+        return np.asarray(probabilities(sampling, target.logits(llama.cfg, llama.weights, last[0])))[-1]
+
+    p = exact([*prompt, int(token[0])])
+    assert chi_squared(tokens[:, 0], p) < 4
+    assert 0.02 < (counts > 1).mean() < 0.98
+    accepted = tokens[counts > 1]
+    most = int(np.bincount(accepted[:, 0]).argmax())
+    p = exact([*prompt, int(token[0]), most])
+    assert chi_squared(accepted[accepted[:, 0] == most, 1], p) < 4
