@@ -19,6 +19,7 @@ from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.layers import compute_dtype
 from common.params import shapes
+from common.progress import note
 from common.storage import require_room
 from common.store import Store
 from train import logs, optimizer, placing
@@ -30,11 +31,13 @@ from train.order import Order, order
 from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
-from train.stream import Stream, View, teaching_arrays
+from train.stream import Stream, View, Workload, teaching_arrays
 from train.warm_start import Published, open_published
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
+_LOOKED_AT = 2**16  # positions, about, to tell what a draft vocabulary is worth
+_FEW = 0.5  # of what the target would say
 _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
 _FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
@@ -137,6 +140,10 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
             "an answer's token; prepare conversations with assistant turns"
         )
+    source.once(
+        ("coverage", zarr.crc32(draft_ids), config.compat, config.data_seed, config.share),
+        lambda: _require_coverage(store, workload, rows, draft_ids),
+    )
     steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
     if steps * config.batch_rows > _MOST_ROWS:
         raise EyasError(
@@ -205,6 +212,21 @@ def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -
             "recompute"
         )
     return ids
+
+
+def _require_coverage(store: Store, workload: Workload, rows: np.ndarray, draft_ids: np.ndarray) -> None:
+    """EyasError if the draft vocabulary has none of the tokens that the target would say: a head would have a
+    loss of 0. Says so if it has few of them."""
+    some = rows[workload.targets[rows] > 0]
+    some = some[:: max(1, len(some) * store.length // _LOOKED_AT)]
+    found = store.read(("segment_ids", "loss_mask", "argmax"), some)
+    said = found["argmax"][workload.masks(found["segment_ids"], found["loss_mask"])[1]]
+    share = float(np.isin(said, draft_ids).mean())
+    what = f"of {len(said):,} tokens that the target would say, the draft vocabulary of {len(draft_ids):,}"
+    if not share:
+        raise EyasError(f"{what} has none, so there is nothing to learn; give a larger --draft-vocab")
+    if share < _FEW:
+        note(f"train: {what} has {share:.1%}; the others are never drafted: a larger --draft-vocab has more")
 
 
 def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: Published | None) -> Head:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from tests.train import small_store
 from tests.train.served import read_tensors
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
+from train.plan import make_plan
 from train.run import TrainConfig, run
 
 KILLS = 30
@@ -291,6 +293,25 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     )
     with pytest.raises(EyasError, match="no local folder nor in a gs:// bucket"):
         run(replace(config, out="s3://bucket/run"))
+
+
+def test_a_draft_vocabulary_without_what_the_target_says_is_refused_and_a_poor_one_told_of(
+    config, tmp_path, monkeypatch, capsys
+):
+    """A head would train on a loss of 0 without a word."""
+    make_plan(replace(config, draft_vocab=16))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "would say" in line]
+    assert re.fullmatch(
+        r"train: of 183 tokens .*vocabulary of 16 has 18\.6%; .* --draft-vocab has more", line
+    )
+    store = Store.open(config.store)
+    said = store.read(("argmax",), store.split_rows("train"))["argmax"]
+    others = np.setdiff1d(np.arange(small_store.V), said).astype(np.int32)[:4]
+    monkeypatch.setattr("train.plan.most_frequent", lambda counts, n: others)
+    match = (
+        r"of 183 tokens that the target would say, the draft vocabulary of 4 has none, so .* --draft-vocab"
+    )
+    refused(config, tmp_path, match, draft_vocab=4)
 
 
 def test_too_small_a_disk_is_refused(config, tmp_path, monkeypatch):
