@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from common import storage
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.library_errors import library_errors
 from common.progress import note
 
@@ -53,6 +53,41 @@ def write_folder(folder: str, files: dict[str, bytes], mark: str = "architecture
             _flush(parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def read_as_one(folder: str) -> Iterator[None]:
+    """For what reads several files of a folder, or one of them piece by piece. RestartError if one was
+    replaced meanwhile, also where what was read made no sense.
+
+    A writer's order is enough for who reads each file at once, and only for him.
+    """
+    before = _versions(folder)
+    try:
+        yield
+    except EyasError as error:
+        _require_same(folder, before, error)
+        raise
+    _require_same(folder, before, None)
+
+
+def _versions(folder: str) -> dict[str, dict[str, Any]]:
+    """What tells each file from the one that replaces it: a disk's or a bucket's own facts."""
+    with library_errors(folder, "read"), suppress(FileNotFoundError, NotADirectoryError):
+        fs, path = storage.filesystem(folder)
+        found = {posixpath.basename(about["name"]): about for about in fs.ls(path, detail=True)}
+        return {name: about for name, about in found.items() if name.endswith((".json", ".safetensors"))}
+    return {}
+
+
+def _require_same(folder: str, before: dict[str, dict[str, Any]], error: EyasError | None) -> None:
+    after = _versions(folder)
+    for name in before | after:
+        if before.get(name) != after.get(name):
+            raise RestartError(
+                f"{storage.join(folder, name)} was replaced while the folder was read; run the same command "
+                "again"
+            ) from error
 
 
 @contextmanager

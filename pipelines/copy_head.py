@@ -1,13 +1,15 @@
 """A head's folder, checked against its target, is written to another place, in a layout that servers load."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from safetensors import safe_open
 
 from common import storage
 from common.errors import EyasError
-from common.folders import write_folder
+from common.folders import read_as_one, write_folder
 from common.safetensors import Checkpoint
 from common.store import Store
 from train.check_export import WEIGHTS, check
@@ -34,22 +36,26 @@ def copy_head(
     of `servers`, keys of servers.SERVERS, cannot take it in that layout.
     """
     config = store.target_config()
-    check(head, config)
-    described = storage.read_json(storage.join(head, "config.json"))
-    found = read_serving_config(head, described, config["num_hidden_layers"])
-    layout = layout or found.layout_of(described)
-    require(verdicts(found.limits(config), layout), servers, head)
-    if layout == found.layout_of(described):
-        names = [name for name in _FILES if storage.exists(storage.join(head, name))]
-        write_folder(out, {name: storage.read_bytes(storage.join(head, name)) for name in names})
-    else:
-        _convert(head, described, store, out, layout, target)
+    with read_as_one(head):
+        check(head, config)
+        described = storage.read_json(storage.join(head, "config.json"))
+        found = read_serving_config(head, described, config["num_hidden_layers"])
+        layout = layout or found.layout_of(described)
+        require(verdicts(found.limits(config), layout), servers, head)
+        if layout == found.layout_of(described):
+            names = [name for name in _FILES if storage.exists(storage.join(head, name))]
+            files = {name: storage.read_bytes(storage.join(head, name)) for name in names}
+            write = partial(write_folder, out, files)
+        else:
+            write = _converted(head, described, store, out, layout, target)
+    write()
     return [f"{out}: written and checked", *(f"  {line}" for line in check(out, config))]
 
 
-def _convert(
+def _converted(
     folder: str, described: dict[str, Any], store: Store, out: str, layout: str, target: str | None
-) -> None:
+) -> Callable[[], Any]:
+    """What writes it, of all that was read."""
     if layout == SPECULATORS and not target:
         raise EyasError(
             f"the layout {layout} names the target, for servers to find: give --target, its folder or Hub id"
@@ -57,7 +63,8 @@ def _convert(
     config, tensors = store.target_config(), Checkpoint.open(folder)
     head = read_serving_config(folder, described, config["num_hidden_layers"])
     sources, origin = head.sources(tensors.tensors, folder), described.get(TRAINED_FOR)
-    export(
+    return partial(
+        export,
         out,
         {name: tensors.read(source) for name, source in sources.items()},
         head,

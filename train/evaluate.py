@@ -12,6 +12,7 @@ import numpy as np
 
 from common import storage
 from common.errors import EyasError
+from common.folders import read_as_one
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
@@ -110,7 +111,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
-    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked."""
+    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked. RestartError if
+    it was replaced meanwhile, by a training run say."""
+    with read_as_one(folder):
+        return _load_head(folder, store)
+
+
+def _load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
     target = store.target_config()
     check_export.check(folder, target)
     place = storage.join(folder, "config.json")

@@ -11,6 +11,7 @@ import numpy as np
 from common import storage, zarr
 from common.config import digest
 from common.errors import EyasError, RestartError
+from common.folders import read_as_one
 from common.safetensors import FLOATS, Checkpoint
 from common.store import Store
 from train.draft_maps import check_maps
@@ -47,7 +48,13 @@ class Published:
 
 
 def open_published(folder: str, store: Store) -> Published:
-    """EyasError, by the name of what differs, for a folder without such a head, and one of another target."""
+    """EyasError, by the name of what differs, for a folder without such a head, and one of another target.
+    RestartError if it was replaced meanwhile."""
+    with read_as_one(folder):
+        return _open(folder, store)
+
+
+def _open(folder: str, store: Store) -> Published:
     place = storage.join(folder, "config.json")
     if not storage.exists(place):
         raise EyasError(

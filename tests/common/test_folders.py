@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from common import storage
-from common.errors import EyasError, MachineError
-from common.folders import write_folder
+from common.errors import EyasError, MachineError, RestartError
+from common.folders import read_as_one, write_folder
 
 
 def content(folder):
@@ -179,3 +179,25 @@ def test_a_file_is_no_folder_to_replace(tmp_path):
     with pytest.raises(EyasError, match="is a file; name a folder"):
         write_folder(str(tmp_path / "notes.txt"), head(b"1"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("base", ["", "memory://"])
+def test_a_folder_that_is_replaced_while_it_is_read_is_told_of_whatever_was_read(tmp_path, base):
+    place = f"{base}{tmp_path}/head"
+
+    def put(weights):
+        write_folder(place, head(weights) | {"config.json": json.dumps({"architectures": [1]}).encode()})
+        storage.write_bytes(f"{place}/model.safetensors", weights)
+
+    def nonsense(weights):
+        put(weights)  # as large as the others
+        raise EyasError("of no sense")
+
+    put(b"1")
+    with read_as_one(place):
+        storage.write_bytes(f"{place}/README.md", b"by somebody else")
+    with pytest.raises(EyasError, match=r"^of no sense$"), read_as_one(place):
+        raise EyasError("of no sense")
+    for doing in (put, nonsense):
+        with pytest.raises(RestartError, match="was replaced while the folder was read"), read_as_one(place):
+            doing(b"2")

@@ -13,8 +13,11 @@ from common import safetensors, storage
 from common.errors import EyasError, RestartError
 from common.params import initialise
 from common.store import Store
+from pipelines.copy_head import copy_head
 from tests.train import small_store
+from train import check_export
 from train.config import TrainConfig
+from train.evaluate import load_head
 from train.export import export, target_identity
 from train.heads.eagle3 import Eagle3
 from train.plan import make_plan
@@ -200,3 +203,31 @@ def test_a_head_that_is_replaced_after_it_was_looked_at_is_not_begun_with(tmp_pa
     tensors = open_published(portable(tmp_path / "other", store, head, other), store)._tensors
     with pytest.raises(RestartError, match=r"head was replaced while it was read; run the same command"):
         replace(opened, _tensors=tensors).weights()
+
+
+@pytest.mark.parametrize("base", ["", "memory://"])
+def test_a_head_that_is_replaced_while_it_is_read_gives_no_mixture(
+    tmp_path, store, head, params, base, monkeypatch
+):
+    """A training run does it at every evaluation, in a bucket too, where each tensor is a request."""
+    folder, check = f"{base}{tmp_path}/head", check_export.check
+
+    def put(more):
+        changed = {name: x + np.float32(more) for name, x in params.items()}
+        export(folder, changed, head, IDS, store.target_config())
+
+    def checked(*args):
+        check(*args)
+        put(1)
+
+    put(0)
+    assert load_head(folder, store)[0] == head
+    for place in ("train.evaluate.check_export.check", "pipelines.copy_head.check"):
+        monkeypatch.setattr(place, checked)
+    out = tmp_path / "copy"
+    for read in (lambda: load_head(folder, store), lambda: copy_head(folder, store, str(out))):
+        with pytest.raises(
+            RestartError, match=r"head/.* was replaced while the folder was read; run the same"
+        ):
+            read()
+    assert not out.exists()
