@@ -18,10 +18,10 @@ TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval export bench targets lint lock clean
+.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval export serve-check bench targets lint lock clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD) RUNS=$(RUNS) SWEEP=$(SWEEP)"
 	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
@@ -62,6 +62,9 @@ eval: $(READY) ## HEAD (EXP/best) on the held-out rows of STORE
 
 export: $(READY) ## HEAD -> OUT, a checked folder that servers load
 	@$(EYAS) export --head $(HEAD) --store $(STORE) --out $(OUT) $(ARGS)
+
+serve-check: $(READY) ## HEAD in a real vLLM on this CPU (set up once, 6 GB), beside our own figures
+	@$(EYAS) serve-check $(HEAD) --model $(MODEL) --store $(STORE) $(ARGS)
 
 bench: $(READY) ## speed and memory figures -> runs/bench.json
 	@$(EYAS) bench $(ARGS)

@@ -5,7 +5,7 @@ import click
 from common import pod
 from common.errors import EyasError
 from pipelines.exit_codes import Group
-from pipelines.verbs import heads, runs, store, whole
+from pipelines.verbs import heads, runs, servers, store, whole
 
 ON_A_POD = ("dump", "train", "sweep")  # the same command on every host
 
@@ -63,6 +63,7 @@ for _verb in (
     *(store.regenerate, store.prepare, store.dump, store.verify),
     *(heads.train, heads.sweep, heads.evaluate, heads.export),
     *(runs.compare, runs.report),
+    *(servers.serve_check, servers.bench_server),
     *(whole.demo, whole.bench, whole.targets),
 ):
     main.add_command(_verb)

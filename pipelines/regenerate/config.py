@@ -80,7 +80,7 @@ class RegenerateConfig:
         self._require_who_answers()
         endpoints = self.endpoint or ()
         for number, url in enumerate(endpoints, 1):
-            _require_plain(url, number)
+            require_plain(url, number)
         if len({completions_url(url) for url in endpoints}) < len(endpoints):
             raise ValueError("an endpoint is named twice; --concurrency asks one more at a time")
         if not self.out.endswith((".jsonl", ".ndjson")):
@@ -131,7 +131,7 @@ def completions_url(url: str) -> str:
     return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
 
 
-def _require_plain(url: str, number: int) -> None:
+def require_plain(url: str, number: int) -> None:
     """ValueError unless `url` is an http address; it may hold a secret, so it is not told."""
     try:
         parts = urlsplit(url)

@@ -1,0 +1,113 @@
+"""A running server's figures are those of its answers, and nothing of a key is told."""
+
+import contextlib
+import json
+import threading
+from http.server import ThreadingHTTPServer
+
+import pytest
+
+from common.errors import EyasError, MachineError
+from pipelines.serving.bench import run
+from pipelines.serving.bench_table import table
+from pipelines.serving.config import BenchServerConfig
+from tests.pipelines.regenerate.chat_server import chat_server
+from tests.pipelines.serving.model_server import Model, handler
+
+
+@contextlib.contextmanager
+def model_at(kind="vllm", drafts=True):
+    """(its address, what it was asked)"""
+    seen = []
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), handler(Model(drafts, kind), seen))
+    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_address[1]}", seen
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_throughput_latency_and_acceptance_are_measured_at_every_load(tmp_path, kind):
+    out = tmp_path / "bench.json"
+    with model_at(kind) as (url, seen), model_at(drafts=False) as (alone, _):
+        config = BenchServerConfig(
+            f"{url}/v1", without=alone, concurrency=(1, 4), requests=6, max_tokens=20, out=str(out)
+        )
+        found = run(config)
+    assert [level["concurrency"] for level in found["levels"]] == [1, 4]
+    for level, count in zip(found["levels"], (6, 8), strict=True):
+        its = level["with"]
+        assert level["requests"] == count
+        assert its["tokens"] == 20 * count
+        assert its["tokens_per_s"] == pytest.approx(its["tokens"] / its["seconds"])
+        assert 0 < its["first_token_median_s"] <= its["latency_median_s"] <= its["latency_p90_s"]
+        assert its["acceptance_length"] == 2.0
+        assert level["without"]["acceptance_length"] is None
+        assert level["speed_up"] == its["tokens_per_s"] / level["without"]["tokens_per_s"]
+    requests = [request for request, _ in seen]
+    assert all(request["stream"] and request["temperature"] == 0 for request in requests)
+    assert all(bool(r.get("return_spec_tokens_details")) is (kind == "sglang") for r in requests)
+    assert len({json.dumps(request["messages"]) for request in requests}) > 4
+    assert json.loads(out.read_text()) == found
+    text = table(found)
+    assert "2.000" in text
+    assert "not told" in text
+
+
+def test_conversations_ask_their_first_questions(tmp_path):
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]
+    turns += [{"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    with model_at() as (url, seen):
+        run(BenchServerConfig(url, data=(str(data),), concurrency=(1,), requests=2, max_tokens=4))
+    assert all(request["messages"] == turns[:2] for request, _ in seen)
+
+
+def test_a_key_goes_to_its_server_alone_and_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("EYAS_API_KEY", "secret-one")
+    monkeypatch.setenv("EYAS_API_KEY_2", "secret-two")
+    with model_at() as (url, seen), model_at() as (alone, others):
+        run(BenchServerConfig(url, without=alone, concurrency=(1,), requests=2, max_tokens=4))
+    assert {headers["Authorization"] for _, headers in seen} == {"Bearer secret-one"}
+    assert {headers["Authorization"] for _, headers in others} == {"Bearer secret-two"}
+    with chat_server(lambda request: "401") as server:
+        config = BenchServerConfig(server.url, served_model="x", concurrency=(1,), requests=2, max_tokens=4)
+        with pytest.raises(
+            EyasError, match=r"answers 401: bad Bearer \(the key\); check the address"
+        ) as caught:
+            run(config)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("way", "error", "message"),
+    [
+        ("429", EyasError, "answers 429"),
+        ("html", EyasError, "must stream chat completions"),
+        ("no choices", EyasError, "must stream chat completions"),
+        ("close", MachineError, "Server disconnected"),
+        ("cut", MachineError, "http://127.0.0.1"),
+        ("hang", MachineError, r"no whole answer in 1 seconds \(--timeout\)"),
+    ],
+)
+def test_a_server_that_fails_ends_it_in_one_line(way, error, message):
+    with chat_server(lambda request: way) as server:
+        config = BenchServerConfig(
+            server.url, served_model="x", concurrency=(2,), requests=4, max_tokens=4, timeout=1.0
+        )
+        with pytest.raises(error, match=message) as caught:
+            run(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_who_serves_several_models_or_nothing_is_asked_for_a_name():
+    with (
+        chat_server() as server,
+        pytest.raises(EyasError, match=r"does not say what it serves.*--served-model"),
+    ):
+        run(BenchServerConfig(server.url, concurrency=(1,), requests=2))
+    with pytest.raises(ValueError, match="endpoint 2 must be an address"):
+        BenchServerConfig("http://localhost:8000", without="localhost:8001")
