@@ -4,7 +4,26 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
+
+# Ends as `eyas` does: an error is one line and an exit code, and the other processes hear of it.
+FRAME = """
+import jax, sys
+jax.config.update("jax_num_cpu_devices", {devices})
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+from common import pod
+from common.errors import EyasError
+me = {process}
+try:
+    pod.initialise({address!r}, {processes}, me)
+    with pod.announced():
+{code}
+except EyasError as error:
+    print("Error:", error, file=sys.stderr)
+    pod.leave(error.exit_code)
+pod.leave(0)
+"""
 
 
 @dataclass(frozen=True)
@@ -19,7 +38,8 @@ class Ended:
 def start(
     code: str, processes: int, devices: int | tuple[int, ...] = 1, **environment: str
 ) -> list[subprocess.Popen]:
-    """Starts Python `code` in every process; `pod` is common.pod, joined, and `me` the process's number.
+    """Starts Python `code` in every process; `pod` is common.pod, joined, `me` the process's number, and
+    `EyasError` at hand.
 
     `devices` of each process, or of one after the other.
     """
@@ -28,11 +48,8 @@ def start(
         address = f"127.0.0.1:{free.getsockname()[1]}"
     found, counts = [], (devices,) * processes if isinstance(devices, int) else devices
     for process in range(processes):
-        text = (
-            f"import jax; jax.config.update('jax_num_cpu_devices', {counts[process]})\n"
-            f"from common import pod; me = {process}\n"
-            f"pod.initialise({address!r}, {processes}, me)\n"
-        ) + code
+        values = {"devices": counts[process], "process": process, "processes": processes, "address": address}
+        text = FRAME.format(code=textwrap.indent(code, " " * 8), **values)
         command = [sys.executable, "-c", text]
         environ = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

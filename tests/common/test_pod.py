@@ -13,21 +13,9 @@ from common import pod
 from common.errors import EyasError
 from tests import pod as miniature
 
-ENDED = """
-from common.errors import EyasError
-import sys
-try:
-    with pod.announced():
-        work()
-except EyasError as error:
-    print("Error:", error, file=sys.stderr)
-    pod.leave(error.exit_code)
-pod.leave(0)
-"""
-
 
 def ended(work, processes=3):
-    return miniature.wait(miniature.start(work + ENDED, processes))
+    return miniature.wait(miniature.start(work, processes))
 
 
 def test_alone_nothing_is_exchanged():
@@ -39,17 +27,16 @@ def test_alone_nothing_is_exchanged():
 
 
 def test_exchange_and_told():
-    found = ended("def work(): print(pod.exchange(me * 10), pod.told(lambda: f'by {me}'))")
+    found = ended("print(pod.exchange(me * 10), pod.told(lambda: f'by {me}'))")
     assert [(p.code, p.out.strip()) for p in found] == [(0, "[0, 10, 20] by 0")] * 3, found
 
 
 def test_an_error_of_one_is_everybodys_line():
     work = """
-def work():
-    pod.exchange(0)
-    with pod.together():
-        if me == 1:
-            raise EyasError("the bucket is full; make room")
+pod.exchange(0)
+with pod.together():
+    if me == 1:
+        raise EyasError("the bucket is full; make room")
 """
     begin = time.monotonic()
     found = ended(work)
@@ -66,17 +53,14 @@ def work():
 def test_an_error_is_told_to_those_who_wait_inside_a_computation(victim, meeting):
     """Also where it is met in a `together`, to which the others never come."""
     work = f"""
+import jax
 from contextlib import nullcontext
-def work():
-    import jax, numpy as np
-    from jax.sharding import PartitionSpec as P
-    mesh = jax.make_mesh((3,), ("x",))
-    pod.exchange(0)
-    with pod.together() if {meeting} else nullcontext():
-        if me == {victim}:
-            raise EyasError("no row is left")
-        from jax.experimental import multihost_utils
-        multihost_utils.sync_global_devices("all")
+pod.exchange(0)
+with pod.together() if {meeting} else nullcontext():
+    if me == {victim}:
+        raise EyasError("no row is left")
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("all")
 """
     begin = time.monotonic()
     found = ended(work)
@@ -110,9 +94,8 @@ except RestartError as error:
 
 def test_what_differs_between_processes_is_named():
     work = """
-def work():
-    pod.require_same({"a": 1, "b": [2]}, "options")
-    pod.require_same({"a": 1 + (me == 2)}, "options")
+pod.require_same({"a": 1, "b": [2]}, "options")
+pod.require_same({"a": 1 + (me == 2)}, "options")
 """
     found = ended(work)
     assert [p.code for p in found] == [2, 2, 2], found
@@ -149,9 +132,7 @@ with Stop(everywhere=True), pod.announced():
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again():
-    started = miniature.start(
-        "import time\ndef work():\n    print(1, flush=True)\n    time.sleep(100)\n" + ENDED, 3
-    )
+    started = miniature.start("import time\nprint(1, flush=True)\ntime.sleep(100)", 3)
     for process in started:
         process.stdout.readline()
     os.kill(started[2].pid, signal.SIGKILL)

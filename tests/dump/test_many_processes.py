@@ -17,21 +17,14 @@ from dump.dump import DumpConfig, run
 from tests import pod as miniature
 from tests import tiny_llama
 from tests.dump import tiny
+from tests.dump.tiny import contents
 from tests.goldens import golden
 
 ROWS = 21
 DUMP = """
-import sys
-from common.errors import EyasError
 from dump.dump import DumpConfig, run
-try:
-    found = run(DumpConfig(**{config}))
-    print(found["blocks_before"], found["blocks"])
-    code = 0
-except EyasError as error:
-    print("Error:", error, file=sys.stderr)
-    code = error.exit_code
-pod.leave(code)
+found = run(DumpConfig(**{config}))
+print(found["blocks_before"], found["blocks"])
 """
 
 
@@ -107,7 +100,6 @@ def test_what_hosts_do_not_share_is_refused_on_all(config, tmp_path):
     shutil.copytree(config.store, f"{tmp_path}/copy")
     tries = f"""
 from dataclasses import replace
-from common.errors import EyasError
 from dump.dump import DumpConfig, run
 config = DumpConfig(**{asdict(replace(config, dp=2))})
 one, two = {{"logits": "full"}}, {{"block_rows": 2}}
@@ -116,7 +108,6 @@ for changed in (one, two, {{"model": "{other}"}}, {{"store": "{tmp_path}/copy"}}
         run(replace(config, **changed) if me else config)
     except EyasError as error:
         print(error)
-pod.leave(0)
 """
     found = miniature.wait(miniature.start(tries, 2))
     for process in found:
@@ -220,11 +211,6 @@ def test_a_dump_goes_on_with_other_numbers_of_processes(config, tmp_path):
     require_same(Store.open(config.store), wanted)
 
 
-def contents(folder: str) -> dict[str, bytes]:
-    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
-    return {os.path.relpath(path, folder): storage.read_bytes(path) for path in paths}
-
-
 def committed(store: str) -> int:
     return len(os.listdir(f"{store}/commits")) if os.path.exists(f"{store}/commits") else 0
 
@@ -232,7 +218,6 @@ def committed(store: str) -> int:
 SLOWLY = """
 print("joined", flush=True)
 import time
-from common import pod
 from common.store_writer import FeatureWriter
 pod.LOST_SECONDS = 3
 write = FeatureWriter.write

@@ -1,5 +1,7 @@
 """A tiny random Llama as a Hugging Face folder, and a store of packed rows for it."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 
@@ -9,6 +11,7 @@ from dump.tokenizer_files import tokenizer_hash
 from tests import tiny_llama
 
 V, H, T = tiny_llama.CONFIG["vocab_size"], tiny_llama.CONFIG["hidden_size"], 24
+ROWS = 11
 
 
 def write_model(folder: str, seed: int = 0, layers: int = 8, tied: bool = False) -> str:
@@ -21,7 +24,7 @@ def write_model(folder: str, seed: int = 0, layers: int = 8, tied: bool = False)
     return folder
 
 
-def write_store(url: str, model: str, rows: int = 11, alone: bool = False) -> str:
+def write_store(url: str, model: str, rows: int = ROWS, alone: bool = False) -> str:
     """Rows of two documents and some padding each; `alone` gives every document a row of its own."""
     rng = np.random.default_rng(1)
     cut, end = T // 2 - 3, T - 2
@@ -45,3 +48,9 @@ def _unpacked(column: np.ndarray, cut: int, end: int) -> np.ndarray:
     first, second = np.zeros_like(column), np.zeros_like(column)
     first[:, :cut], second[:, : end - cut] = column[:, :cut], column[:, cut:end]
     return np.concatenate((first, second))
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    """Every file by its path, hidden ones too."""
+    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): storage.read_bytes(path) for path in paths}

@@ -17,18 +17,9 @@ from tests.train.served import read_tensors
 from train.run import TrainConfig, run
 
 TRAIN = """
-import sys
-from common.errors import EyasError
 from train.run import TrainConfig, run
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-try:
-    found = run(TrainConfig(**{config}))
-    print(found["steps_before"], found["steps"])
-    code = 0
-except EyasError as error:
-    print("Error:", error, file=sys.stderr)
-    code = error.exit_code
-pod.leave(code)
+found = run(TrainConfig(**{config}))
+print(found["steps_before"], found["steps"])
 """
 
 
@@ -147,26 +138,17 @@ def test_a_signal_to_one_process_saves_the_state_of_all(config, tmp_path):
 
 
 SWEEP = """
-import sys
-from common.errors import EyasError
 from train import sweep
 from train.config import TrainConfig
 from train.trainer import Trainer
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 take = Trainer.take
 def fails(self, batch):
     take(self, batch)
     if self.name == "bad":
         raise EyasError("it comes to nothing")
 Trainer.take = fails
-try:
-    found = sweep.run({{name: TrainConfig(**c) for name, c in {configs}.items()}}, {out!r})
-    print(found["done"], found["failed"])
-    code = 0
-except EyasError as error:
-    print("Error:", error, file=sys.stderr)
-    code = error.exit_code
-pod.leave(code)
+found = sweep.run({{name: TrainConfig(**c) for name, c in {configs}.items()}}, {out!r})
+print(found["done"], found["failed"])
 """
 
 
