@@ -9,6 +9,7 @@ value, H hidden size. The projections hold, key head by key head, [q D, k D, v G
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.layers import linear, rms_norm
+from dump.target import deltakernel
 from dump.target.deltarule import delta_rule, delta_rule_from
 from dump.target.dense import matrix, must_divide, project, vector
 from dump.target.remembering import Remembering
 from dump.target.spec import F32, Context, Remembered, Weight
 
-_UNIT_EPS = 1e-6  # of the keys' and queries' normalisation
+UNIT_EPS = 1e-6  # of the keys' and queries' normalisation
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,41 @@ class DeltaNet:
         }
 
     def __call__(self, w: Mapping[str, jax.Array], x_BTH: jax.Array, context: Context) -> jax.Array:
-        B, T = x_BTH.shape[:2]
-        D, E, G = self.key_dim, self.value_dim, self.value_heads // self.key_heads
-        mixed = project(w, "in_proj_qkvz", x_BTH).reshape(B, T, -1, 2 * D + 2 * G * E)
+        mixed_BTM, rates = project(w, "in_proj_qkvz", x_BTH), self._rates(w, x_BTH)
+        out_BTM = self.by_parts if context.cache else self._by_platform
+        return context.total(linear(out_BTM(w, mixed_BTM, rates, context), w["out_proj"]))
+
+    def _by_platform(self, w, mixed_BTM: jax.Array, rates: jax.Array, context: Context) -> jax.Array:
+        ways = {"default": partial(self.by_parts, w, context=context)}
+        sizes = self.key_dim, self.value_dim, self.value_heads // self.key_heads, self.kernel
+        if deltakernel.serves(mixed_BTM, *sizes):
+            ways["tpu"] = partial(self.by_kernel, w, context=context)
+        return jax.lax.platform_dependent(mixed_BTM, rates, **ways)
+
+    def by_parts(self, w, mixed_BTM: jax.Array, rates: jax.Array, context: Context) -> jax.Array:
+        """What out_proj is given [B, T, V E] of what in_proj_qkvz gives."""
+        (B, T), D, E = mixed_BTM.shape[:2], self.key_dim, self.value_dim
+        G = self.value_heads // self.key_heads
+        mixed = mixed_BTM.reshape(B, T, -1, 2 * D + 2 * G * E)
         q, k, v, gate = jnp.split(mixed, (D, 2 * D, 2 * D + G * E), -1)
         if context.cache:
-            out = self._remembered(w, jnp.concatenate([q, k, v, self._rates(w, x_BTH)], -1), context)
+            out = self._remembered(w, jnp.concatenate([q, k, v, rates], -1), context)
         else:
             parts = self._convolve(w["conv1d"], (q, k, v), context.segments_BT, context)
-            out = delta_rule(*self._given(w, parts, self._rates(w, x_BTH)), context.segments_BT)
-        out = out.astype(x_BTH.dtype)
+            out = delta_rule(*self._given(w, parts, rates), context.segments_BT)
+        out = out.astype(mixed.dtype)
         out = rms_norm(out, w["norm"], self.eps).astype(jnp.float32)
         out = out * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
-        return context.total(linear(out.astype(x_BTH.dtype).reshape(B, T, -1), w["out_proj"]))
+        return out.astype(mixed.dtype).reshape(B, T, -1)
+
+    def by_kernel(
+        self, w, mixed_BTM: jax.Array, rates: jax.Array, context: Context, interpret: bool = False
+    ) -> jax.Array:
+        """The same; `interpret` runs the kernel's steps one by one, on any device."""
+        beta, decay = (x.reshape(*rates.shape[:3], -1) for x in self._beta_and_decay(w, rates))
+        taps_XKc = jnp.concatenate(self._kernels(w["conv1d"], beta.shape[2], context), 1).transpose(2, 0, 1)
+        given = mixed_BTM, beta, decay, taps_XKc, w["norm"], context.segments_BT
+        return deltakernel.mix(self.eps, UNIT_EPS, *given, interpret=interpret)
 
     def _rates(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
         """[B, T, K, 2 G]: what beta and the decay are made of."""
@@ -93,14 +117,18 @@ class DeltaNet:
         """What the delta rule is given: queries, keys, values, decay and beta, value head by value head."""
         (q, k, v), (B, T) = parts, rates.shape[:2]
         G = self.value_heads // self.key_heads
-        rates = rates.astype(jnp.float32)
-        beta = jax.nn.sigmoid(rates[..., :G]).reshape(B, T, -1)
-        step = jax.nn.softplus(
-            rates[..., G:].reshape(B, T, -1) + w["dt_bias"].astype(jnp.float32)[None, None]
-        )
-        decay = -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
+        beta, decay = self._beta_and_decay(w, rates)
         q, k = (jnp.repeat(_unit(x, scale), G, 2) for x, scale in ((q, self.key_dim**-0.5), (k, 1.0)))
         return q, k, v.reshape(B, T, -1, self.value_dim), decay, beta
+
+    def _beta_and_decay(self, w, rates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both float32 [B, T, V]."""
+        B, T, _, both = rates.shape
+        rates = rates.astype(jnp.float32)
+        beta = jax.nn.sigmoid(rates[..., : both // 2]).reshape(B, T, -1)
+        bias = w["dt_bias"].astype(jnp.float32)[None, None]
+        step = jax.nn.softplus(rates[..., both // 2 :].reshape(B, T, -1) + bias)
+        return beta, -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
 
     def _remembered(self, w, new_BTKX: jax.Array, context: Remembering) -> jax.Array:
         """The rule's results [B, T, V, E] behind what the cache has."""
@@ -140,14 +168,18 @@ class DeltaNet:
         self, kernel_C1K: jax.Array, parts: tuple[jax.Array, ...], segments_BT: jax.Array, context: Context
     ) -> list[jax.Array]:
         """silu of each channel convolved over its document's last positions; parts are [B, T, heads, n]."""
-        done, start = [], 0
-        for x, width in zip(parts, (self.key_dim, self.key_dim, parts[2].shape[-1]), strict=True):
-            ours = x.shape[2] * width
-            first = start + context.chip() * ours
-            kernel_OK = jax.lax.dynamic_slice_in_dim(kernel_C1K[:, 0], first, ours)
-            done.append(_causal(x, kernel_OK.reshape(*x.shape[2:], -1), segments_BT))
+        kernels = self._kernels(kernel_C1K, parts[0].shape[2], context)
+        return [_causal(x, kernel, segments_BT) for x, kernel in zip(parts, kernels, strict=True)]
+
+    def _kernels(self, kernel_C1K: jax.Array, heads: int, context: Context) -> list[jax.Array]:
+        """The convolution's kernels [heads, n, K] of this chip's channels of q, k and v."""
+        found, start = [], 0
+        for width in (self.key_dim, self.key_dim, self.value_heads // self.key_heads * self.value_dim):
+            first = start + context.chip() * heads * width
+            own = jax.lax.dynamic_slice_in_dim(kernel_C1K[:, 0], first, heads * width)
+            found.append(own.reshape(heads, width, -1))
             start += self.key_heads * width
-        return done
+        return found
 
 
 def _causal(x_BTXY: jax.Array, kernel_XYK: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -171,4 +203,4 @@ def _slices(x_BTKX: jax.Array, starts_B: jax.Array, size: int) -> jax.Array:
 def _unit(x: jax.Array, scale: float) -> jax.Array:
     """x over its length, times `scale`; computed in float32."""
     x32 = x.astype(jnp.float32)
-    return (x32 * (scale * jax.lax.rsqrt((x32 * x32).sum(-1, keepdims=True) + _UNIT_EPS))).astype(x.dtype)
+    return (x32 * (scale * jax.lax.rsqrt((x32 * x32).sum(-1, keepdims=True) + UNIT_EPS))).astype(x.dtype)

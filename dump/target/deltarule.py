@@ -74,7 +74,7 @@ def _in_chunks(q_BTND, k_BTND, v_BTNE, decay_BTN, beta_BTN, segments_BT, state_B
     both = jnp.concatenate([v32, k32 * jnp.exp(total)[..., None]], -1) * beta[..., None]
     solved = einsum("zbnij,zbnje->zbnie", _inverse(system).astype(dtype), both.astype(dtype))
     new_values, old_keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
-    reads, writes, survives = _crossings(segments_ZBC)
+    reads, writes, survives = crossings(segments_ZBC)
     steps = (
         (einsum("zbnid,zbnjd->zbnij", q, k) * within).astype(dtype),
         new_values,
@@ -134,7 +134,7 @@ def _within(total_ZBNC: jax.Array, segments_ZBC: jax.Array) -> jax.Array:
     return jnp.exp(jnp.where(seen, total_ZBNC[..., :, None] - total_ZBNC[..., None, :], -jnp.inf))
 
 
-def _crossings(segments_ZBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def crossings(segments_ZBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """1.0 where a position reads the state before its chunk, where it writes the state behind it (both
     [Z, B, 1, C, 1]), and where the state survives the chunk [Z, B, 1, 1, 1]: within one document each time.
     """

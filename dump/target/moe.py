@@ -221,16 +221,18 @@ class Moe:
             first = context.chip() * held
         # Experts of other chips get the number `held`, so that their rows are sorted behind all of ours.
         ours_Mk = (ids_Mk >= first) & (ids_Mk < first + held)
-        local_S = jnp.where(ours_Mk, ids_Mk - first, held).reshape(-1)
+        # Slot after slot, each with all tokens: the other way round a TPU would take single numbers out of
+        # registers and put them together again, for which its compiler needs minutes.
+        local_S = jnp.where(ours_Mk, ids_Mk - first, held).T.reshape(-1)
         order_S = jnp.argsort(local_S, stable=True)
         sorted_S = local_S[order_S]
         stops_E = jnp.searchsorted(sorted_S, jnp.arange(held), side="right").astype(jnp.int32)
         y_SH = self._sorted(w, x_MH, order_S, sorted_S, jnp.diff(stops_E, prepend=0), spread)
-        back_Mk = jnp.argsort(order_S).reshape(ids_Mk.shape)
+        back_kM = jnp.argsort(order_S).reshape(self.router.top_k, -1)
         # Slot by slot, in the shape of what they are added to: XLA for TPU then adds all of them in one go.
         # Without the barrier it would make them float32 first, where they lie.
         slots = range(self.router.top_k)
-        found = jax.lax.optimization_barrier([y_SH[back_Mk[:, i]].reshape(*shape, -1) for i in slots])
+        found = jax.lax.optimization_barrier([y_SH[back_kM[i]].reshape(*shape, -1) for i in slots])
         if spread > 1:
             ours = ours_Mk.reshape(*shape, -1)
             found = [jnp.where(ours[..., i, None], y, jnp.zeros((), y.dtype)) for i, y in enumerate(found)]
@@ -244,9 +246,9 @@ class Moe:
         With `spread` > 1 about one row in `spread` is ours. Blocks of rows are then computed until all of
         ours are done: any number of rows may be ours, and the time taken follows that number.
         """
-        k = self.router.top_k
+        M = x_MH.shape[0]
         if spread == 1:
-            return self.experts(w, x_MH[order_S // k], sorted_S, sizes_E)
+            return self.experts(w, x_MH[order_S % M], sorted_S, sizes_E)
         size = max(LEAST_ROWS, -(-order_S.shape[0] // (spread * BLOCKS)))
         behind = (0, -order_S.shape[0] % size)
         order_S = jnp.pad(order_S, behind)
@@ -257,7 +259,7 @@ class Moe:
             low = i * size
             inside_E = jnp.clip(stops_E - low, 0, size) - jnp.clip(stops_E - sizes_E - low, 0, size)
             rows, ids = (jax.lax.dynamic_slice_in_dim(a, low, size) for a in (order_S, sorted_S))
-            y = self.experts(w, x_MH[rows // k], ids, inside_E)
+            y = self.experts(w, x_MH[rows % M], ids, inside_E)
             return jax.lax.dynamic_update_slice_in_dim(y_SH, y, low, 0)
 
         empty = jnp.zeros_like(sorted_S, x_MH.dtype, shape=(sorted_S.shape[0], x_MH.shape[1]))

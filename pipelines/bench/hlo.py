@@ -27,7 +27,7 @@ _NAME = re.compile(r"%([\w.-]+) =")
 _DONE = re.compile(r"call-done\(%?([\w.-]+)")
 _SENT_A_CYCLE = 180e9 / 1.75e9  # bytes, over one axis; of v6e and v5p
 _MOVED_A_CYCLE = 0.5 * 1640e9 / 1.75e9  # bytes, to and from HBM; of v6e
-_MATMULS = re.compile(r"gmm|splash|flash")  # names of kernels that take as long as their matmuls
+_MATMULS = re.compile(r"gmm|splash|flash|delta_net")  # names of kernels that compute more than they move
 _OPERANDS = re.compile(r"custom-call\(([^)]*)\)")
 _UNPRICED = ("fusion", "gather", "scatter", "sort")
 _COMMENTS = re.compile(r"/\*.*?\*/|(?<=\])\{[^}]*\}")  # and layouts

@@ -31,6 +31,8 @@ from common.splash import BLOCK
 from dump import target
 from dump.config import DumpConfig
 from dump.prefill import Program
+from dump.target.deltanet import DeltaNet
+from dump.target.deltarule import CHUNK
 from dump.target.flops import attention_flops, expert_flops, needed_flops
 from pipelines import recipes
 from pipelines.bench.hlo import Work, work
@@ -45,6 +47,7 @@ BARS = {
 }
 CHIPS_A_HOST = 4
 KERNELS = 0.5  # of the peak, by which kernels are priced
+DELTA_CYCLES = 1060  # of DeltaNet's kernel for a chunk of a key head: as many instructions as its loop has
 _SECONDS = 3600  # that a compilation may take
 
 
@@ -107,9 +110,10 @@ def priced(done: Work, cfg: target.TargetConfig, tokens: float, length: int, chi
     kernels = 0.0
     if done.kernels:  # attention's, of which blocks on the diagonal are computed whole, and the experts'
         kernels = tokens * (attention_flops(cfg, length) * (1 + BLOCK / length) + expert_flops(cfg))
+    chunks = sum(la.attention.key_heads for la in cfg.layers if isinstance(la.attention, DeltaNet)) / CHUNK
     found = {
         "compute_s": done.cycles / chip.cycles,
-        "kernels_s": kernels / (KERNELS * chip.flops),
+        "kernels_s": kernels / (KERNELS * chip.flops) + tokens * chunks * DELTA_CYCLES / chip.cycles,
         "waits_s": done.waited / chip.wire,
         "beside_s": sum(sent for _, sent in done.beside) / chip.wire,
         "gathers_s": 2 * done.unpriced / chip.hbm,  # read and written
