@@ -9,6 +9,7 @@ EXP ?= runs/$(notdir $(MODEL))
 HEAD ?= $(EXP)/best
 OUT ?= heads/$(notdir $(MODEL))
 RUNS ?= runs
+PROMPTS ?=
 SWEEP ?= sweep.toml
 ENDPOINT ?=
 SERVED ?= $(MODEL)
@@ -18,7 +19,7 @@ TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval export serve-check bench targets lint lock clean
+.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval speculate export serve-check bench targets lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,10 @@ report: $(READY) ## the run EXP -> a table and EXP/report.html
 
 eval: $(READY) ## HEAD (EXP/best) on the held-out rows of STORE
 	@$(EYAS) eval --head $(HEAD) --store $(STORE) $(ARGS)
+
+speculate: $(READY) ## HEAD with MODEL as a server decodes: PROMPTS, else the held-out rows of STORE
+	@$(EYAS) speculate --model $(MODEL) --head $(HEAD) \
+	  $(if $(PROMPTS),$(foreach p,$(PROMPTS),--prompts '$(p)'),--store $(STORE)) $(ARGS)
 
 export: $(READY) ## HEAD -> OUT, a checked folder that servers load
 	@$(EYAS) export --head $(HEAD) --store $(STORE) --out $(OUT) $(ARGS)

@@ -37,7 +37,7 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "complex_cot", "cot", "deeps
 _ID_KEYS = ("id", "conversation_id", "prompt_id", "uuid", "conversation_hash")
 FIELDS = {
     *TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *_CONTEXT_KEYS, *_SYSTEM_KEYS, *_TOOL_KEYS, *_REASONING_KEYS,
-    *_ID_KEYS, "chosen", "history", "data", "metadata",
+    *_ID_KEYS, "chosen", "history", "data", "metadata", "category", "question_id",
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def main(
 
 for _verb in (
     *(store.regenerate, store.prepare, store.dump, store.verify),
-    *(heads.train, heads.sweep, heads.evaluate, heads.export),
+    *(heads.train, heads.sweep, heads.evaluate, heads.speculate, heads.export),
     *(runs.compare, runs.report),
     *(servers.serve_check, servers.bench_server),
     *(whole.demo, whole.bench, whole.targets),

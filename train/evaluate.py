@@ -16,7 +16,6 @@ from common.folders import read_as_one
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
-from common.store import Store
 from train import check_export, ngram, placing
 from train.batch import Frozen, Params
 from train.config import EvaluateConfig
@@ -26,6 +25,11 @@ from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
 from train.stream import Stream, View
+
+
+def some(rows: np.ndarray, count: int | None) -> np.ndarray:
+    """So many of the rows, ascending, the same for whoever asks; None: all."""
+    return rows if count is None else np.sort(rows[permutation(len(rows), 0, 0)[:count]])
 
 
 class Evaluator:
@@ -46,8 +50,7 @@ class Evaluator:
         """`count`: so many of the rows are scored, the same of every head; None: all, in their own order."""
         rows, chips = source.test_rows, source.mesh.size
         size = max(chips, min(batch_rows, -(-len(rows) // chips) * chips))
-        if count is not None:
-            rows = np.sort(rows[permutation(len(rows), 0, 0)[:count]])
+        rows = some(rows, count)
         wanted = each_once(rows, size)
         # The default mask, whatever the training's was: figures of different runs compare.
         workload = source.workload(ttt_steps, test=True)
@@ -92,41 +95,45 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     without test rows.
     """
     source = Source(config.store, config.dp, config.cache)
-    store, rows = source.store, source.test_rows
+    found = {"head": estimate(source, config)}
+    if config.ngrams:
+        found |= ngram.evaluate(source.store, config.ttt_steps, config.answer_tokens)
+    return found | {"rows": len(source.test_rows), "store": source.store.hash}
+
+
+def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -> dict[str, Any]:
+    """The metrics of the head on `count` of the held-out rows, None: on all of them. EyasError as `run`."""
+    store, rows = source.store, some(source.test_rows, count)
     if not len(rows):
         raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")
-    head, params, draft_ids = load_head(config.head, store)
+    head, params, draft_ids = load_head(config.head, store.target_config())
+    if not set(head.aux_layers) <= set(store.features["aux_layers"]):
+        raise EyasError(
+            f"{config.head} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
+            f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
+        )
     dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
     shape = (source, head, draft_ids, config.ttt_steps, config.batch_rows, dtype)
-    evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens)
+    evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens, count=count)
     if not evaluator.counted:
         raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
     taught = source.frozen(draft_ids, "recompute", dtype)
     where = placing.along(params, head.parameters(), source.mesh)
-    found = {"head": evaluator(jax.tree.map(placing.place, params, where), taught)}
-    if config.ngrams:
-        found |= ngram.evaluate(store, config.ttt_steps, config.answer_tokens)
-    return found | {"rows": len(rows), "store": store.hash}
+    return evaluator(jax.tree.map(placing.place, params, where), taught)
 
 
-def load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
-    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked. RestartError if
-    it was replaced meanwhile, by a training run say."""
+def load_head(folder: str, target: dict[str, Any]) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
+    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked against its
+    target's config.json. RestartError if it was replaced meanwhile, by a training run say."""
     with read_as_one(folder):
-        return _load_head(folder, store)
+        return _load_head(folder, target)
 
 
-def _load_head(folder: str, store: Store) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
-    target = store.target_config()
+def _load_head(folder: str, target: dict[str, Any]) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
     check_export.check(folder, target)
     place = storage.join(folder, "config.json")
     head = read_serving_config(place, storage.read_json(place), target["num_hidden_layers"])
-    if not set(head.aux_layers) <= set(store.features["aux_layers"]):
-        raise EyasError(
-            f"{folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
-            f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
-        )
     tensors = Checkpoint.open(folder)
     sources = head.sources(tensors.tensors, folder)
     params = {name: tensors.read(sources[name]).astype(np.float32) for name in head.parameters()}

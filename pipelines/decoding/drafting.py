@@ -36,16 +36,6 @@ class Drafting:
     nodes: int = 2
     sampled: bool = False
 
-    def __post_init__(self) -> None:
-        met = self.topk + (self.steps - 1) * self.topk**2
-        if not self.steps < self.nodes <= met + 1:
-            raise ValueError(
-                f"draft_tokens={self.nodes} must be {self.steps + 1} to {met + 1}: the root counts, and "
-                f"steps={self.steps} of topk={self.topk} meet {met} others"
-            )
-        if self.sampled and self.topk > 1:
-            raise ValueError("sampled drafts are for chains (topk=1); a tree's are the likeliest tokens")
-
     @property
     def places(self) -> int:
         """Of the head's cache, behind a sequence."""

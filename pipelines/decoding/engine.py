@@ -6,12 +6,18 @@ steps, and one each for prompts of up to 64, 128, 256, ... tokens.
 Dimensions: B slots, d tokens a step at most.
 """
 
+import time
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from common.errors import EyasError
+from common.mesh import make_mesh
 from dump import target
+from dump.plan import positions_limit
 from pipelines.decoding import steps
 from pipelines.decoding.drafting import Drafter, Drafting
 from pipelines.decoding.sampling import Sampling
@@ -44,6 +50,8 @@ class Engine:
         self._token, self._start, self._number, self._seed = np.zeros((4, slots), np.int32)
         self._prefill = jax.jit(partial(steps.prefill, how), donate_argnums=1)
         self._step = jax.jit(partial(steps.step, how), donate_argnums=1)
+        self._programs: dict[Any, Any] = {}
+        self.compiling = 0.0  # seconds that it took to compile the programs
 
     @property
     def free(self) -> int:
@@ -60,7 +68,7 @@ class Engine:
         padded = np.zeros((1, _padded(len(prompt), self.length)), np.int32)
         padded[0, : len(prompt)] = prompt
         about = (np.array([n], np.int32) for n in (len(prompt), slot, seed))
-        token, self._held = self._prefill(self._weights, self._held, padded, *about)
+        token = self._run(self._prefill, padded, *about)
         self._token[slot], self._start[slot] = int(token[0]), len(prompt)
         self._number[slot], self._seed[slot] = 1, seed
         return slot, int(token[0])
@@ -69,10 +77,10 @@ class Engine:
         """The next tokens [B, d] of all slots, and how many of them they are [B]; those of a free slot mean
         nothing.
 
-        A slot must end before its prompt and answer have `length` tokens or more.
+        A slot must end as soon as its prompt and answer have `length` tokens.
         """
         given = (x.copy() for x in (self._token, self._start, self._seed, self._number))
-        found, self._held = self._step(self._weights, self._held, *given)
+        found = self._run(self._step, *given)
         tokens, counts = np.array(found.tokens_Bd), np.array(found.counts_B)
         self._token = np.take_along_axis(tokens, counts[:, None] - 1, 1)[:, 0]
         taken = counts.copy()
@@ -85,6 +93,29 @@ class Engine:
         """The slot is free."""
         self._start[slot] = 0  # so that no step reads more of the cache for its sake
         self._free.append(slot)
+
+    def _run(self, fn: Any, *given: np.ndarray) -> Any:
+        """What a program gives; it is compiled when it is first needed."""
+        key = fn, *(x.shape for x in given)
+        if key not in self._programs:
+            start = time.monotonic()
+            self._programs[key] = fn.lower(self._weights, self._held, *given).compile()
+            self.compiling += time.monotonic() - start
+        found, self._held = self._programs[key](self._weights, self._held, *given)
+        return found
+
+
+def on_one_device(folder: str, cfg: target.TargetConfig, dtype: str) -> dict[str, jax.Array]:
+    """A target's weights, as an engine takes them."""
+    loaded = target.load(folder, cfg, make_mesh(), jnp.dtype(dtype))
+    return {name: x.addressable_data(0) for name, x in loaded.items()}
+
+
+def require_length(cfg: target.TargetConfig, folder: str, length: int) -> None:
+    """EyasError if the target of a folder is made for sequences of less than `length` tokens."""
+    limit = min(n for n in (positions_limit(cfg.text), cfg.max_length, length) if n is not None)
+    if limit < length:
+        raise EyasError(f"length={length}, but {folder} is made for {limit} tokens; give --length {limit}")
 
 
 def _padded(length: int, most: int) -> int:

@@ -3,25 +3,24 @@
 import asyncio
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
-
-import jax.numpy as jnp
 
 from common.config import digest
 from common.errors import EyasError
 from common.layers import compute_dtype
-from common.mesh import make_mesh
 from common.progress import note
 from common.safetensors import Checkpoint
 from dump import target
 from dump.answer_spans import THINK
 from dump.chat import Chat
-from dump.plan import positions_limit, weights_hash
+from dump.plan import weights_hash
 from dump.template import TemplateRefusedError
-from pipelines.decoding.engine import Engine
+from pipelines.decoding.answering import Answer, Answering
+from pipelines.decoding.engine import Engine, on_one_device, require_length
 from pipelines.decoding.sampling import Sampling
-from pipelines.regenerate.answerer import Answer, Messages, RejectedError
+from pipelines.regenerate.answerer import Answer as Reply
+from pipelines.regenerate.answerer import Messages, RejectedError
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.reply import judged
 
@@ -29,12 +28,9 @@ LARGEST = 2_000_000_000  # parameters: with more, a server answers many times as
 _SERVERS = "serve it (vllm serve, python -m sglang.launch_server, sglang-jax) and give --endpoint"
 
 
-@dataclass
-class _Asked:
-    prompt: list[int]
-    seed: int
-    answered: asyncio.Future[str]  # why it ended
-    tokens: list[int]
+@dataclass(eq=False)
+class _Asked(Answer):
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Local:
@@ -51,7 +47,6 @@ class Local:
         self._sampling = Sampling(config.temperature or 0.0, config.top_p, config.top_k)
         self._dtype = compute_dtype(None)
         self._waiting: deque[_Asked] = deque()
-        self._active: dict[int, _Asked] = {}
         self._changed = asyncio.Event()
 
     def described(self) -> dict[str, Any]:
@@ -66,9 +61,9 @@ class Local:
         }
 
     async def __aenter__(self) -> Self:
-        loaded = target.load(self._folder, self._target, make_mesh(), jnp.dtype(self._dtype))
-        weights = {name: x.addressable_data(0) for name, x in loaded.items()}
-        self._engine = Engine(self._target, weights, self.width, self._length, self._sampling)
+        weights = on_one_device(self._folder, self._target, self._dtype)
+        engine = Engine(self._target, weights, self.width, self._length, self._sampling)
+        self._answering = Answering(engine, self._chat.stops)
         note(f"{self.name} answers {self.width} conversations at once; the first steps are compiled")
         self._serving = asyncio.ensure_future(self._serve())
         return self
@@ -80,18 +75,20 @@ class Local:
     async def ready(self) -> None:
         """Always."""
 
-    async def answer(self, messages: Messages, tools: list[dict[str, Any]], seed: int) -> Answer:
+    async def answer(self, messages: Messages, tools: list[dict[str, Any]], seed: int) -> Reply:
         """RejectedError for messages with tools, whose calls only servers read, or that are too long."""
-        asked = _Asked(self._prompt(messages, tools), seed, asyncio.get_running_loop().create_future(), [])
+        prompt = self._prompt(messages, tools)
+        asked = _Asked(prompt, seed, min(self._max_tokens, self._length - len(prompt)))
         self._waiting.append(asked)
         self._changed.set()
-        await asyncio.wait((asked.answered, self._serving), return_when=asyncio.FIRST_COMPLETED)
-        if not asked.answered.done():
+        waiting = asyncio.ensure_future(asked.ended.wait())
+        await asyncio.wait((waiting, self._serving), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
             self._serving.result()  # raises what has ended it
-        finish = asked.answered.result()
         thinking = f"{THINK}\n" if self._chat.opens_thought else ""
         text = thinking + self._chat.decode(asked.tokens, special=False)
-        return judged({"content": text}, finish, len(asked.tokens) + (finish == "stop"))
+        return judged({"content": text}, asked.finish, asked.given)
 
     def _prompt(self, messages: Messages, tools: list[dict[str, Any]]) -> list[int]:
         if tools:
@@ -109,35 +106,19 @@ class Local:
     async def _serve(self) -> None:
         """Steps as long as there are answers to grow; what waits takes a slot as soon as one is free."""
         while True:
-            while not self._active and not self._waiting:
+            while not self._answering.busy and not self._waiting:
                 self._changed.clear()
                 await self._changed.wait()
-            while self._waiting and self._engine.free:
+            ended = []
+            while self._waiting and self._answering.free:
                 asked = self._waiting.popleft()
-                slot, token = await asyncio.to_thread(self._engine.begin, asked.prompt, asked.seed)
-                self._active[slot] = asked
-                self._take(slot, token)
-            if self._active:
-                tokens, _ = await asyncio.to_thread(self._engine.step)
-                for slot in list(self._active):
-                    self._take(slot, int(tokens[slot, 0]))
+                if await asyncio.to_thread(self._answering.begin, asked):
+                    ended.append(asked)
+            if self._answering.busy:
+                ended += await asyncio.to_thread(self._answering.step)
+            for asked in ended:
+                asked.ended.set()
             await asyncio.sleep(0)  # who was answered asks the next question
-
-    def _take(self, slot: int, token: int) -> None:
-        """One more token of the answer in a slot, which may end it."""
-        asked = self._active[slot]
-        if token in self._chat.stops:
-            finish = "stop"
-        else:
-            asked.tokens.append(token)
-            room = min(self._max_tokens, self._length - len(asked.prompt))
-            if len(asked.tokens) < room:
-                return
-            finish = "length"
-        self._engine.end(slot)
-        del self._active[slot]
-        if not asked.answered.done():
-            asked.answered.set_result(finish)
 
 
 def require_small(folder: str, length: int) -> target.TargetConfig:
@@ -152,7 +133,5 @@ def require_small(folder: str, length: int) -> target.TargetConfig:
             f"{folder} has {size / 1e9:.1f} billion parameters, too many to answer here (at most "
             f"{LARGEST / 1e9:g}); {_SERVERS}"
         )
-    limit = min(n for n in (positions_limit(cfg.text), cfg.max_length, length) if n is not None)
-    if limit < length:
-        raise EyasError(f"length={length}, but {folder} is made for {limit} tokens; give --length {limit}")
+    require_length(cfg, folder, length)
     return cfg

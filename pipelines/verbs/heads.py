@@ -1,4 +1,4 @@
-"""From a feature store to heads: train, sweep, eval, export."""
+"""From a feature store to heads: train, sweep, eval, speculate, export."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from common import pod
 from common.errors import EyasError
 from pipelines import recipes
 from pipelines.options import options
+from pipelines.speculate.config import SpeculateConfig
 from pipelines.verbs.runs import show_runs
-from pipelines.verbs.shared import RECIPES, configure, model_option, plots_option, show, store_option
+from pipelines.verbs.shared import RECIPES, configure, fetch, model_option, plots_option, show, store_option
 from train.config import EvaluateConfig, TrainConfig
 from train.servers import LAYOUTS, SERVERS
 
@@ -93,6 +94,32 @@ def evaluate(head: str, store: str, as_json: bool, **given: Any) -> None:
     from train import evaluate as stage
 
     found = stage.run(configure(EvaluateConfig, None, "", given | {"head": head, "store": store}))
+    show(found) if as_json else click.echo(table(found))
+
+
+@click.command()
+@model_option
+@click.option("--head", required=True, help="A head's folder, such as EXP/best.")
+@options(SpeculateConfig)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_obj
+def speculate(cache: str, model: str, head: str, as_json: bool, **given: Any) -> None:
+    """Has target and head answer as a server would, beside the target alone: acceptance length by prompt set,
+    category, position and context, speed-up, and whether the answers are the same.
+
+    Example: eyas speculate --model qwen3-0.6b --head runs/qwen3-0.6b/best --prompts question.jsonl
+
+    Example: eyas speculate --head runs/smollm2-135m/best --store stores/smollm2-135m --topk 8 --steps 5
+    --draft-tokens 32
+    """
+    from pipelines.same_target import require_same_target
+    from pipelines.speculate.run import run
+    from pipelines.speculate.table import table
+
+    config = configure(SpeculateConfig, None, "", given | {"model": model, "head": head})
+    if config.store:
+        require_same_target(config.store, model, recipes.find(model))
+    found = run(fetch(config, cache))
     show(found) if as_json else click.echo(table(found))
 
 

@@ -386,7 +386,7 @@ def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
     opened = Store.open(store)
     opened.features["aux_layers"] = [1, 4, 6]
     with pytest.raises(EyasError, match="takes aux layers"):
-        evaluate.load_head(f"{config.out}/best", opened)
+        evaluate.load_head(f"{config.out}/best", opened.target_config())
 
 
 def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path):
