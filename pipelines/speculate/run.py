@@ -1,13 +1,13 @@
 """The whole of speculate: prompts are answered by the target alone and with drafts, set by set."""
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from common import storage
+from common.config import to_json
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from dump import target
@@ -46,7 +46,7 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     sets = [] if source is None else [_held_out(config, source)]
     most = config.max_tokens, config.length, config.each
     sets += [of_file(path, chat, *most) for path in config.prompts or ()]
-    found: dict[str, Any] = {"settings": asdict(config) | {"nodes": config.nodes}}
+    found: dict[str, Any] = {"settings": to_json(config) | {"nodes": config.nodes}}
     if source is not None:
         found["estimate"] = _estimate(config, source)
     drafting, plain = _engines(config, cfg, head)

@@ -221,11 +221,14 @@ def test_a_head_that_is_replaced_while_it_is_read_gives_no_mixture(
         put(1)
 
     put(0)
-    assert load_head(folder, store)[0] == head
+    assert load_head(folder, store.target_config())[0] == head
     for place in ("train.evaluate.check_export.check", "pipelines.copy_head.check"):
         monkeypatch.setattr(place, checked)
     out = tmp_path / "copy"
-    for read in (lambda: load_head(folder, store), lambda: copy_head(folder, store, str(out))):
+    for read in (
+        lambda: load_head(folder, store.target_config()),
+        lambda: copy_head(folder, store, str(out)),
+    ):
         with pytest.raises(
             RestartError, match=r"head/.* was replaced while the folder was read; run the same"
         ):

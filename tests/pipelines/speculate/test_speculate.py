@@ -1,0 +1,140 @@
+"""Target and head measured on prompt sets and on held-out answers, beside what `eval` estimates of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common.params import initialise
+from common.store_writer import write_rows
+from dump import target
+from dump.chat import Chat
+from dump.dump import DumpConfig
+from dump.dump import run as dump
+from dump.tokenizer_files import tokenizer_hash
+from pipelines.decoding.answering import Answer, Answering
+from pipelines.decoding.engine import Engine, on_one_device
+from pipelines.decoding.sampling import Sampling
+from pipelines.speculate.config import SpeculateConfig
+from pipelines.speculate.run import run
+from pipelines.speculate.table import table
+from tests import tiny_llama
+from tests.dump.chats import write_model
+from tests.train.small_store import short_run
+from train.export import export
+from train.heads.eagle3 import Eagle3
+from train.run import run as train
+
+LENGTH, ANSWER, ROWS = 96, 32, 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Llama that stops now and then."""
+    folder = write_model(tmp_path_factory.mktemp("model"), max_position_embeddings=LENGTH)
+    tiny_llama.write_weights(str(folder))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(40, 44)]}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def head(model, tmp_path_factory):
+    """A random head."""
+    config = target.read_config(model).text
+    ids = np.arange(0, config["vocab_size"], 2)
+    made = Eagle3.for_target(config, len(ids), (2, 4, 5))
+    folder = str(tmp_path_factory.mktemp("head") / "head")
+    return export(folder, initialise(made.parameters(), jax.random.key(0)), made, ids, config)
+
+
+def test_prompt_sets_have_figures_by_category_and_context(model, head, tmp_path):
+    path = tmp_path / "question.jsonl"
+    asked = [{"question_id": n, "category": "ab"[n % 2], "turns": ["Q?"] * (1 + n % 2)} for n in range(5)]
+    path.write_text("\n".join(map(json.dumps, asked)))
+    config = SpeculateConfig(model, head, prompts=(str(path),), length=LENGTH, max_tokens=8, slots=2)
+    config = replace(config, steps=2, topk=2, draft_tokens=5, out=str(tmp_path / "new" / "figures.json"))
+    found = run(config)
+    assert json.loads(Path(config.out).read_text()) == found
+    of_set = found["sets"]["question"]
+    assert {name: of["prompts"] for name, of in of_set["categories"].items()} == {"a": 3, "b": 2}
+    assert of_set["answers"] == 7
+    for name in ("prompts", "answers", "tokens", "drafts", "compared", "identical"):
+        assert of_set[name] == sum(of[name] for of in of_set["categories"].values()), name
+    assert of_set["identical"] == of_set["compared"] == 5
+    assert sum(of["drafts"] for of in of_set["by_context"].values()) == of_set["drafts"]
+    assert of_set["tokens"] <= of_set["answers"] + of_set["drafts"] * of_set["acceptance_length"] + 1e-6
+    assert of_set["speedup"] == pytest.approx(of_set["tokens_per_s"] / of_set["plain_tokens_per_s"])
+    text = table(found)
+    assert "tree: 2 steps, topk 2, 5 tokens" in text
+    assert "5 of 5" in text
+
+
+def write_own_answers(url, model):
+    """Rows of a prompt and the model's greedy answer each; every second one is held out."""
+    cfg, chat = target.read_config(model), Chat.load(model)
+    engine = Engine(cfg, on_one_device(model, cfg, "float32"), 4, LENGTH, Sampling())
+    answering, rng = Answering(engine, chat.stops), np.random.default_rng(0)
+    questions = [[{"role": "user", "content": f"{n}: {rng.integers(10**6)}"}] for n in range(ROWS)]
+    waiting = [Answer(chat.prompt(question), 0, ANSWER) for question in questions]
+    left = list(waiting)
+    while left or answering.busy:
+        while left and answering.free:
+            answering.begin(left.pop())
+        answering.step()
+    columns = {name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    columns["loss_mask"] = np.zeros((ROWS, LENGTH), np.uint8)
+    for row, answer in enumerate(waiting):
+        text = answer.prompt + answer.tokens
+        columns["tokens"][row, : len(text)] = text
+        columns["segment_ids"][row, : len(text)] = 1
+        columns["positions"][row, : len(text)] = np.arange(len(text))
+        columns["loss_mask"][row, len(answer.prompt) : len(text)] = 1
+    counted = columns["tokens"][::2][columns["loss_mask"][::2] > 0]
+    index = {"id": [str(n) for n in range(ROWS)], "split": ["train", "test"] * (ROWS // 2)}
+    index |= {"row": np.arange(ROWS), "length": [len(a.prompt + a.tokens) for a in waiting]}
+    manifest = {"rows": ROWS, "length": LENGTH, "vocab_size": cfg.vocab_size}
+    manifest["tokenizer_hash"] = tokenizer_hash(model)
+    counts = np.bincount(counted, minlength=cfg.vocab_size).astype(np.int64)
+    write_rows(url, columns, counts, pa.table(index), manifest)
+    return url
+
+
+@pytest.mark.slow
+def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, tmp_path):
+    store = write_own_answers(f"{tmp_path}/store", model)
+    dump(DumpConfig(model, store, precision="float32"))
+    train(short_run(store, f"{tmp_path}/run", steps=40, ttt_steps=3, draft_vocab=128))
+    config = SpeculateConfig(model, f"{tmp_path}/run/best", store, length=LENGTH, slots=3, max_tokens=ANSWER)
+    config = replace(config, out=str(tmp_path / "figures.json"))
+    found = run(config)
+    measured, estimate = found["sets"]["held out"], found["estimate"]
+    assert measured["identical"] == measured["compared"] == ROWS // 2
+    assert estimate["own_text"] == 1
+    assert measured["acceptance_length"] > 1.1
+    assert measured["drafts"] == estimate["drafts"]
+    assert measured["acceptance_length"] == pytest.approx(estimate["length_greedy"])
+    assert measured["accepted"] == pytest.approx(estimate["accepted_greedy"])
+    tree = run(replace(config, topk=3, draft_tokens=12))["sets"]["held out"]
+    assert tree["identical"] == ROWS // 2
+    assert tree["acceptance_length"] > measured["acceptance_length"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store": None}, "give --store, --prompts or both"),
+        ({"topk": 4}, "give --draft-tokens"),
+        ({"topk": 4, "draft_tokens": 3}, "draft_tokens=3 must be 4 to 37"),
+        ({"draft_tokens": 8}, "draft_tokens=8 must be 4 to 4"),
+        ({"topk": 2, "draft_tokens": 6, "sampled_drafts": True, "temperature": 1.0}, "are for chains"),
+        ({"sampled_drafts": True}, "sampled_drafts has no meaning at temperature 0"),
+        ({"top_k": 5}, "top_k has no meaning at temperature 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculateConfig("model", "head", **{"store": "store"} | changes)
