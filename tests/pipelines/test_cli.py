@@ -26,6 +26,7 @@ from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli, recipes
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.same_target import require_same_target
+from pipelines.speculate.config import SpeculateConfig
 from pipelines.verbs.shared import configure
 from tests.dump import chats, tiny
 from train.config import EvaluateConfig, TrainConfig
@@ -69,6 +70,7 @@ CONFIGURATIONS = {
     "dump": DumpConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "speculate": SpeculateConfig,
 }
 
 

@@ -60,12 +60,12 @@ def llama(tmp_path_factory):
     return Target("llama", tmp_path_factory.mktemp("llama"))
 
 
-def eagle3(model, **how):
+def eagle3(model, dtype=jnp.float32, **how):
     """A random head of the model, which drafts every other token of the vocabulary."""
     ids = jnp.arange(0, model.cfg.vocab_size, 2, dtype=jnp.int32)
     head = Eagle3.for_target(model.cfg.text, len(ids), model.aux_layers)
     params = initialise(head.parameters(), jax.random.key(0))
-    return Drafting(head, **how), Drafter(head.ready(params, jnp.float32), head.output(params), ids)
+    return Drafting(head, **how), Drafter(head.ready(params, dtype), head.output(params).astype(dtype), ids)
 
 
 def oracle(model, plain, ranks=RANKS, **how):
@@ -146,3 +146,21 @@ def test_sampled_drafts_leave_the_targets_distribution_as_it_is(llama):
     most = int(np.bincount(accepted[:, 0]).argmax())
     p = exact([*prompt, int(token[0]), most])
     assert chi_squared(accepted[accepted[:, 0] == most, 1], p) < 4
+
+
+@pytest.mark.parametrize("shape", [None, CHAIN, TREE, CHAIN | {"sampled": True}, {"steps": 1, "nodes": 2}])
+def test_what_steps_leave_to_each_other_keeps_its_shapes_in_bfloat16(llama, shape):
+    """So one compiled program serves all steps."""
+    dtype = jnp.bfloat16
+    weights = {name: x.astype(dtype) for name, x in llama.weights.items()}
+    drafting, drafter = (None, None) if shape is None else eagle3(llama, dtype, **shape)
+    how = steps_.How(llama.cfg, Sampling(0.5, top_p=0.9), drafting)
+    held = steps_.nothing(how, 2, 16, dtype)
+    w, one, two = steps_.Weights(weights, drafter), *(jnp.ones(n, jnp.int32) for n in (1, 2))
+    _, after = jax.eval_shape(
+        partial(steps_.prefill, how), w, held, jnp.ones((1, 8), jnp.int32), one, one, one
+    )
+    given, later = jax.eval_shape(partial(steps_.step, how), w, held, two, two, two, two)
+    before, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (held, after, later))
+    assert all(other == before for other in others)
+    assert given.tokens_Bd.shape == (2, 1 if shape is None else shape["steps"] + 1)
