@@ -14,7 +14,7 @@ Dimensions: c chips, M targets of a chip, A aux states, H hidden size, X = A * H
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from common.progress import Progress, note
 from common.store import Store
 from train import placing
 from train.batch import Batch, Frozen, embeddings, pick
-from train.order import listed
+from train.order import listed, permutation
 from train.stream import Stream, View, Workload
 from train.targets import drafting_index, valid_targets
 
@@ -43,13 +43,18 @@ _MOST_POSITIONS = 2**19  # of which they are taken, at most
 _KEPT_OUT = 8_192  # positions for choosing the ridge, but at most an eighth of the sample
 _CHIP_POSITIONS = 2_048  # that a chip looks at at once
 _RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
+_SEED = 2**32  # of no run: its first rows would be those that are kept out
 _LEAST_FACTOR = 0.1  # of the last state's size, should nothing be predictable
 
 _ROW, _ALL = spec(("row",)), spec(())
 
 
 class Fit(NamedTuple):
-    """A prediction of the last hidden state: scale * (features @ map) / rms(features @ map)."""
+    """A prediction of the last hidden state: scale * (features @ map) / rms(features @ map).
+
+    features @ map has a root mean square of one over the sample, whatever the ridge: its size is nothing to
+    the prediction, but the smaller it is, the more of it each step of training changes.
+    """
 
     map_XH: jax.Array
     scale_H: jax.Array
@@ -103,14 +108,20 @@ def measure(
     fitted = embed_VH is not None
     kept = chosen[: max(1, min(len(chosen) // 8, _KEPT_OUT // store.length))] if fitted else chosen[:0]
     seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
-    add, moments = _adding(mesh, eps), _zeros(mesh, A * H, H if fitted else 0)
-    with Progress("sample", len(seen) * store.length, "tok") as progress:
-        for batch in batches(seen):
+    kept_out = list(batches(kept)) if fitted else []
+    add = _adding(mesh, eps)
+
+    def summed(found: Iterable[Batch]) -> _Moments:
+        moments = _zeros(mesh, A * H, H if fitted else 0)
+        for batch in found:
             moments = add(moments, embed_VH, batch)
             progress.update(batch.tokens.size)
-    total = jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
-    del moments
-    units = jnp.sqrt(total.aux / jnp.maximum(total.seen, 1))
+        return jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
+
+    with Progress("sample", (len(seen) + len(kept)) * store.length, "tok") as progress:
+        total = summed(batches(seen))
+        whole = jax.tree.map(jnp.add, total, summed(kept_out))
+    units = jnp.sqrt(whole.aux / jnp.maximum(whole.seen, 1))
     if not bool(jnp.isfinite(units).all()):
         raise DamagedError(
             f"{store.url}: aux states of its rows are not finite, or their squares are not; no head can "
@@ -119,12 +130,12 @@ def measure(
     units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
     if not fitted:
         return Sample(units, None)
-    return Sample(units, _fit(mesh, eps, embed_VH, total, list(batches(kept))))
+    return Sample(units, _fit(mesh, eps, embed_VH, total, kept_out, whole))
 
 
 def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
     """The rows of the sample; those without a target only where there are not enough others."""
-    order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(rows)
+    order = rows[permutation(len(rows), _SEED, 0)]
     targets = workload.targets[order]
     order = np.concatenate([order[targets > 0], order[targets == 0]])
     enough = int(np.searchsorted(np.cumsum(workload.targets[order]), _PER_FEATURE * features)) + 1
@@ -204,48 +215,55 @@ def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, ja
     return jnp.concatenate([aux, token], 1), last, there.astype(jnp.float32)
 
 
-def _fit(mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: list[Batch]) -> Fit | None:
+def _fit(
+    mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: list[Batch], whole: _Moments
+) -> Fit | None:
     """A ridge regression to the last hidden state in units of its root mean square; None if there is none.
 
     A prediction varies less than what it predicts, but a norm makes it as large: at the last state's size a
     head would begin far too sure of itself. The ridge, and a factor for that size, are those that explain
-    most of the rows that are kept out. The greater ridges are tried as long as they do better.
+    most of the rows that are kept out, by the others' `total`. The greater ridges are tried as long as they
+    do better. The fit itself is that of the `whole`: where rows are few, each of them tells something.
     """
     judge = jax.jit(_over_rows(mesh, partial(_explained, eps), _ALL, summed=True))
     solve = jax.jit(jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False))
-    best: tuple[float, Fit | None] = (math.inf, None)
+    least, ridge_is, factor = math.inf, None, 1.0
     for ridge in _RIDGES:
-        map_XH, scale_H, aux_size = solve(total, jnp.float32(ridge))
+        map_XH, scale_H, _ = solve(total, jnp.float32(ridge))
         both, size, want = (float(x) for x in sum(judge((map_XH, scale_H), embed, b) for b in kept_out))
         unexplained = 1 - both**2 / (size * want) if size * want > 0 else math.inf
         if math.isnan(unexplained):  # more than rounding bears: a greater ridge
             continue
-        if unexplained >= best[0]:
+        if unexplained >= least:
             break
-        factor = max(both / size, _LEAST_FACTOR)
-        best = unexplained, Fit(map_XH, factor * scale_H, aux_size)
-    if best[1] is None:
+        least, ridge_is, factor = unexplained, ridge, max(both / size, _LEAST_FACTOR)
+    if ridge_is is None:
         note("train: nothing can be told from the sample, so the head starts without a fit")
-    return best[1]
+        return None
+    map_XH, scale_H, aux_size = solve(whole, jnp.float32(ridge_is))
+    return Fit(map_XH, factor * scale_H, aux_size)
 
 
 def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(map [X, H] to last states over their size, that size [H], the aux states' part) of every chip by
-    itself."""
+    """(map [X, H], the size of last states [H], that of the aux states' part of the predictions) of every
+    chip by itself."""
     scale_H = jnp.sqrt(total.square / total.targets) + 1e-6
     size_X = jnp.sqrt(jnp.diagonal(total.gram)) + 1e-6  # every feature counts alike in the ridge
     gram = total.gram / (size_X[:, None] * size_X[None])
     place = jnp.arange(len(size_X), dtype=jnp.int32)
     lower = jax.lax.linalg.cholesky(gram.at[place, place].set(1 + ridge), symmetrize_input=False)
-    found = total.cross / (size_X[:, None] * scale_H[None])
+    wanted = found = total.cross / (size_X[:, None] * scale_H[None])
     for transposed in (False, True):
         found = jax.lax.linalg.triangular_solve(
             lower, found, left_side=True, lower=True, transpose_a=transposed
         )
-    map_XH = found / size_X[:, None]
-    aux = len(map_XH) - map_XH.shape[1]
+    # (gram + ridge) found = wanted, so the squares of all predictions need no product with gram.
+    squares = (found * wanted).sum() - ridge * jnp.square(found).sum()
+    count = total.targets * len(scale_H)
+    map_XH = found / (size_X[:, None] * (jnp.sqrt(squares / count) + 1e-6))
+    aux = len(map_XH) - len(scale_H)
     squares = einsum("xy,yh->xh", total.gram[:aux, :aux], map_XH[:aux]) * map_XH[:aux]
-    return map_XH, scale_H, jnp.sqrt(squares.sum() / (total.targets * map_XH.shape[1])) + 1e-6
+    return map_XH, scale_H, jnp.sqrt(squares.sum() / count) + 1e-6
 
 
 def _explained(eps: float, fit: tuple[jax.Array, jax.Array], embed: jax.Array, batch: Batch) -> jax.Array:

@@ -20,6 +20,7 @@ from train.init import start
 from train.sample import measure
 from train.source import Source
 from train.stream import Workload
+from train.targets import counted_targets
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 
@@ -213,3 +214,72 @@ def test_halves_are_the_best_approximation_of_their_rank_and_equally_large(rank)
     np.testing.assert_allclose(
         np.linalg.norm(back[:, :5], axis=0), np.linalg.norm(into[:5], axis=1), rtol=1e-3
     )
+
+
+def told(store, monkeypatch, share):
+    """(inputs of a linear prediction, last states) of train rows' targets and of test rows'. Of the last
+    states, which the store then has, `share` is a linear function of the inputs and the rest is noise."""
+    found = store.read(("tokens", "segment_ids", "loss_mask", "aux_hidden"), np.arange(store.rows))
+    rng, H = np.random.default_rng(1), small_store.H
+    token = store.target_tensor("embed_tokens")[found["tokens"]]
+    token = token / np.sqrt((token**2).mean(-1, keepdims=True))
+    before = np.roll(found["aux_hidden"].reshape(*token.shape[:2], -1), 1, 1)
+    inputs = np.concatenate([before, token], -1)
+    signal = inputs @ rng.normal(size=(4 * H, H)) / np.sqrt(4 * H)
+    last = np.sqrt(share) * signal + np.sqrt(1 - share) * rng.normal(size=signal.shape)
+    last = (last * rng.uniform(0.1, 10, H)).astype(np.float32)  # dimensions of very unlike sizes
+    read = Store.read
+
+    def edited(self, names, rows):
+        changed = {"last_hidden": last[np.asarray(rows)]} if "last_hidden" in names else {}
+        return dict(read(self, names, rows)) | changed
+
+    monkeypatch.setattr(Store, "read", edited)
+    counts = counted_targets(found["segment_ids"], found["loss_mask"])
+    counts[:, 1:] &= found["segment_ids"][:, 1:] == found["segment_ids"][:, :-1]
+    counts[:, 0] = False
+    parts = [(rows, counts[rows]) for rows in map(store.split_rows, ("train", "test"))]
+    return [(inputs[rows][here], last[rows][here]) for rows, here in parts]
+
+
+def explained(predicted, last, size):
+    """(R² after the best rescaling, that rescaling) of predictions of states in units of their size."""
+    both, own = ((predicted / size * x).sum() for x in (last / size, predicted / size))
+    return both**2 / own / ((last / size) ** 2).sum(), both / own
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4])
+def test_a_fit_tells_what_can_be_told_as_surely_as_it_is_right(store, head, monkeypatch, share):
+    """Of rows that it has not seen, as much as the best ridge regression of all the others; no row is lost
+    for having been kept out, and what it says is neither too large nor too small."""
+    (inputs, last), (others, truth) = told(store, monkeypatch, share)
+    fit, size = measured(store, head, fitted=True).fit, np.sqrt((last**2).mean(0))
+    found = others @ np.asarray(fit.map_XH)
+    found = found / np.sqrt((found**2).mean(1, keepdims=True)) * np.asarray(fit.scale_H)
+    scaled = inputs / np.sqrt((inputs**2).sum(0))
+    by_ridge = []
+    for ridge in np.geomspace(1e-3, 1, 20):
+        solved = np.linalg.solve(scaled.T @ scaled + ridge * np.eye(scaled.shape[1]), scaled.T @ last)
+        best = others / np.sqrt((inputs**2).sum(0)) @ solved
+        best = best / size / np.sqrt(((best / size) ** 2).mean(1, keepdims=True)) * size
+        by_ridge.append(explained(best, truth, size)[0])
+    part, times = explained(found, truth, size)
+    assert share > part > 0.97 * max(by_ridge)
+    assert times == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.1])
+def test_the_state_of_a_fitted_head_is_as_large_whatever_can_be_told(store, head, monkeypatch, share):
+    """By it all that layers add in the first steps is measured: a small one is thrown back by them."""
+    (inputs, _), _ = told(store, monkeypatch, share)
+    head = replace(head, num_kv_heads=small_store.H // head.head_dim)  # for all of the token's part
+    fit, made_of = measured(store, head, fitted=True).fit, made(store, head, "fitted")
+    assert np.sqrt(((inputs @ np.asarray(fit.map_XH)) ** 2).mean()) == pytest.approx(1, rel=0.02)
+    aux, token = np.split(inputs, [3 * small_store.H], 1)
+    values = token @ np.asarray(made_of["midlayer.self_attn.v_proj.weight"])[:, : small_store.H].T
+    values = np.repeat(
+        values.reshape(len(token), -1, 1, head.head_dim), head.num_heads // head.num_kv_heads, 2
+    )
+    state = aux @ np.asarray(made_of["fc.weight"]).T
+    state += values.reshape(len(token), -1) @ np.asarray(made_of["midlayer.self_attn.o_proj.weight"]).T
+    assert np.sqrt((state**2).mean()) == pytest.approx(2, rel=0.02)
