@@ -106,6 +106,9 @@ def index_sums(
     whole, good = (jnp.cumprod(x.astype(jnp.int32), axis=-1) > 0 for x in (valid_BTK, right_BTK))
     before = jnp.concatenate([jnp.ones_like(good[..., :1]), good[..., :-1]], axis=-1)
     begins, drafts = answers(counted_BT, segments_BT, answer_tokens)
+    accepted = jnp.stack([right_BTK.astype(jnp.float32), alpha_BTK])
+    walks = jax.vmap(walk, (0, None, None))(accepted, begins, drafts)  # both in one loop over all positions
+    greedy, sampled = (jax.tree.map(lambda x, way=way: x[way], walks) for way in (0, 1))
     return Sums(
         counted=_total(valid_BTK),
         correct=_total(right_BTK),
@@ -113,8 +116,8 @@ def index_sums(
         chains=_total(whole),
         chains_right=_total(good),
         chains_open=_total(whole & before),
-        greedy=walk(right_BTK.astype(jnp.float32), begins, drafts),
-        sampled=walk(alpha_BTK, begins, drafts),
+        greedy=greedy,
+        sampled=sampled,
     )
 
 
