@@ -30,8 +30,8 @@ help: ## this list
 demo: $(READY) ## the whole way on the embedded model, sized for 10 minutes on 2 cores
 	@$(EYAS) demo $(ARGS)
 
-test: $(READY) ## the tests
-	@.venv/bin/python -m pytest $(ARGS)
+test: $(READY) ## the tests, on all cores
+	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(READY) ## also the tests that take minutes or download
 	@.venv/bin/python -m pytest -m 'slow or not slow' $(ARGS)
