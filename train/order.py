@@ -1,7 +1,14 @@
 """Which rows every step takes, a function of seed and step alone, and how several runs share one reading.
 
-A step's rows do not depend on what was read before or on the number of processes, so resuming is free and a
-batch can be replayed. Dimensions: N rows of a split, B rows of a batch.
+A step's rows do not depend on what was read before nor on the number of processes or chips, so resuming is
+free and a batch can be replayed; only the order of the rows within a batch is made for the chips.
+
+Rows differ in how many of their positions count, and a program has room for what the fullest shard of all
+steps needs. Of ShareGPT (T of 2,048, 0.77 of the positions live, 3 rows a chip on 4 chips) that is 0.96 of
+the positions where rows come by chance, and 0.86 as they are dealt here; of its prompt-heavy chats
+(0.18 live), 0.35 and 0.22.
+
+Dimensions: N rows of a split, S steps, B rows of a batch, R rows of a store.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,17 +40,55 @@ def share_of(rows: np.ndarray, seed: int, share: float) -> np.ndarray:
     return rows if count >= len(rows) else np.sort(rows[permutation(len(rows), seed, _SHARES)[:count]])
 
 
-def order(rows: np.ndarray, seed: int, steps: int, batch_rows: int, share: float = 1.0) -> Order:
+def order(
+    rows: np.ndarray,
+    seed: int,
+    steps: int,
+    batch_rows: int,
+    share: float = 1.0,
+    work: np.ndarray | None = None,
+) -> Order:
     """Each epoch is a permutation of its own, and batches run on over its end, so that no row is left out.
-    Fewer steps give a prefix, and a share of the rows keeps the order of all."""
+    Fewer steps give a prefix, and a share of the rows keeps the order of all.
+
+    `work` int64 [N] says how much is to be computed of each row: every batch of all rows gets about as much.
+    """
     count, N = steps * batch_rows, len(rows)
     inside = np.isin(rows, share_of(rows, seed, share))
     epochs = []
     for epoch in range(-(-count // int(inside.sum()))):
         mixed = permutation(N, seed, epoch)
+        if work is not None:
+            mixed = _dealt(mixed, work[mixed], (epoch * N + np.arange(N)) % batch_rows)
         at = np.flatnonzero(inside[mixed])
         epochs.append((rows[mixed[at]], epoch * N + at))
     return Order(*(np.concatenate(x)[:count].reshape(steps, batch_rows) for x in zip(*epochs, strict=True)))
+
+
+def _dealt(mixed: np.ndarray, work: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """The rows in an order in which each slot has those of one range of work; of these, as they come."""
+    mine = np.empty_like(slot)
+    mine[np.argsort(work, kind="stable")] = np.sort(slot)
+    dealt = np.empty_like(mixed)
+    dealt[np.argsort(slot, kind="stable")] = mixed[np.argsort(mine, kind="stable")]
+    return dealt
+
+
+def level(wanted: Order, work: np.ndarray, shards: int) -> Order:
+    """The same batches, with the rows of each in an order that gives every shard about as much `work` [R].
+
+    The next row, of those that are left the one with most, goes to the shard that has least and has room.
+    """
+    work_SB = np.where(wanted.rows < 0, 0, work[wanted.rows])
+    (S, B), batch = wanted.rows.shape, np.arange(len(wanted.rows))
+    sums, taken = np.zeros((S, shards), np.int64), np.zeros((S, shards), np.int64)
+    at = np.empty((S, B), np.int64)
+    for row in np.argsort(-work_SB, axis=1, kind="stable").T:
+        shard = np.where(taken < B // shards, sums, np.iinfo(np.int64).max).argmin(1)
+        at[batch, shard * (B // shards) + taken[batch, shard]] = row
+        taken[batch, shard] += 1
+        sums[batch, shard] += work_SB[batch, row]
+    return Order(*(np.take_along_axis(x, at, 1) for x in wanted))
 
 
 def listed(rows: np.ndarray) -> Order:

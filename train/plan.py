@@ -27,7 +27,7 @@ from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
 from train.init import start
-from train.order import Order, order
+from train.order import Order, level, order
 from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
@@ -155,11 +155,16 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             f"{config.store} has no held-out rows, by which patience={config.patience} could tell a better "
             "head; leave it out, or prepare a store with holdout above 0"
         )
-    wanted = order(source.train_rows, config.data_seed, steps, config.batch_rows, config.share)
+    shards = source.mesh.size * config.accumulate
+    work = source.workload(config.ttt_steps).targets  # whatever the mask: the order is that of all of a sweep
+    wanted = order(
+        source.train_rows, config.data_seed, steps, config.batch_rows, config.share, work[source.train_rows]
+    )
+    wanted = level(wanted, work, shards)
     dtype = compute_dtype(config.dtype)
     held_out = len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
-    capacity = workload.capacity(wanted.rows, source.mesh.size * config.accumulate)
+    capacity = workload.capacity(wanted.rows, shards)
     view = View(wanted, workload, capacity, config.teacher, draft_ids, head.aux_layers, config.accumulate)
     for teacher in (config.teacher, "recompute"):  # of training, and of evaluations
         Stream(store, source.mesh, [replace(view, teacher=teacher)], source.memory)  # if there is memory

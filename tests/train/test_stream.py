@@ -12,7 +12,7 @@ from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
 from train import targets
-from train.order import listed, order, share_of
+from train.order import level, listed, order, share_of
 from train.stream import Stream, View, Workload, teaching_arrays
 from train.targets import live_capacity, live_places
 
@@ -35,6 +35,44 @@ def test_every_epoch_visits_every_row_once_in_an_order_of_its_own():
 def test_a_shorter_run_reads_the_same_batches():
     rows = np.arange(7)
     np.testing.assert_array_equal(order(rows, 0, 3, 2).rows, order(rows, 0, 30, 2).rows[:3])
+
+
+def uneven(count):
+    """Work of rows that differ as chats do: few prompts without an answer, many long answers."""
+    return np.random.default_rng(0).beta(2, 0.6, count) * 2048 // 1
+
+
+def fullest(rows, work, shards):
+    return work[rows.reshape(len(rows) * shards, -1)].sum(1).max() / rows.shape[1] * shards
+
+
+@pytest.mark.parametrize(("shards", "batch_rows"), [(1, 6), (4, 12), (4, 8), (2, 10)])
+def test_every_shard_of_every_batch_gets_about_as_much_work(shards, batch_rows):
+    """Also where batches run over the end of an epoch: 331 rows are no whole number of them."""
+    rows, work = np.arange(331) * 2, np.zeros(662, np.int64)
+    work[rows] = uneven(331)
+    mean, steps = work[rows].mean(), 900 // batch_rows
+    by_chance = order(rows, 3, steps, batch_rows)
+    dealt = order(rows, 3, steps, batch_rows, work=work[rows])
+    leveled = level(dealt, work, shards)
+    assert fullest(by_chance.rows, work, shards) > 1.2 * mean
+    assert fullest(leveled.rows, work, shards) < 1.16 * mean
+    epochs = dealt.rows.ravel()[: 331 * 2].reshape(2, -1)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(rows, (2, 1)))
+    assert (epochs[0] != epochs[1]).any()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_a_step_has_the_same_rows_whatever_the_number_of_shards(share):
+    rows, work = np.arange(50), uneven(50).astype(np.int64)
+    wanted = order(rows, 5, 30, 12, share, work)
+    assert (order(rows, 6, 30, 12, share, work).rows != wanted.rows).any()
+    for shards in (1, 2, 3, 4, 12):
+        leveled = level(wanted, work, shards)
+        for found, expected in zip(leveled, wanted, strict=True):
+            np.testing.assert_array_equal(np.sort(found, axis=1), np.sort(expected, axis=1))
+        pairs = np.stack(leveled).reshape(2, -1).T.tolist(), np.stack(wanted).reshape(2, -1).T.tolist()
+        assert sorted(pairs[0]) == sorted(pairs[1]), "a row keeps its place in the epoch"
 
 
 def stream_of(store, rows, chips=1):
@@ -138,12 +176,13 @@ def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
 
 def test_a_share_of_the_rows_keeps_their_order_and_smaller_shares_lie_in_larger_ones():
     rows = np.arange(0, 60, 2)
-    whole = order(rows, 3, steps=30, batch_rows=4)
+    work = np.arange(60)[::-1] % 7
+    whole = order(rows, 3, 30, 2, work=work[rows])
     for share, other in ((0.5, 0.8), (0.1, 0.5), (0.01, 0.1)):
         inside, outer = share_of(rows, 3, share), share_of(rows, 3, other)
         assert len(inside) == max(1, round(30 * share))
         assert set(inside) <= set(outer)
-        part = order(rows, 3, 2 * len(inside), 2, share)
+        part = order(rows, 3, 2 * len(inside), 2, share, work[rows])
         epochs = part.rows.reshape(-1, len(inside))
         assert (np.sort(epochs, axis=1) == inside).all()
         expected = whole.rows.ravel()[np.isin(whole.rows.ravel(), inside)]
@@ -158,8 +197,8 @@ def test_one_reading_gives_each_run_the_batches_that_it_has_alone(store, first, 
     mesh, rows = make_mesh(chips), store.split_rows("train")
     views = []
     for steps, share, ids, ttt_steps in ((9, 1.0, 4, 3), (6, 0.5, 9, 1), (2, 0.2, 4, 3), (4, 1.0, 4, 2)):
-        wanted = order(rows, 1, steps, 4, share)
         workload = Workload(store, rows, ttt_steps)
+        wanted = level(order(rows, 1, steps, 4, share, workload.targets[rows]), workload.targets, chips)
         capacity = workload.capacity(wanted.rows, chips)
         views.append(View(wanted, workload, capacity, "recompute", np.arange(ids)))
     together = Stream(store, mesh, views)

@@ -24,6 +24,7 @@ from train.order import order
 from train.plan import Plan
 from train.run import run
 from train.source import Source
+from train.stream import Workload
 from train.sweep import FAILED
 from train.trainer import Trainer
 
@@ -79,8 +80,11 @@ def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone,
     assert (found["done"], found["failed"]) == (["slow", "half"], {})
     for name in TWO:
         assert_same(f"{out}/{name}", f"{alone}/{name}")
-    rows = Store.open(common.store).split_rows("train")
-    wanted = np.concatenate([order(rows, 0, *shape).places.ravel() for shape in ((6, 4), (4, 4, 0.5))])
+    store = Store.open(common.store)
+    rows = store.split_rows("train")
+    work = Workload(store, rows, common.ttt_steps).targets[rows]
+    shapes = (6, 4, 1.0), (4, 4, 0.5)
+    wanted = np.concatenate([order(rows, 0, *shape, work).places.ravel() for shape in shapes])
     sampled = len(rows) + len(rows) // 2  # for the units of the inputs
     assert len([row for row in read if row in rows]) == len(np.unique(wanted)) + sampled
 
@@ -96,7 +100,7 @@ def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "take", signalled)
-        with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step 2 or later"):
+        with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step [12] or later"):
             sweep.run(configs, out)
     sweep.run(configs, out)
     for name in TWO:
