@@ -42,6 +42,11 @@ def test_a_layer_of_experts_costs_its_active_ones(recipe, split, dp, tp):
     assert found["flops"] <= 1.3 * found["active"]
 
 
+def test_the_kernel_of_deltanet_is_priced_by_its_instructions():
+    found = compiled("delta", "qwen3-next-80b-a3b")["cycles"]
+    assert 0.8 * tpu.DELTA_CYCLES <= found <= tpu.DELTA_CYCLES
+
+
 @pytest.mark.parametrize("recipe", ["qwen3-32b", "llama-3.1-8b"])
 def test_a_dense_layer_costs_its_matrices(recipe):
     found = compiled("layer", recipe)

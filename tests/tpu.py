@@ -4,22 +4,30 @@ moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a 
 layer RECIPE                a target's first layer, a batch as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
 train RECIPE [LENGTH]       a training step, every position counted, as the recipe lays it out
+delta RECIPE                instructions of DeltaNet's kernel for a chunk of a key head
 """
 
+import glob
 import json
 import math
+import os
+import re
 import sys
+import tempfile
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from common.mesh import compiler_options, sharding, spec
 from common.params import shapes
 from dump import target
 from dump.config import DumpConfig
+from dump.target import deltakernel
 from dump.target import moe as module
+from dump.target.deltanet import DeltaNet
 from dump.target.flops import attention_flops, needed_flops
 from dump.target.moe import Moe
 from dump.target.spec import Context
@@ -108,6 +116,35 @@ def train(recipe: str, length: int = LENGTH) -> dict[str, float]:
     return memory(compiled) | {"parameters": sum(math.prod(p.shape) for p in head.parameters().values())}
 
 
+def delta(recipe: str) -> dict[str, float]:
+    """Instructions that the kernel's loop is compiled to: a cycle each, where nothing waits for memory."""
+    part = next(la.attention for la in config_of(recipe, None).layers if isinstance(la.attention, DeltaNet))
+    K, G, D, T = part.key_heads, part.value_heads // part.key_heads, part.key_dim, deltakernel.ROWS
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the first mesh is made.
+        wanted = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} {wanted}"
+        place = SingleDeviceSharding(mesh_of(4, 1).devices.flat[0])
+        sizes = (
+            (1, T, K * (2 + 2 * G) * D),
+            (1, T, K, 2 * G),
+            (K, G),
+            (K, G),
+            (part.kernel, K, (2 + G) * D),
+            (D,),
+        )
+        kinds = jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 4, jnp.int32
+        given = [
+            jax.ShapeDtypeStruct(size, kind, sharding=place) for size, kind in zip(sizes, kinds, strict=True)
+        ]
+        options = compiler_options(mesh_of(4, 1))
+        jax.jit(partial(deltakernel.mix, 1e-6, 1e-6)).lower(*given).compile(compiler_options=options)
+        (listed,) = glob.glob(f"{folder}/*delta_net*-final_bundles.txt")
+        with open(listed) as lines:  # `>>` stands in front of what lies in the loop inside of a block's
+            found = sum(bool(re.match(r" *0x[0-9a-f]+ *: >>", line)) for line in lines)
+    return {"cycles": found / math.gcd(K, deltakernel.HEADS)}
+
+
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
     """GiB of a chip."""
     found = compiled.memory_analysis()
@@ -120,5 +157,5 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 if __name__ == "__main__":
     verb, recipe, *rest = sys.argv[1:]
-    run = {"moe": moe, "layer": layer, "prefill": prefill, "train": train}[verb]
+    run = {"moe": moe, "layer": layer, "prefill": prefill, "train": train, "delta": delta}[verb]
     print(json.dumps(run(recipe, *(int(value) if value.isdigit() else value for value in rest))))

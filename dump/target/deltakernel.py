@@ -4,12 +4,13 @@ XLA writes every triangular system and each step of its inversion to memory in f
 head and of its value heads stays in fast memory, and only projections are read and results written. Formulas
 and rounding are those of deltanet.py and deltarule.py.
 
-Dimensions: B rows, T positions, Z chunks of C positions, K key heads (h of a block), G value heads of each,
-D of a key and of a value, P = G * C: a chunk's positions once for every value head, one head after another.
+Dimensions: B rows, T positions, C of a chunk, K key heads (h of a block), G value heads of each, D of a key
+and of a value, P = G * C: a chunk's positions once for every value head, one head after another.
 """
 
 import math
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -31,16 +32,18 @@ _F32 = jnp.float32
 
 def serves(mixed_BTM: jax.Array, key_dim: int, value_dim: int, group: int, taps: int) -> bool:
     """Whether the kernel takes such a layer: heads as wide as registers, positions in whole chunks."""
-    whole = key_dim == value_dim == LANES and group * CHUNK % LANES == 0 and mixed_BTM.shape[1] % CHUNK == 0
-    return mixed_BTM.dtype == jnp.bfloat16 and whole and taps <= _TILE + 1
+    wide = key_dim == value_dim == LANES and group * CHUNK % LANES == 0 and HEADS * 2 * group < LANES
+    whole = mixed_BTM.shape[1] % CHUNK == 0 and taps <= _TILE + 1
+    return mixed_BTM.dtype == jnp.bfloat16 and wide and whole
 
 
 def mix(
     eps: float,
     unit_eps: float,
     mixed_BTM: jax.Array,
-    beta_BTKG: jax.Array,
-    decay_BTKG: jax.Array,
+    rates_BTKr: jax.Array,
+    bias_KG: jax.Array,
+    speed_KG: jax.Array,
     taps_XKc: jax.Array,
     norm_D: jax.Array,
     segments_BT: jax.Array,
@@ -48,25 +51,29 @@ def mix(
 ) -> jax.Array:
     """[B, T, K * G * D] in the type of `mixed`, which holds [q D, k D, v G*D, gate G*D] a key head.
 
-    `taps` [X, K, 2 D + G D] is the convolution's kernel over q, k and v, the position's own last.
+    `rates` hold [beta G, decay G] a key head: beta is the sigmoid of the first, the decay `speed` times the
+    softplus of the second and `bias`. `taps` [X, K, 2 D + G D] is the convolution's kernel over q, k and v,
+    the position's own last.
     """
-    B, T = segments_BT.shape
-    K, G = beta_BTKG.shape[2:]
-    h, rows, D = math.gcd(K, HEADS), math.gcd(T, ROWS), LANES
-    chunks, width, convolved = rows // CHUNK, (2 + 2 * G) * D, (2 + G) * D
-    columns, lanes = _scalars(beta_BTKG, decay_BTKG, segments_BT, len(taps_XKc), h)
+    (B, T), (K, G), X, D = segments_BT.shape, bias_KG.shape, len(taps_XKc), LANES
+    h, rows = math.gcd(K, HEADS), math.gcd(T, ROWS)
+    width, convolved = (2 + 2 * G) * D, (2 + G) * D
+    rates = rates_BTKr.reshape(B, T, K // h, -1).swapaxes(1, 2).astype(_F32)
+    marks, own = _marks(segments_BT, X), jnp.stack([bias_KG.astype(_F32), speed_KG])
+    own = jnp.pad(own, ((0, 0), (0, 0), (G, 0))).reshape(2, K // h, -1).swapaxes(0, 1)
 
     def by_heads(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, h * size), lambda b, n, t: (b, t, n))
 
     return pl.pallas_call(
-        partial(_block, G, len(taps_XKc), eps, unit_eps),
+        partial(_block, G, h, eps, unit_eps),
         grid=(B, K // h, T // rows),
         in_specs=[
             by_heads(width),
-            pl.BlockSpec((None, None, rows, columns.shape[-1]), lambda b, n, t: (b, n, t, 0)),
-            pl.BlockSpec((None, h, chunks, *lanes.shape[-2:]), lambda b, n, t: (b, n, t, 0, 0)),
-            pl.BlockSpec((len(taps_XKc), h * convolved), lambda b, n, t: (0, n)),
+            pl.BlockSpec((None, None, rows, rates.shape[-1]), lambda b, n, t: (b, n, t, 0)),
+            pl.BlockSpec((None, 2, own.shape[-1]), lambda b, n, t: (n, 0, 0)),
+            pl.BlockSpec((None, rows, marks.shape[-1]), lambda b, n, t: (b, t, 0)),
+            pl.BlockSpec((X, h * convolved), lambda b, n, t: (0, n)),
             pl.BlockSpec((1, D), lambda b, n, t: (0, 0)),
         ],
         out_specs=by_heads(G * D),
@@ -75,34 +82,63 @@ def mix(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name="delta_net",
         interpret=interpret,
-    )(mixed_BTM, columns, lanes, taps_XKc.astype(_F32).reshape(len(taps_XKc), -1), norm_D.astype(_F32)[None])
+    )(mixed_BTM, rates, own, marks, taps_XKc.astype(_F32).reshape(X, -1), norm_D.astype(_F32)[None])
 
 
-def _scalars(beta_BTKG, decay_BTKG, segments_BT, taps: int, h: int) -> tuple[jax.Array, jax.Array]:
-    """What there is one of a position: ([B, K/h, T, h * n] with a position a register's row, [B, K, Z, 3, P]
-    with one a lane)."""
-    (B, T), (K, G) = segments_BT.shape, beta_BTKG.shape[2:]
-    Z = T // CHUNK
-    segments_ZBC = segments_BT.reshape(B, Z, CHUNK).swapaxes(0, 1)
-    reads, writes, survives = (x.transpose(1, 0, 3, 2, 4) for x in crossings(segments_ZBC))
-    decay_BZCKG = decay_BTKG.reshape(B, Z, CHUNK, K, G)
-    total = jnp.cumsum(decay_BZCKG, 2)
-    into = jnp.exp(total) * reads
-    out_of = jnp.exp(total[:, :, -1:] - total) * writes
-    kept = jnp.exp(total[:, :, -1:]) * survives
-    by_head = jnp.concatenate([beta_BTKG.reshape(total.shape), total, into, out_of], -1)
+def _marks(segments_BT: jax.Array, taps: int) -> jax.Array:
+    """float32 [B, T, 3 + taps]: a position's document, whether it reads the state before its chunk and writes
+    that behind it, whether this survives the chunk, and whether each of the positions in front of it that the
+    convolution reads is of its document."""
+    B, T = segments_BT.shape
+    found = crossings(segments_BT.reshape(B, -1, CHUNK).swapaxes(0, 1))
+    by_chunk = [jnp.broadcast_to(x, found[0].shape).transpose(1, 0, 3, 2, 4).reshape(B, T) for x in found]
     behind = [jnp.pad(segments_BT, ((0, 0), (n, 0)), constant_values=-1)[:, :T] for n in range(1, taps)]
-    every = jnp.stack([x.astype(_F32) for x in (segments_BT, *(x == segments_BT for x in behind))], -1)
-    every = jnp.broadcast_to(every[:, :, None], (B, T, K, taps))
-    columns = jnp.concatenate([by_head.reshape(B, T, K, -1), every], -1)
-    columns = columns.reshape(B, T, K // h, -1).swapaxes(1, 2)
-    segments = segments_BT.reshape(B, Z, CHUNK, 1, 1).astype(_F32)
-    lanes = jnp.stack([jnp.broadcast_to(x, total.shape) for x in (total, segments, kept)], 2)
-    return columns, lanes.transpose(0, 4, 1, 2, 5, 3).reshape(B, K, Z, 3, G * CHUNK)
+    return jnp.stack(
+        [x.astype(_F32) for x in (segments_BT, *by_chunk, *(x == segments_BT for x in behind))], -1
+    )
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    """What there is one of a position and a value head: [C, n], where a key head's numbers are those of its G
+    value heads for beta, then those for the decay.
+
+    `total`: sums of decays from the chunk's first position on; `grown`: their exponentials; `into` and
+    `out_of`: the factors of what a position reads of the state before the chunk and writes to that behind it;
+    `kept` [1, n]: of the state itself; `turned` [LANES, C]: `total`, and in the last row the documents.
+    """
+
+    beta: jax.Array
+    total: jax.Array
+    grown: jax.Array
+    into: jax.Array
+    out_of: jax.Array
+    kept: jax.Array
+    turned: jax.Array
+
+
+def _scalars(rates: jax.Array, own_2r: jax.Array, marks: jax.Array) -> _Scalars:
+    x = rates + own_2r[0:1]
+    softplus = jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    total, step = own_2r[1:2] * softplus, 1
+    while step < CHUNK:  # sums over all positions up to each
+        total += jnp.concatenate([jnp.zeros_like(total[:step]), total[:-step]])
+        step *= 2
+    last, grown = total[-1:], jnp.exp(total)
+    filled = jnp.zeros((CHUNK, LANES - 1 - total.shape[1]), _F32)
+    return _Scalars(
+        beta=0.5 + 0.5 * jnp.tanh(0.5 * rates),
+        total=total,
+        grown=grown,
+        into=grown * marks[:, 1:2],
+        out_of=jnp.exp(last - total) * marks[:, 2:3],
+        kept=jnp.exp(last) * marks[:1, 3:4],
+        turned=jnp.concatenate([total, filled, marks[:, :1]], 1).T,
+    )
 
 
 def _block(
-    G: int, taps: int, eps: float, unit_eps: float, mixed_ref, columns_ref, lanes_ref, taps_ref, norm_ref,
+    G: int, h: int, eps: float, unit_eps: float, mixed_ref, rates_ref, own_ref, marks_ref, taps_ref, norm_ref,
     out_ref, state_ref, tail_ref,
 ) -> None:  # fmt: skip
     @pl.when(pl.program_id(2) == 0)
@@ -110,21 +146,18 @@ def _block(
         state_ref[...] = jnp.zeros_like(state_ref)
         tail_ref[...] = jnp.zeros_like(tail_ref)
 
-    h, chunks = lanes_ref.shape[:2]
     masks = _masks(G)
+    width, convolved = (2 + 2 * G) * LANES, (2 + G) * LANES
 
-    def of_head(head: int, i: Any) -> Iterator[None]:
-        rows = pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK)
-        width, size, convolved = mixed_ref.shape[1] // h, columns_ref.shape[1] // h, (2 + G) * LANES
-        given = [columns_ref[rows, head * size + n : head * size + n + 1] for n in range(size)]
+    def of_head(head: int, rows: Any, marks: jax.Array, scalars: _Scalars) -> Iterator[None]:
         parts = []
         for start in range(0, convolved, LANES):
             own, at = slice(start, start + LANES), head * width + start
             x_CD = mixed_ref[rows, at : at + LANES].astype(_F32)
             weights = taps_ref[:, head * convolved + start : head * convolved + start + LANES]
-            parts.append(_convolved(x_CD, tail_ref.at[head, :, own], weights, given[4 * G + 1 :]))
+            parts.append(_convolved(x_CD, tail_ref.at[head, :, own], weights, marks[:, 4:]))
             yield
-        out = yield from _rule(G, unit_eps, masks, parts, given, lanes_ref[head, i], state_ref.at[head])
+        out = yield from _rule(G, head, unit_eps, masks, parts, marks[:, :1], scalars, state_ref.at[head])
         for g in range(G):
             own = out[g * CHUNK : (g + 1) * CHUNK].astype(out_ref.dtype).astype(_F32)
             own = own * jax.lax.rsqrt(jnp.mean(own * own, -1, keepdims=True) + eps) * norm_ref[...]
@@ -136,11 +169,14 @@ def _block(
             yield
 
     def chunk(i: Any, _: Any) -> None:
+        rows = pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK)
+        marks = marks_ref[rows]
+        shared = rows, marks, _scalars(rates_ref[rows], own_ref[...], marks)
         # Heads take turns: while one waits for a matmul, there is work of another in its place.
-        for _ in zip_longest(*(of_head(head, i) for head in range(h))):
+        for _ in zip_longest(*(of_head(head, *shared) for head in range(h))):
             pass
 
-    jax.lax.fori_loop(0, chunks, chunk, None)
+    jax.lax.fori_loop(0, mixed_ref.shape[0] // CHUNK, chunk, None)
 
 
 def _masks(G: int) -> tuple[jax.Array, list[jax.Array]]:
@@ -160,14 +196,14 @@ def _masks(G: int) -> tuple[jax.Array, list[jax.Array]]:
     return (i >= j) & (of_i == of_j), [corner(size) for size in _SIZES]
 
 
-def _convolved(x_CD: jax.Array, tail_ref: Any, taps_XD: jax.Array, same: list[jax.Array]) -> jax.Array:
+def _convolved(x_CD: jax.Array, tail_ref: Any, taps_XD: jax.Array, same: jax.Array) -> jax.Array:
     """silu of the causal convolution [C, D], in bfloat16; the last positions are kept for the next."""
     both = jnp.concatenate([tail_ref[...], x_CD])
     tail_ref[...] = x_CD[-_TILE:]
     total = x_CD * taps_XD[-1:]
-    for back, mask_C1 in enumerate(same, 1):
+    for back in range(1, len(taps_XD)):
         shifted = both[_TILE - back : _TILE - back + CHUNK]
-        total += shifted * taps_XD[-1 - back : len(taps_XD) - back] * mask_C1
+        total += shifted * taps_XD[-1 - back : len(taps_XD) - back] * same[:, back - 1 : back]
     return _silu(total).astype(jnp.bfloat16)
 
 
@@ -176,17 +212,22 @@ def _silu(x: jax.Array) -> jax.Array:
     return half + half * jnp.tanh(half)
 
 
-def _rule(G: int, unit_eps: float, masks, parts_CD, given, lanes_3P, state_ref) -> Generator:
+def _rule(G: int, head: int, unit_eps: float, masks, parts_CD, segments_C1, scalars, state_ref) -> Generator:
     """The delta rule's results [P, D] in float32, step by step."""
     dtype = parts_CD[0].dtype
+    first = head * 2 * G
 
-    def of_heads(start: int) -> jax.Array:
-        return jnp.concatenate(given[start : start + G])
+    def column(x: jax.Array, start: int) -> jax.Array:
+        return jnp.concatenate([x[:, n : n + 1] for n in range(start, start + G)])
 
-    beta, total, into, out_of = (of_heads(n * G) for n in range(4))
+    beta = column(scalars.beta, first)
+    columns = (scalars.total, scalars.grown, scalars.into, scalars.out_of)
+    total, grown, into, out_of = (column(x, first + G) for x in columns)
+    total_1P = jnp.concatenate([scalars.turned[n : n + 1] for n in range(first + G, first + 2 * G)], 1)
+    segments_1P = jnp.concatenate([scalars.turned[-1:]] * G, 1)
     later, corners = masks
-    seen = later & (jnp.concatenate([given[4 * G]] * G) == lanes_3P[1:2])
-    within = jnp.exp(jnp.where(seen, total - lanes_3P[0:1], -jnp.inf))
+    seen = later & (jnp.concatenate([segments_C1] * G) == segments_1P)
+    within = jnp.exp(jnp.where(seen, total - total_1P, -jnp.inf))
     yield
     q, k = (_unit(x, scale, unit_eps) for x, scale in zip(parts_CD, (LANES**-0.5, 1.0), strict=False))
     q, k, v = jnp.concatenate([q] * G), jnp.concatenate([k] * G), jnp.concatenate(parts_CD[2:])
@@ -196,7 +237,7 @@ def _rule(G: int, unit_eps: float, masks, parts_CD, given, lanes_3P, state_ref) 
     yield
     inverse = yield from _inverse(system, corners)
     k32 = k.astype(_F32)
-    both = jnp.concatenate([v.astype(_F32) * beta, k32 * (jnp.exp(total) * beta)], 1).astype(dtype)
+    both = jnp.concatenate([v.astype(_F32) * beta, k32 * (grown * beta)], 1).astype(dtype)
     solved = _dot(inverse, both)
     yield
     # `into` is exp(total) where the state before the chunk is read; the keys have that factor already.
@@ -210,7 +251,7 @@ def _rule(G: int, unit_eps: float, masks, parts_CD, given, lanes_3P, state_ref) 
     yield
     values = (solved[:, :LANES] - jnp.concatenate([x[:CHUNK] for x in read])).astype(dtype)
     for g, own in enumerate(owns):
-        kept = lanes_3P[2:3, own.start : own.start + 1]
+        kept = scalars.kept[:, first + G + g : first + G + g + 1]
         state_ref[g] = state_ref[g] * kept + _dot(keys[own], values[own], 0, 0)
         yield
     return jnp.concatenate([x[CHUNK:] for x in read]) + _dot(attention, values)

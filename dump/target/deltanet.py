@@ -103,10 +103,18 @@ class DeltaNet:
         self, w, mixed_BTM: jax.Array, rates: jax.Array, context: Context, interpret: bool = False
     ) -> jax.Array:
         """The same; `interpret` runs the kernel's steps one by one, on any device."""
-        beta, decay = (x.reshape(*rates.shape[:3], -1) for x in self._beta_and_decay(w, rates))
-        taps_XKc = jnp.concatenate(self._kernels(w["conv1d"], beta.shape[2], context), 1).transpose(2, 0, 1)
-        given = mixed_BTM, beta, decay, taps_XKc, w["norm"], context.segments_BT
-        return deltakernel.mix(self.eps, UNIT_EPS, *given, interpret=interpret)
+        K = rates.shape[2]
+        speed_KG = -jnp.exp(w["A_log"].astype(jnp.float32)).reshape(K, -1)
+        taps_XKc = jnp.concatenate(self._kernels(w["conv1d"], K, context), 1).transpose(2, 0, 1)
+        given = (
+            mixed_BTM,
+            rates,
+            w["dt_bias"].astype(jnp.float32).reshape(K, -1),
+            speed_KG,
+            taps_XKc,
+            w["norm"],
+        )
+        return deltakernel.mix(self.eps, UNIT_EPS, *given, context.segments_BT, interpret=interpret)
 
     def _rates(self, w: Mapping[str, jax.Array], x_BTH: jax.Array) -> jax.Array:
         """[B, T, K, 2 G]: what beta and the decay are made of."""
@@ -117,18 +125,14 @@ class DeltaNet:
         """What the delta rule is given: queries, keys, values, decay and beta, value head by value head."""
         (q, k, v), (B, T) = parts, rates.shape[:2]
         G = self.value_heads // self.key_heads
-        beta, decay = self._beta_and_decay(w, rates)
+        rates = rates.astype(jnp.float32)
+        beta = jax.nn.sigmoid(rates[..., :G]).reshape(B, T, -1)
+        step = jax.nn.softplus(
+            rates[..., G:].reshape(B, T, -1) + w["dt_bias"].astype(jnp.float32)[None, None]
+        )
+        decay = -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
         q, k = (jnp.repeat(_unit(x, scale), G, 2) for x, scale in ((q, self.key_dim**-0.5), (k, 1.0)))
         return q, k, v.reshape(B, T, -1, self.value_dim), decay, beta
-
-    def _beta_and_decay(self, w, rates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Both float32 [B, T, V]."""
-        B, T, _, both = rates.shape
-        rates = rates.astype(jnp.float32)
-        beta = jax.nn.sigmoid(rates[..., : both // 2]).reshape(B, T, -1)
-        bias = w["dt_bias"].astype(jnp.float32)[None, None]
-        step = jax.nn.softplus(rates[..., both // 2 :].reshape(B, T, -1) + bias)
-        return beta, -jnp.exp(w["A_log"].astype(jnp.float32))[None, None] * step
 
     def _remembered(self, w, new_BTKX: jax.Array, context: Remembering) -> jax.Array:
         """The rule's results [B, T, V, E] behind what the cache has."""
