@@ -22,7 +22,10 @@ import numpy as np
 
 from train.batch import Batch
 
-DENSE = 0.9  # share of live positions above which all are computed
+# Share of live positions above which all are computed, and none is moved. In float32 on two CPU cores (H of
+# 576, K of 7, D of 8,192) a step with room for 0.25 of the positions takes 0.51 of the time of one with all,
+# with room for 0.5 0.73, for 0.875 0.97; for 0.94 it is 0.98, and single steps differ by as much.
+DENSE = 0.9
 CHUNK = 128  # capacities are multiples of this: a matmul's tile
 
 
