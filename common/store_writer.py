@@ -30,6 +30,7 @@ from common.store import Store
 _LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
 _LOOK_SECONDS = 0.5  # between two looks whether a dump that waits is asked to stop
 _IN_FLIGHT = 8 << 30  # bytes, or an eighth of the machine's memory if that is less
+_ARENA_MAX = -8  # glibc's M_ARENA_MAX
 _WRITERS = 16  # blocks written at once: a small one in a bucket is a second of waiting
 
 
@@ -236,7 +237,7 @@ class FeatureWriter:
         self._limit = min(_IN_FLIGHT, _memory() // 8) if in_flight is None else in_flight
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="block-writer")
         self._pending: deque[tuple[int, Future]] = deque()  # (bytes, the block's outcome)
-        self._since_trim = 0
+        _share_arenas()
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
@@ -254,16 +255,12 @@ class FeatureWriter:
         return sum(size for size, _ in self._pending)
 
     def _await_oldest(self) -> None:
-        size, outcome = self._pending[0]
+        _, outcome = self._pending[0]
         while not outcome.done():
             stopping.check()  # a server may not answer for minutes
             wait([outcome], _LOOK_SECONDS)
         self._pending.popleft()
         outcome.result()
-        self._since_trim += size
-        if self._since_trim > self._limit // 2:
-            self._since_trim = 0
-            _trim()
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows, place = self.store.block_range(block), self.store.marker_place(block)
@@ -302,12 +299,16 @@ class FeatureWriter:
             wait([outcome for _, outcome in self._pending if not outcome.cancelled()], _LAST_SECONDS)
 
 
-def _trim() -> None:
-    """Gives freed memory back to the system. TensorStore makes an object of pieces of some kilobytes, which
-    glibc's arenas keep when they are freed: a process grew by half as it wrote 64 blocks instead of 8."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+def _share_arenas() -> None:
+    """Lets threads that begin later take their memory from the arenas that there are.
+
+    TensorStore copies an object into pieces of 64 kB. With glibc each thread would have an arena of its own,
+    which keeps what was freed there: a process grew by half as it wrote 64 blocks instead of 8. Giving the
+    freed memory back after some blocks would cost more than to write one, for each page is made anew.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_ARENA_MAX, 1)
 
 
 def _memory() -> int:

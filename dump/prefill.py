@@ -76,7 +76,7 @@ class Prefill:
         self._step = Program(*about, *whole).compile(weights)
 
     def __call__(self, *batch: np.ndarray) -> "Pending":
-        return Pending(self._step(self._weights, *(self._rows.place(x) for x in batch)))
+        return Pending(self._step(self._weights, *self._rows.place(batch)))
 
 
 class Pending:

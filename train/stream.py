@@ -191,10 +191,8 @@ class Stream:
             check()
             parts, request = ahead.popleft()
             found = awaited(request, check)
-        placed: dict[int, jax.Array] = {}  # views may have the same array
-        for x in jax.tree.leaves(found):
-            if id(x) not in placed:
-                placed[id(x)] = self._rows.place(x)
+        arrays = {id(x): x for x in jax.tree.leaves(found)}  # views may have the same
+        placed = dict(zip(arrays, self._rows.place(list(arrays.values())), strict=True))
         on_mesh = jax.tree.map(lambda x: placed[id(x)], found)
         self.waited += time.monotonic() - start
         return parts, on_mesh
@@ -236,7 +234,7 @@ class Stream:
             full = logits.get("full_logits")
             drafts[key] = logits["draft_logits"] if full is None else np.take(full, ids, axis=-1)
         del found["loss_mask"]
-        return _Read(found, drafts, self._all_counts(parts, masks))
+        return _Read(found, drafts, _shared(self._all_counts(parts, masks)))
 
     def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """What of each complete batch counts; `masks` are those of the rows that were just read."""
@@ -274,6 +272,12 @@ class Stream:
                 found[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
                 found[name][real] = values
         return found
+
+
+def _shared(tree: Any) -> Any:
+    """The tree with one array in the place of all that are equal, so that it lies on the devices once."""
+    known: dict[Hashable, np.ndarray] = {}
+    return jax.tree.map(lambda x: known.setdefault((x.shape, x.dtype, x.tobytes()), x), tree)
 
 
 def _chosen(x: jax.Array, places: tuple[int, ...] | None) -> jax.Array:

@@ -56,9 +56,10 @@ def _readings(url: str, rows: int, heads: int) -> Callable[[], Any]:
     """Reads an epoch for so many heads that take the same rows and differ in what they make of them."""
     store, split = Store.open(url), np.arange(rows)
     wanted = order(split, 0, rows // 4, 4)
+    workloads = {steps: Workload(store, split, steps) for steps in (4, 5, 6, 7)}
     views = []
     for number in range(heads):
-        workload = Workload(store, split, ttt_steps=7 - number % 4)
+        workload = workloads[7 - number % 4]
         capacity = workload.capacity(wanted.rows, 1)
         views.append(View(wanted, workload, capacity, "recompute", np.arange(4 + number)))
     stream = Stream(store, make_mesh(), views)
