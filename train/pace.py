@@ -10,7 +10,7 @@ import time
 _SHARE = 0.06  # rows that are evaluated, of those that are trained on: one costs a third of a training row
 _MOST = 20  # evaluations
 _FEW, _ENOUGH = 2**13, 2**20  # positions of one: fewer do not tell the better head, more tell nothing new
-_EXPORTS = 4  # where nothing can be measured
+_EXPORTS, _EXPORTED = 4, 2**20  # where nothing can be measured: at most, and trained positions for each
 _RATE = 0.5e9  # bytes a second, until a save was timed
 _TIMES = 40  # how much longer than a save the time between two is
 LOOK = 8  # steps after which it is known how long one takes
@@ -20,10 +20,10 @@ def evaluations(steps: int, batch_rows: int, length: int, held_out: int) -> tupl
     """(steps between two evaluations, held-out rows of one): the same rows each time, whole batches or all.
 
     Where the held-out rows are many for so short a run, a part of them is measured; `eyas eval` takes all. A
-    very short run is measured once, at its end.
+    very short run is measured once, at its end. Without held-out rows heads are only exported.
     """
     if not held_out:
-        return -(-steps // _EXPORTS), 0
+        return -(-steps // min(_EXPORTS, max(1, steps * batch_rows * length // _EXPORTED))), 0
     budget = int(_SHARE * steps * batch_rows)
     times = min(_MOST, max(1, budget * length // _FEW))
     wanted = min(budget // times, _ENOUGH // length)

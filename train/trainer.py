@@ -123,7 +123,7 @@ class Trainer:
             made = plan.initial(sample), sample, plan.seed
             where = placing.along(jax.eval_shape(self._new_state, *made), declared, plan.mesh)
             return jax.jit(self._new_state, out_shardings=where)(*made)
-        like = jax.eval_shape(self._new_state, plan.shapes(), self._no_sample(), plan.seed)
+        like = jax.eval_shape(self._new_state, plan.shapes(), self.no_sample(), plan.seed)
         state, noted = self._saved.restore(like, placing.along(like, declared, plan.mesh))
         self.best, self.last, self._seconds = noted["best"], noted["last"], noted["seconds"]
         note(f"train: continuing after step {int(state.step)} of {plan.steps}")
@@ -132,7 +132,8 @@ class Trainer:
     def _new_state(self, params: Params, sample: Sample, seed: jax.Array) -> State:
         return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0), seed)
 
-    def _no_sample(self) -> Sample:
+    def no_sample(self) -> Sample:
+        """In the place of a sample where shapes alone matter."""
         hidden = self._plan.store.features["target"]["hidden_size"]
         return empty(len(self._plan.head.aux_layers), hidden)
 
@@ -182,7 +183,7 @@ class Trainer:
         plan, c = self._plan, self._plan.config
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
-        rule = plan.optimizer(self._rate, self._no_sample())
+        rule = plan.optimizer(self._rate, self.no_sample())
 
         def changed(batch: Batch, state: State) -> Batch:
             return noised(c.noise, batch, state.seed, state.step)

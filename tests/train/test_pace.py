@@ -24,8 +24,9 @@ def test_evaluations_follow_from_the_length_of_a_run(steps, held_out):
     assert count * rows / 3 <= 0.025 * steps * B or (count, rows) == (1, min(B, held_out))
 
 
-def test_without_held_out_rows_there_are_a_few_exports():
-    assert evaluations(100, 4, 512, 0) == (25, 0)
+def test_without_held_out_rows_there_are_a_few_exports_and_of_a_short_run_one():
+    assert evaluations(4_000, 4, 512, 0) == (1_000, 0)
+    assert evaluations(100, 4, 512, 0) == (100, 0)
 
 
 def test_saves_are_as_far_apart_as_their_cost_asks(monkeypatch):

@@ -87,6 +87,19 @@ def batches(stream):
     return [batch for dealt in stream.batches() for _, batch in dealt]
 
 
+def test_what_heads_have_in_common_is_on_the_devices_once(store):
+    """Of heads that differ in draft vocabulary and TTT length only what differs lies there for each."""
+    wanted, views = listed(store.split_rows("train")[None, :2]), []
+    for steps in (2, 2, 3):
+        workload = Workload(store, store.split_rows("train"), steps)
+        room = dataclasses.replace(workload.capacity(wanted.rows, 1), targets=256)
+        views.append(View(wanted, workload, room, "recompute", np.arange(4 + len(views))))
+    ((_, first), (_, second), (_, third)) = next(Stream(store, make_mesh(), views).batches())
+    for name in ("aux_hidden", "tokens", "targets", "count"):
+        assert getattr(first, name) is getattr(second, name) is getattr(third, name), name
+    assert first.live is second.live
+
+
 def test_room_is_what_the_fullest_batch_needs_in_whatever_order_rows_come(store):
     """Rows of very different work, and empty ones, of which none stands for another."""
     workload = Workload(store, store.split_rows("train"), STEPS)
