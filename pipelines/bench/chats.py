@@ -49,7 +49,7 @@ def figures(store: str, place: str) -> dict[str, dict[str, Any]]:
             "unit": "tokens/s",
             "compared_with": "a plain, unchunked implementation on the same batches: "
             f"{tokens / plainly:.0f}; "
-            f"{batches[0].targets.size} of {tokens} positions have a place among the targets",
+            f"{int(batches[0].count.sum())} of {tokens} positions are targets",
         },
         "train.pace_share": {
             "value": total / (total + _STEPS * step),
@@ -113,7 +113,7 @@ def _plain_step(plan: Plan, trainer: Trainer, batches: list[Batch]) -> float:
         n = batch.tokens.size
         counts_BT = jnp.zeros(n + 1, bool).at[batch.targets].set(True)[:n].reshape(batch.tokens.shape)
         wide = {name: getattr(batch, name).astype(jnp.float32) for name in ("aux_hidden", "last_hidden")}
-        given = batch._replace(**wide), counts_BT, weights_K / batch.count[0]
+        given = batch._replace(**wide), counts_BT, weights_K / batch.count[0].astype(jnp.float32)
         loss = partial(plain.loss, plan.head)
         found, by_params = jax.value_and_grad(loss)(params, frozen, *given)
         return (found, jnp.zeros(steps), jnp.zeros(steps)), by_params
