@@ -4,7 +4,9 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.listening import listening
 
 
 @contextmanager
@@ -32,15 +34,11 @@ def refusing(status: int | None) -> Iterator[int]:
         def log_message(self, *_):
             """Says nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as port:
+        try:
+            yield port
+        finally:
+            over.set()
 
 
 def environment(port: int) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import threading
-from http.server import ThreadingHTTPServer
 
 import pytest
 
@@ -11,6 +9,7 @@ from common.errors import EyasError, MachineError
 from pipelines.serving.bench import run
 from pipelines.serving.bench_table import table
 from pipelines.serving.config import BenchServerConfig
+from tests.listening import listening
 from tests.pipelines.regenerate.chat_server import chat_server
 from tests.pipelines.serving.model_server import Model, handler
 
@@ -19,13 +18,8 @@ from tests.pipelines.serving.model_server import Model, handler
 def model_at(kind="vllm", drafts=True):
     """(its address, what it was asked)"""
     seen = []
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), handler(Model(drafts, kind), seen))
-    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_address[1]}", seen
-    finally:
-        listening.shutdown()
-        listening.server_close()
+    with listening(handler(Model(drafts, kind), seen)) as port:
+        yield f"http://127.0.0.1:{port}", seen
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
