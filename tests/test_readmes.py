@@ -1,0 +1,37 @@
+"""What the READMEs name is there: files behind links, targets of make, options of verbs."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from pipelines.cli import main
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("common", "dump", "train", "pipelines")
+READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))]
+OF_OTHERS = {
+    "--worker",
+    "--command",
+    "--port",
+    "--enable-auto-tool-choice",
+    "--option",
+}  # gcloud, vLLM, "any"
+
+
+def options() -> set[str]:
+    commands = [main, *main.commands.values()]
+    params = [p for command in commands for p in command.params if isinstance(p, click.Option)]
+    return {name for p in params for name in (*p.opts, *p.secondary_opts)} | {"--help", "--version"}
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_targets_and_options_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / link).exists(), link
+    for target in re.findall(r"make ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`", text))):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) - OF_OTHERS
+    assert named <= options(), named - options()
