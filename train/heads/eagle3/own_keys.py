@@ -49,9 +49,7 @@ def _best(plain, kernel, scale, *given):
 def _read(scale, base_CNd, lse_CN, q_CNd, own, k):
     first, others = _shares(scale, lse_CN, q_CNd, own, k)
     out = _grouped(base_CNd, own).astype(jnp.float32) * first[..., None]
-    for share, v in zip(others, own[1], strict=True):
-        out += share[..., None] * v[:, :, None].astype(jnp.float32)
-    return out.reshape(base_CNd.shape).astype(base_CNd.dtype)
+    return _added(out, others, own[1]).reshape(base_CNd.shape).astype(base_CNd.dtype)
 
 
 def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
@@ -60,14 +58,12 @@ def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
     first, others = _shares(scale, lse_CN, q_CNd, own, k)
     wide = g.astype(jnp.float32)
     of_first = (wide * base.astype(jnp.float32)).sum(-1)
-    of_others = jnp.stack([_products(g, v) for v in own[1]])
+    of_others = jax.lax.map(partial(_products, g), own[1])
     mean = first * of_first + (others * of_others).sum(0)
     d_lse = (first * (of_first - mean)).reshape(lse_CN.shape)
     ds = (others * (of_others - mean[None]) * scale).astype(q.dtype)
     others = others.astype(g.dtype)
-    dq = jnp.zeros(q.shape, jnp.float32)
-    for s, keys in zip(ds, own[0], strict=True):
-        dq += s.astype(jnp.float32)[..., None] * keys[:, :, None].astype(jnp.float32)
+    dq = _added(jnp.zeros(q.shape, jnp.float32), ds, own[0])
     dk = jnp.stack([_sums(s, q) for s in ds])
     dv = jnp.stack([_sums(p, g) for p in others])
     d_base = (wide * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
@@ -77,7 +73,7 @@ def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
 def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Array]:
     """(p of what is summed up [C, J, G], p of the own keys [K, C, J, G])."""
     q = _grouped(q_CNd, own)
-    s = jnp.stack([_products(q, keys) for keys in own[0]]) * scale
+    s = jax.lax.map(partial(_products, q), own[0]) * scale
     step = jnp.arange(len(s), dtype=jnp.int32)[:, None, None, None]
     s = jnp.where((step > 0) & (step <= k), s, -jnp.inf)
     lse = _grouped(lse_CN, own)
@@ -90,6 +86,16 @@ def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Ar
 def _grouped(x_CNd: jax.Array, own: KeysValues) -> jax.Array:
     """[C, N, ...] -> [C, J, G, ...]: the heads that share keys beside each other."""
     return x_CNd.reshape(x_CNd.shape[0], own[0].shape[2], -1, *x_CNd.shape[2:])
+
+
+def _added(to_CJGd: jax.Array, shares_KCJG: jax.Array, own_KCJd: jax.Array) -> jax.Array:
+    """`to` and the sum of what is own by its shares; step by step, or all would be copied at once."""
+
+    def add(to_CJGd: jax.Array, of_step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        share, x = of_step
+        return to_CJGd + share.astype(jnp.float32)[..., None] * x[:, :, None].astype(jnp.float32), None
+
+    return jax.lax.scan(add, to_CJGd, (shares_KCJG, own_KCJd))[0]
 
 
 def _products(x_CJGd: jax.Array, own_CJd: jax.Array) -> jax.Array:
