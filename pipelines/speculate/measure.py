@@ -67,7 +67,8 @@ class Figures:
 
     def summary(self) -> dict[str, Any]:
         """As a file has it; what was not measured is None."""
-        rate, plain = (n / s if s else None for n, s in (self._rate, self._plain_rate))
+        timed = (self.tokens, self.seconds), (self.plain_tokens, self.plain_seconds)
+        rate, plain = (tokens / seconds if seconds else None for tokens, seconds in timed)
         return {
             "prompts": self.prompts,
             "answers": self.answers,
@@ -86,14 +87,6 @@ class Figures:
                 if drafts
             },
         }
-
-    @property
-    def _rate(self) -> tuple[int, float]:
-        return self.tokens, self.seconds
-
-    @property
-    def _plain_rate(self) -> tuple[int, float]:
-        return self.plain_tokens, self.plain_seconds
 
 
 def _length(drafts: int, accepted: int) -> float | None:
