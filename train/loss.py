@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from common.layers import einsum
-from train.losses import Loss, Taught, acceptance, cross_entropy
+from train.losses import Loss, Taught, acceptance, acceptance_of, cross_entropy
 from train.targets import CHUNK
 
 _LEAST_REST = 1e-6  # of the mass: the largest k never hold all of it, whatever rounding says
@@ -55,6 +55,7 @@ class Scores(NamedTuple):
     loss: jax.Array  # cross entropy
     correct: jax.Array  # 1 where the head's argmax is the target's
     alpha: jax.Array  # acceptance at temperature 1
+    drawn: jax.Array  # the same, given that the target drew what the text says; 0 where no text is given
 
 
 def _taught(teacher: Teacher, start: jax.Array, logits_cKD: jax.Array) -> Taught:
@@ -127,9 +128,15 @@ def _put(whole: Any, part: Any, start: jax.Array) -> Any:
 
 
 def score(
-    z_KCH: jax.Array, reads: Reads, lm_head_DH: jax.Array, teacher: Teacher, count: jax.Array
+    z_KCH: jax.Array,
+    reads: Reads,
+    lm_head_DH: jax.Array,
+    teacher: Teacher,
+    count: jax.Array,
+    text_M: jax.Array | None = None,
 ) -> Scores:
-    """Scores of the first `count` of M targets (M a multiple of CHUNK); the rest stay zero."""
+    """Scores of the first `count` of M targets (M a multiple of CHUNK); the rest stay zero. `text`: the draft
+    index of what the text says, -1 if the draft lacks it."""
     M, K = reads.place_MK.shape
     chunk, z_PH = chunk_size(M, z_KCH.dtype), z_KCH.reshape(-1, z_KCH.shape[-1])
 
@@ -138,7 +145,11 @@ def score(
         l_cKD = einsum("kch,dh->kcd", _read(z_PH, reads, start, chunk), lm_head_DH).swapaxes(0, 1)
         taught = _taught(teacher, start, l_cKD)
         right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
-        new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught))
+        drawn_cK = jnp.zeros_like(right_cK)
+        if text_M is not None:
+            text_c = jax.lax.dynamic_slice_in_dim(text_M, start, chunk)
+            drawn_cK = acceptance_of(l_cKD, taught, text_c)
+        new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught), drawn_cK)
         return _put(scores, new, start)
 
     zeros = Scores(*(jnp.zeros((M, K), jnp.float32) for _ in Scores._fields))

@@ -76,6 +76,15 @@ def acceptance(logits_cKD: jax.Array, taught: Taught) -> jax.Array:
     return jnp.minimum(p_cKD, jax.nn.softmax(logits_cKD, axis=-1)).sum(-1)
 
 
+def acceptance_of(logits_cKD: jax.Array, taught: Taught, token_c: jax.Array) -> jax.Array:
+    """min(1, q / p) [c, K] of one token each, p over the whole vocabulary: the probability that it was the
+    draft's, given that the target drew it. 0 for tokens of -1, which the draft vocabulary lacks."""
+    is_it_cKD = jnp.arange(logits_cKD.shape[-1], dtype=jnp.int32)[None, None] == token_c[:, None, None]
+    logq_cK = jnp.where(is_it_cKD, logits_cKD, 0.0).sum(-1) - jax.nn.logsumexp(logits_cKD, axis=-1)
+    logp_cK = jnp.where(is_it_cKD, taught.logp_cKD, 0.0).sum(-1) + jnp.log(taught.mass_c)[:, None]
+    return jnp.where(token_c[:, None] < 0, 0.0, jnp.exp(jnp.minimum(logq_cK - logp_cK, 0.0)))
+
+
 def lk_alpha(logits_cKD: jax.Array, taught: Taught) -> jax.Array:
     """-log alpha."""
     return -jnp.log(jnp.maximum(acceptance(logits_cKD, taught), jnp.finfo(jnp.float32).tiny))

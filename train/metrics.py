@@ -16,6 +16,7 @@ By the walk of a server through each answer (train/walk.py), chains only, the ta
 - length_greedy, length_sampled: tokens a draft of K tokens, at temperature 0, and at temperature 1 where the
   draft is sampled too. length_greedy_by_k, length_sampled_by_k: of drafts of 1..K tokens.
 - accepted_greedy, accepted_sampled: accepted a draft at each of its K positions.
+- length_drawn and the others: at temperature 1 as well, for answers that the target itself drew there.
 - drafts: how many greedy drafts of K tokens the answers took.
 
 Dimensions: B rows, T positions, M target positions, K steps.
@@ -46,6 +47,7 @@ class Sums(NamedTuple):
     chains_open: Any  # and are right up to k-1
     greedy: Walk
     sampled: Walk
+    drawn: Walk
     covered: Any = 0.0  # targets in the draft vocabulary
     loss: Any = 0.0  # over the covered ones
     own_text: Any = 0.0  # []: targets whose text says what the target says
@@ -73,6 +75,7 @@ def shard_sums(
         counted_BT,
         batch.segment_ids,
         answer_tokens,
+        by_index(jnp.where(valid_MK, scores.drawn, 0.0)),
     )
     return sums._replace(
         covered=_total(taught_MK),
@@ -100,15 +103,17 @@ def index_sums(
     counted_BT: jax.Array,
     segments_BT: jax.Array,
     answer_tokens: int | None = None,
+    drawn_BTK: jax.Array | None = None,
 ) -> Sums:
-    """The sums of what index i drafts at step k: bool `valid`, bool `right`, float32 `alpha`."""
+    """The sums of what index i drafts at step k: bool `valid`, bool `right`, float32 `alpha` and `drawn`."""
     # What step k is worth depends on all steps before it at the same index.
     whole, good = (jnp.cumprod(x.astype(jnp.int32), axis=-1) > 0 for x in (valid_BTK, right_BTK))
     before = jnp.concatenate([jnp.ones_like(good[..., :1]), good[..., :-1]], axis=-1)
     begins, drafts = answers(counted_BT, segments_BT, answer_tokens)
-    accepted = jnp.stack([right_BTK.astype(jnp.float32), alpha_BTK])
-    walks = jax.vmap(walk, (0, None, None))(accepted, begins, drafts)  # both in one loop over all positions
-    greedy, sampled = (jax.tree.map(lambda x, way=way: x[way], walks) for way in (0, 1))
+    drawn_BTK = jnp.zeros_like(alpha_BTK) if drawn_BTK is None else drawn_BTK
+    accepted = jnp.stack([right_BTK.astype(jnp.float32), alpha_BTK, drawn_BTK])
+    walks = jax.vmap(walk, (0, None, None))(accepted, begins, drafts)  # all in one loop over all positions
+    greedy, sampled, drawn = (jax.tree.map(lambda x, way=way: x[way], walks) for way in range(3))
     return Sums(
         counted=_total(valid_BTK),
         correct=_total(right_BTK),
@@ -118,6 +123,7 @@ def index_sums(
         chains_open=_total(whole & before),
         greedy=greedy,
         sampled=sampled,
+        drawn=drawn,
     )
 
 
@@ -145,7 +151,7 @@ def summarise(sums: Sums) -> dict[str, Any]:
         "counted": int(sums.counted[0]),
         "drafts": int(sums.greedy.drafts[-1]),
     }
-    for way, walked in (("greedy", sums.greedy), ("sampled", sums.sampled)):
+    for way, walked in (("greedy", sums.greedy), ("sampled", sums.sampled), ("drawn", sums.drawn)):
         by_k = lengths(walked)
         found |= {
             f"length_{way}": by_k[-1],

@@ -95,5 +95,7 @@ def shard_scores(
     valid_MK = valid_targets(batch, steps)
     z_KCH = head.rollout(params, frozen, batch, steps, dtype)
     taught = teacher(frozen, batch, dtype)
-    scores = score(z_KCH, reads(batch, valid_MK), head.output(params).astype(dtype), taught, batch.count[0])
+    text_M = frozen.draft_index[pick(jnp.roll(batch.tokens, -1, 1), batch.targets)]
+    output = head.output(params).astype(dtype)
+    scores = score(z_KCH, reads(batch, valid_MK), output, taught, batch.count[0], text_M)
     return scores, valid_MK, taught.argmax_M >= 0

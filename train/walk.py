@@ -21,6 +21,10 @@ independent, and the walk is followed in expectation: with v[i] the probability 
     v[i + m + 1] += v[i] * a[i, 0] * ... * a[i, m-1] * (1 - a[i, m]),   a[i, k] = 0,
     length = 1 + sum_i v[i] * sum_p a[i, 0] * ... * a[i, p] / sum_i v[i].
 
+Where the target drew the answer at temperature 1, more is known: the token v that it drew at step p, and that
+a[i, p] = min(1, q_v / p_v) is the probability that this was the draft's. Given the answer, such draws are
+independent indeed, and the expectation is exact.
+
 Dimensions: B rows, T positions, K steps; k = 1..K tokens drafted at once, all of them walked together.
 """
 

@@ -59,5 +59,7 @@ def _estimate(found: dict[str, Any]) -> list[str]:
     way = "greedy" if s["temperature"] == 0 else "sampled"
     accepted = ", ".join(_number(share) for share in estimate[f"accepted_{way}"])
     length = _number(estimate[f"length_{way}"])
-    own = "" if s["temperature"] else f"; the text is the target's own choice at {estimate['own_text']:.1%}"
+    own = f"; the text is the target's own choice at {estimate['own_text']:.1%}"
+    if s["temperature"]:
+        own = f"; {_number(estimate['length_drawn'])} if the target drew the answers, at temperature 1"
     return [f"eval's estimate of a chain, {way}: length {length}, accepted {accepted}{own}"]

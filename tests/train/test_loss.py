@@ -58,6 +58,18 @@ def test_a_dead_head_is_right_as_often_as_the_first_token_is():
     np.testing.assert_array_equal(found.correct[:, 0], np.asarray(taught.argmax_M) == 0)
 
 
+def test_what_the_target_drew_is_accepted_as_often_as_anything_is():
+    """In the mean over its draws: sum_v p_v min(1, q_v / p_v) = sum_v min(p_v, q_v)."""
+    z, w, _, taught = made()
+    p, total = jax.nn.softmax(taught.logits_MD, -1), 0.0
+    for token in range(D):
+        drawn = score(z, w, taught, jnp.int32(M), jnp.full(M, token, jnp.int32)).drawn
+        total += np.asarray(p[:, token, None] * drawn)
+    np.testing.assert_allclose(total, score(z, w, taught, jnp.int32(M)).alpha, rtol=1e-5)
+    lacking = score(z, w, taught, jnp.int32(M), jnp.full(M, -1, jnp.int32)).drawn
+    assert not lacking.any()
+
+
 def test_a_rounded_teacher_has_no_more_than_all_of_the_mass():
     z, w, _, taught = made(rounding=0.6)  # exp(0.6) = 1.8 of the mass
     alpha = np.asarray(score(z, w, taught, jnp.int32(M)).alpha)

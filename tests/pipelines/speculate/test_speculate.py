@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -17,18 +18,24 @@ from dump.dump import DumpConfig
 from dump.dump import run as dump
 from dump.tokenizer_files import tokenizer_hash
 from pipelines.decoding.answering import Answer, Answering
+from pipelines.decoding.drafting import Drafter, Drafting
 from pipelines.decoding.engine import Engine, on_one_device
 from pipelines.decoding.sampling import Sampling
 from pipelines.speculate.config import SpeculateConfig
+from pipelines.speculate.measure import Figures
 from pipelines.speculate.run import run
 from pipelines.speculate.table import table
 from tests import tiny_llama
 from tests.dump.chats import write_model
 from tests.train.small_store import short_run
+from train.config import EvaluateConfig
+from train.evaluate import estimate, load_head
 from train.export import export
 from train.heads.eagle3 import Eagle3
 from train.run import run as train
+from train.source import Source
 
+GREEDY = Sampling()
 LENGTH, ANSWER, ROWS = 96, 32, 24
 
 
@@ -73,54 +80,91 @@ def test_prompt_sets_have_figures_by_category_and_context(model, head, tmp_path)
     assert "5 of 5" in text
 
 
-def write_own_answers(url, model):
-    """Rows of a prompt and the model's greedy answer each; every second one is held out."""
-    cfg, chat = target.read_config(model), Chat.load(model)
-    engine = Engine(cfg, on_one_device(model, cfg, "float32"), 4, LENGTH, Sampling())
-    answering, rng = Answering(engine, chat.stops), np.random.default_rng(0)
-    questions = [[{"role": "user", "content": f"{n}: {rng.integers(10**6)}"}] for n in range(ROWS)]
-    waiting = [Answer(chat.prompt(question), 0, ANSWER) for question in questions]
-    left = list(waiting)
+def engine(model, head=(), sampling=GREEDY):
+    cfg = target.read_config(model)
+    return Engine(cfg, on_one_device(model, cfg, "float32"), 8, LENGTH, sampling, *head)
+
+
+def write_own_answers(url, model, answers_by, rows, split, stops=frozenset()):
+    """Rows of a prompt and what an engine answers, without what it stopped with; returns the answers."""
+    chat, rng = Chat.load(model), np.random.default_rng(0)
+    answering = Answering(answers_by, stops)
+    questions = [[{"role": "user", "content": f"{n}: {rng.integers(10**6)}"}] for n in range(rows)]
+    answers = [Answer(chat.prompt(question), n, ANSWER) for n, question in enumerate(questions)]
+    left = list(answers)
     while left or answering.busy:
         while left and answering.free:
             answering.begin(left.pop())
         answering.step()
-    columns = {name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "segment_ids", "positions")}
-    columns["loss_mask"] = np.zeros((ROWS, LENGTH), np.uint8)
-    for row, answer in enumerate(waiting):
+    columns = {name: np.zeros((rows, LENGTH), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    columns["loss_mask"] = np.zeros((rows, LENGTH), np.uint8)
+    for row, answer in enumerate(answers):
         text = answer.prompt + answer.tokens
         columns["tokens"][row, : len(text)] = text
         columns["segment_ids"][row, : len(text)] = 1
         columns["positions"][row, : len(text)] = np.arange(len(text))
         columns["loss_mask"][row, len(answer.prompt) : len(text)] = 1
-    counted = columns["tokens"][::2][columns["loss_mask"][::2] > 0]
-    index = {"id": [str(n) for n in range(ROWS)], "split": ["train", "test"] * (ROWS // 2)}
-    index |= {"row": np.arange(ROWS), "length": [len(a.prompt + a.tokens) for a in waiting]}
-    manifest = {"rows": ROWS, "length": LENGTH, "vocab_size": cfg.vocab_size}
+    counted = columns["tokens"][columns["loss_mask"] > 0]
+    index = {"id": [str(n) for n in range(rows)], "split": split * (rows // len(split))}
+    index |= {"row": np.arange(rows), "length": [len(a.prompt + a.tokens) for a in answers]}
+    vocab_size = target.read_config(model).vocab_size
+    manifest = {"rows": rows, "length": LENGTH, "vocab_size": vocab_size}
     manifest["tokenizer_hash"] = tokenizer_hash(model)
-    counts = np.bincount(counted, minlength=cfg.vocab_size).astype(np.int64)
+    counts = np.bincount(counted, minlength=vocab_size).astype(np.int64)
     write_rows(url, columns, counts, pa.table(index), manifest)
-    return url
+    dump(DumpConfig(model, url, precision="float32"))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    """(a store of the model's own greedy answers, a head that has learnt from it)"""
+    folder = tmp_path_factory.mktemp("trained")
+    store, run_ = f"{folder}/store", f"{folder}/run"
+    stops = Chat.load(model).stops
+    write_own_answers(store, model, engine(model), ROWS, ["train", "test"], stops)
+    train(short_run(store, run_, steps=40, ttt_steps=3, draft_vocab=128))
+    return store, f"{run_}/best"
 
 
 @pytest.mark.slow
-def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, tmp_path):
-    store = write_own_answers(f"{tmp_path}/store", model)
-    dump(DumpConfig(model, store, precision="float32"))
-    train(short_run(store, f"{tmp_path}/run", steps=40, ttt_steps=3, draft_vocab=128))
-    config = SpeculateConfig(model, f"{tmp_path}/run/best", store, length=LENGTH, slots=3, max_tokens=ANSWER)
+def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, trained, tmp_path):
+    store, head = trained
+    config = SpeculateConfig(model, head, store, length=LENGTH, slots=3, max_tokens=ANSWER)
     config = replace(config, out=str(tmp_path / "figures.json"))
     found = run(config)
-    measured, estimate = found["sets"]["held out"], found["estimate"]
+    measured, walked = found["sets"]["held out"], found["estimate"]
     assert measured["identical"] == measured["compared"] == ROWS // 2
-    assert estimate["own_text"] == 1
+    assert walked["own_text"] == 1
     assert measured["acceptance_length"] > 1.1
-    assert measured["drafts"] == estimate["drafts"]
-    assert measured["acceptance_length"] == pytest.approx(estimate["length_greedy"])
-    assert measured["accepted"] == pytest.approx(estimate["accepted_greedy"])
+    assert measured["drafts"] == walked["drafts"]
+    assert measured["acceptance_length"] == pytest.approx(walked["length_greedy"])
+    assert measured["accepted"] == pytest.approx(walked["accepted_greedy"])
     tree = run(replace(config, topk=3, draft_tokens=12))["sets"]["held out"]
     assert tree["identical"] == ROWS // 2
     assert tree["acceptance_length"] > measured["acceptance_length"]
+
+
+@pytest.mark.slow
+def test_sampled_drafts_are_accepted_as_often_as_the_walk_through_their_answers_expects(
+    model, trained, tmp_path
+):
+    """The walk knows the answers, not which of their tokens were drafted."""
+    head, params, ids = load_head(trained[1], target.read_config(model).text)
+    params = {name: jnp.asarray(x) for name, x in params.items()}
+    drafter = Drafter(head.ready(params, jnp.float32), head.output(params), jnp.asarray(ids))
+    drafts = Drafting(head, steps=3, nodes=4, sampled=True), drafter
+    by = engine(model, drafts, Sampling(1.0))
+    answers = write_own_answers(f"{tmp_path}/store", model, by, 200, ["test"])
+    figures = Figures(3)
+    for answer in answers:
+        figures.count(answer)
+    config = EvaluateConfig(trained[1], f"{tmp_path}/store", 3)
+    found = estimate(Source(config.store), config)
+    share, drafted = figures.accepted / figures.drafts, figures.drafts
+    expected = np.array(found["accepted_drawn"])
+    assert (np.abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / drafted)).all()
+    assert share[0] > 0.05
 
 
 @pytest.mark.parametrize(
