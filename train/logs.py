@@ -8,23 +8,31 @@ is computed once more, to the same numbers, is not told twice.
 import importlib
 import importlib.util
 import os
-import sys
+import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from common import schema, storage
+from common import schema, stopping, storage
 from common.errors import EyasError
 from common.progress import note
 from common.schema import Count, TypedDict
+from common.stopping import Stopped
 
 FILE = "trackers.json"
 FOLDER = "tensorboard"  # of event files, in the run's own
 _PROJECT = "eyas"  # unless the tracker's own environment variable names one
 _SECONDS = 5.0  # between two tellings: a bucket is written at each
+_LAST, _STOPPED = 60.0, 4.0  # that a tracker has for the last lines, of a run that is done or that is stopped
+_LOOK = 0.1  # between two looks whether the run is asked to stop meanwhile
+_silent: set[str] = (
+    set()
+)  # those that did not answer at a run's end: other runs of this process wait for none
+_KEPT = "metrics.jsonl has it all"
 
 
 class Tracker(Protocol):
@@ -133,7 +141,7 @@ TRACKERS: dict[str, Callable[[str, str, str, dict[str, Any]], Tracker]] = {
 }
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -177,8 +185,49 @@ def numbers_of(line: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+class _Teller(threading.Thread):
+    """A tracker, in a thread of its own: what it does not answer holds up itself and nothing else."""
+
+    def __init__(self, name: str, open_it: Callable[[], Tracker], take: Callable[[list], list]):
+        """`take` gives those of some lines that are to be told now, and notes that they are."""
+        super().__init__(name=f"tracker {name}", daemon=True)
+        self.tracker, self._open, self._take = name, open_it, take
+        self._waiting: queue.SimpleQueue[dict[str, Any] | bool] = queue.SimpleQueue()
+        self.start()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Tells a line, now or a little later."""
+        self._waiting.put(line)
+
+    def end(self, done: bool) -> None:
+        """No more lines; `done`: the run is at its end."""
+        self._waiting.put(done)
+
+    def run(self) -> None:
+        """Whatever a service or a library raises, hours into a run, ends the telling."""
+        try:
+            tracker, lines = self._open(), []
+            while not lines or isinstance(lines[-1], dict):
+                lines = self._next()
+                for line in self._take([line for line in lines if isinstance(line, dict)]):
+                    tracker.log(line["step"], numbers_of(line))
+            tracker.close(bool(lines[-1]))
+        except (Exception, SystemExit) as error:
+            note(f"{self.tracker} fails, and is told no more of this run: {_reason(error)}; {_KEPT}")
+
+    def _next(self) -> list[dict[str, Any] | bool]:
+        """What has come within some seconds after the first; the end is the last."""
+        found = [self._waiting.get()]
+        until = time.monotonic() + _SECONDS
+        with suppress(queue.Empty):
+            while isinstance(found[-1], dict):
+                found.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
+        return found
+
+
 class Logs:
-    """The trackers of one run. One that fails is named and told no more; the run goes on."""
+    """The trackers of one run. One that fails is named and told no more; the run goes on, and waits for none
+    before its end."""
 
     def __init__(
         self,
@@ -191,66 +240,59 @@ class Logs:
         """`before`: the lines that metrics.jsonl has, of which those are told that were not. Of a run that is
         `done` nothing else is to come."""
         self._place = storage.join(out, FILE)
-        self._trackers: dict[str, Tracker] = {}
         self._told: dict[str, _Told] = {}
-        self._waiting: list[dict[str, Any]] = []
-        self._sent = time.monotonic()
+        self._writing, self._over = threading.Lock(), False
+        self._tellers: list[_Teller] = []
         if not names:
             return
         if storage.exists(self._place):
             advice = "delete it: the trackers then see a new run"
             self._told = schema.read(dict[str, _Told], self._place, advice)
         for name in dict.fromkeys(names):
-            told = self._told.setdefault(name, _Told(id=uuid.uuid4().hex[:8], train=0, eval=0))
-            if not done or self._untold(name, before):
-                self._try(name, partial(self._open, name, out, told["id"], config))
+            self._told.setdefault(name, _Told(id=uuid.uuid4().hex[:8], train=0, eval=0))
         storage.write_json(self._place, self._told)
-        if self._trackers:
-            self._waiting = list(before)
-            self._send()
+        run = os.path.basename(out.rstrip("/"))
+        for name in dict.fromkeys(names):
+            if not done or self._untold(name, before):
+                open_it = partial(TRACKERS[name], out, run, self._told[name]["id"], config)
+                self._tellers.append(_Teller(name, open_it, partial(self._take, name)))
+        for line in before:
+            self.add(line)
 
     def _untold(self, name: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [line for line in lines if line["step"] > self._told[name][_part(line)]]
 
-    def _open(self, name: str, out: str, identity: str, config: dict[str, Any]) -> None:
-        run = os.path.basename(out.rstrip("/"))
-        self._trackers[name] = TRACKERS[name](out, run, identity, config)
-
-    def _try(self, name: str, action: Callable[[], None]) -> None:
-        try:
-            with redirect_stdout(sys.stderr):  # some print; stdout has the run's result alone
-                action()
-        except Exception as error:  # of a service or a library of any kind, hours into a run
-            self._trackers.pop(name, None)
-            note(f"{name} fails, and is told no more of this run: {_reason(error)}; metrics.jsonl has it all")
+    def _take(self, name: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the lines that the tracker has not been told. It is noted before that they are: who is
+        killed in between leaves a gap and never a double."""
+        with self._writing:
+            new = [] if self._over else self._untold(name, lines)
+            for line in new:
+                self._told[name][_part(line)] = line["step"]
+            if new:
+                storage.write_json(self._place, self._told)
+        return new
 
     def add(self, line: dict[str, Any]) -> None:
         """Tells the trackers of a line, now or a little later."""
-        if self._trackers:
-            self._waiting.append(line)
-            if time.monotonic() - self._sent > _SECONDS:
-                self._send()
-
-    def _send(self) -> None:
-        """What is told is noted before: who is killed in between leaves a gap and never a double."""
-        lines, self._waiting, self._sent = self._waiting, [], time.monotonic()
-        new = {name: self._untold(name, lines) for name in self._trackers}
-        for name, of_one in new.items():
-            for line in of_one:
-                self._told[name][_part(line)] = line["step"]
-        if any(new.values()):
-            storage.write_json(self._place, self._told)
-        for name, of_one in new.items():
-            self._try(name, partial(_tell, self._trackers[name], of_one))
+        for teller in self._tellers:
+            if teller.is_alive():
+                teller.add(line)
 
     def close(self, done: bool) -> None:
-        """Tells the last lines; `done`: the run is at its end."""
-        if self._trackers:
-            self._send()
-        for name, tracker in list(self._trackers.items()):
-            self._try(name, partial(tracker.close, done))
-
-
-def _tell(tracker: Tracker, lines: list[dict[str, Any]]) -> None:
-    for line in lines:
-        tracker.log(line["step"], numbers_of(line))
+        """Tells the last lines, and waits for them: long if the run is `done`, and not if it is stopped."""
+        for teller in self._tellers:
+            teller.end(done)
+        end = time.monotonic() + (_LAST if done else _STOPPED)
+        for teller in self._tellers:
+            while teller.is_alive() and time.monotonic() < end and teller.tracker not in _silent:
+                teller.join(_LOOK)
+                try:
+                    stopping.check()
+                except Stopped:  # the run has come to its end, and this is all that is left of it
+                    end = min(end, time.monotonic() + _STOPPED)
+        self._over = True
+        for teller in self._tellers:
+            if teller.is_alive():
+                _silent.add(teller.tracker)
+                note(f"{teller.tracker} does not answer, and is told no more of this run; {_KEPT}")

@@ -1,7 +1,9 @@
 """A training run: one stream of batches, which a trainer takes one after the other."""
 
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import jax
@@ -37,7 +39,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     with pod.together():
         plan = make_plan(config)
     pod.require_same(to_json(config) | plan.identity | {"version of jax": jax.__version__}, "options")
-    with claimed(plan) as require_ours, device_errors(SMALLER):
+    # Some trackers print; stdout has the run's result alone.
+    with claimed(plan) as require_ours, device_errors(SMALLER), redirect_stdout(sys.stderr):
         note(_announce(plan))
         with Trainer(plan) as trainer, Stop() as stop:
             try:

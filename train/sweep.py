@@ -5,9 +5,10 @@ much CPU time (H of 128 and 256 on 2 cores; `make bench` measures it for eight) 
 temporaries, and were rounded otherwise: a head would not be the one that it is alone.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
 from common import pod, schema, stopping, storage
@@ -134,6 +135,7 @@ def _train(
                 storage.write_json(storage.join(plan.config.out, FAILED), what)
 
     with ExitStack() as held:
+        held.enter_context(redirect_stdout(sys.stderr))  # some trackers print
         trainers = []
         for plan in plans.values():
             try:

@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import os
+import signal
 import sqlite3
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 from common import storage
 from common.errors import EyasError
+from common.stopping import Stop
 from tests.train import small_store
 from tests.train.test_resume import stopped_at
 from train import logs
@@ -49,15 +53,24 @@ def memory(monkeypatch):
     return kind
 
 
+def until(found):
+    """Trackers are told by threads of their own."""
+    end = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def train(step):
     return {"step": step, "loss": 1.5, "loss_k": [1.0, 0.5]}
 
 
-def test_a_killed_run_tells_no_step_twice_and_goes_on_under_its_id(memory, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_tells_no_step_twice_and_goes_on_under_its_id(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "_SECONDS", 0.0)
     first = Logs(("wandb",), str(tmp_path / "run"), {})
     for line in (train(2), train(4), {"step": 4, "evaluation": {"step": 4, "acc": [0.25]}}, train(6)):
         first.add(line)
+    until(lambda: len(memory.told) == 5)
     # It is killed, and goes on from the state of step 3: steps 4 and 6 are computed once more.
     second = Logs(("wandb",), str(tmp_path / "run"), {})
     for line in (train(4), {"step": 4, "evaluation": {"step": 4, "acc": [0.25]}}, train(6), train(8)):
@@ -68,7 +81,6 @@ def test_a_killed_run_tells_no_step_twice_and_goes_on_under_its_id(memory, tmp_p
     assert (opened, done) == (again, True)
     assert told == [(2, numbers), (4, numbers), (4, {"eval/acc/0": 0.25}), (6, numbers)]
     assert last == (8, numbers)
-    assert capsys.readouterr().out == "", "stdout has the run's result alone"
 
 
 def test_a_service_that_fails_ends_the_telling_and_not_the_run(memory, tmp_path, capsys):
@@ -79,6 +91,56 @@ def test_a_service_that_fails_ends_the_telling_and_not_the_run(memory, tmp_path,
     told.close(False)
     said = capsys.readouterr().err
     assert said.count("wandb fails, and is told no more of this run: no route to host; metrics.jsonl") == 1
+
+
+def test_a_service_that_does_not_answer_holds_up_nothing(memory, tmp_path, monkeypatch, capsys):
+    """Nor is it waited for at the end of every head of a sweep. What it was not told is told next time."""
+    monkeypatch.setattr(logs, "_SECONDS", 0.0)
+    monkeypatch.setattr(logs, "_STOPPED", 0.3)
+    monkeypatch.setattr(logs, "_silent", set())
+    answer = threading.Event()
+    monkeypatch.setattr(memory, "log", lambda self, step, numbers: answer.wait(60))
+    start, lines = time.monotonic(), [train(step) for step in range(1, 6)]
+    heads = [Logs(("wandb",), str(tmp_path / name), {}) for name in "abcdefgh"]
+    for head in heads:
+        head.add(lines[0])
+    until(lambda: all(head._told["wandb"]["train"] == 1 for head in heads))
+    for head in heads:
+        for line in lines[1:]:
+            head.add(line)
+        head.close(False)
+    assert time.monotonic() - start < 10
+    assert capsys.readouterr().err.count("wandb does not answer, and is told no more of this run; met") == 8
+    answer.set()
+    monkeypatch.setattr(logs, "_silent", set())
+    heard = []
+    monkeypatch.setattr(memory, "log", lambda self, step, numbers: heard.append(step))
+    Logs(("wandb",), str(tmp_path / "a"), {}, lines).close(True)
+    assert heard == [2, 3, 4, 5]
+
+
+def test_a_signal_ends_the_waiting_for_a_service(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_STOPPED", 0.3)
+    monkeypatch.setattr(logs, "_silent", set())
+    answer = threading.Event()
+    monkeypatch.setattr(memory, "close", lambda self, done: answer.wait(60))
+    told = Logs(("wandb",), str(tmp_path), {})
+    start = time.monotonic()
+    with Stop(everywhere=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        told.close(True)
+    assert time.monotonic() - start < 10
+    answer.set()
+
+
+@pytest.mark.slow
+def test_stdout_has_the_runs_result_alone_though_a_tracker_prints(memory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "require", lambda *_: None)  # the package may be missing here
+    store = small_store.write_store(str(tmp_path / "store"), test=False)
+    run(small_store.short_run(store, str(tmp_path / "out"), steps=1, log_to=["wandb"]))
+    assert memory.told[-1] is True
+    found = capsys.readouterr()
+    assert (found.out, "Run finished." in found.err) == ("", True)
 
 
 def test_a_missing_package_is_refused_with_what_installs_it(tmp_path, monkeypatch):
@@ -229,7 +291,7 @@ def test_what_a_killed_run_had_not_told_is_told_when_it_goes_on(memory, tmp_path
     first = Logs(("wandb",), str(tmp_path / "run"), {})
     for line in lines:
         first.add(line)
-    assert len(memory.told) == 1, "it is killed before"
+    until(lambda: len(memory.told) == 1)  # it is killed before the lines are told
     second = Logs(("wandb",), str(tmp_path / "run"), {}, lines)
     second.add(train(6))
     second.close(True)
