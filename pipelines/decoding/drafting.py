@@ -27,13 +27,13 @@ DRAFTED, ACCEPTED, REPLACED = 1, 2, 3  # uses of random numbers, see sampling.dr
 
 @dataclass(frozen=True)
 class Drafting:
-    """How a head drafts. `sampled`: tokens are drawn from the head's distribution, not its likeliest ones; of
-    a chain only."""
+    """How a head drafts; a chain has steps + 1 nodes. `sampled`: its tokens are drawn from the head's
+    distribution, and not the likeliest ones; of a chain only."""
 
     head: Head
     steps: int
+    nodes: int
     topk: int = 1
-    nodes: int = 2
     sampled: bool = False
 
     @property

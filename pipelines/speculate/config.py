@@ -58,7 +58,8 @@ class SpeculateConfig:
         if not self.store and not self.prompts:
             raise ValueError("there is nothing to answer: give --store, --prompts or both")
         if self.topk > 1 and self.draft_tokens is None:
-            raise ValueError(f"topk={self.topk} drafts a tree: give --draft-tokens, such as {4 * self.steps}")
+            some = min(4 * self.steps, _met(self.steps, self.topk)) + 1
+            raise ValueError(f"topk={self.topk} drafts a tree: give --draft-tokens, such as {some}")
         _require_shape(self.steps, self.topk, self.nodes, self.sampled_drafts)
         for name in given(self, ("sampled_drafts", "top_p", "top_k")) if not self.temperature else ():
             raise ValueError(f"{name} has no meaning at temperature 0, which is greedy; give --temperature")
@@ -71,7 +72,7 @@ class SpeculateConfig:
 
 def _require_shape(steps: int, topk: int, nodes: int, sampled: bool) -> None:
     """ValueError for a draft that cannot be."""
-    met = topk + (steps - 1) * topk**2
+    met = _met(steps, topk)
     if not steps < nodes <= met + 1:
         raise ValueError(
             f"draft_tokens={nodes} must be {steps + 1} to {met + 1}: the root counts, and steps={steps} of "
@@ -79,3 +80,8 @@ def _require_shape(steps: int, topk: int, nodes: int, sampled: bool) -> None:
         )
     if sampled and topk > 1:
         raise ValueError(f"sampled drafts are for chains (topk=1); topk={topk} drafts the likeliest tokens")
+
+
+def _met(steps: int, topk: int) -> int:
+    """How many nodes a head meets, the root not among them."""
+    return topk + (steps - 1) * topk**2

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from common import storage
 from common.config import to_json
+from common.errors import EyasError
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from dump import target
@@ -40,6 +41,8 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     target.check(config.model, cfg)
     chat = Chat.load(config.model)
     head = evaluate.load_head(config.head, cfg.text)
+    if config.topk > (words := head[0].draft_vocab_size):
+        raise EyasError(f"topk={config.topk}, but the draft vocabulary of {config.head} has {words} tokens")
     out = os.path.abspath(storage.local_path(config.out))
     storage.require_folder(os.path.dirname(out))
     source = Source(config.store) if config.store else None
@@ -82,7 +85,7 @@ def _engines(config: SpeculateConfig, cfg: target.TargetConfig, loaded: Any) -> 
     ready, output = jax.jit(lambda x: (head.ready(x, dtype), head.output(x).astype(dtype)))(params)
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
     how = cfg, weights, config.slots, config.length, sampling
-    shape = Drafting(head, config.steps, config.topk, config.nodes, config.sampled_drafts)
+    shape = Drafting(head, config.steps, config.nodes, config.topk, config.sampled_drafts)
     drafting = Engine(*how, shape, Drafter(ready, output, jnp.asarray(ids)))
     note(f"speculate: {config.model} with {config.head}; programs are compiled when they are first needed")
     return drafting, Engine(*how) if config.plain else None

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.cached_attention import New
 from common.errors import EyasError
 from common.mesh import make_mesh
 from common.params import initialise
 from dump import target
 from pipelines.decoding import steps as steps_
-from pipelines.decoding.drafting import Drafter, Drafting
+from pipelines.decoding.drafting import Drafter, Drafting, Last, draft
 from pipelines.decoding.engine import Engine
 from pipelines.decoding.sampling import Sampling, probabilities
 from tests.goldens import golden
@@ -164,3 +165,33 @@ def test_what_steps_leave_to_each_other_keeps_its_shapes_in_bfloat16(llama, shap
     before, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (held, after, later))
     assert all(other == before for other in others)
     assert given.tokens_Bd.shape == (2, 1 if shape is None else shape["steps"] + 1)
+
+
+def test_a_trees_nodes_are_the_likeliest_behind_their_own_branches(llama):
+    """What other branches of the head's cache hold has no part in them."""
+    d, drafter = eagle3(llama, **TREE)
+    how, w = steps_.How(llama.cfg, GREEDY, d), steps_.Weights(llama.weights, drafter)
+    prompt, one = PROMPTS[0], [np.array([n], np.int32) for n in (len(PROMPTS[0]), 0, 0)]
+    token, held = jax.jit(partial(steps_.prefill, how))(
+        w, steps_.nothing(how, 1, 16, jnp.float32), np.array([prompt]), *one
+    )
+    embed = llama.weights["embed_tokens"]
+    last = Last(token, one[0], one[1], one[1] + 1, held.state_BH, held.hidden_BH)
+    found, _ = jax.jit(partial(draft, d, GREEDY))(drafter, embed, held.head, last)
+    tokens, parents = (np.asarray(x)[0].tolist() for x in found[:2])
+    assert len(set(parents)) > 3, "several branches grow"
+    step = jax.jit(partial(d.head.step, drafter.ready))
+
+    def behind(node):
+        """The head's states behind a node, along its branch alone: its state, its output, cache, depth."""
+        if node == 0:
+            return held.state_BH[:, None], held.hidden_BH[:, None], held.head, 0
+        state, _, cache, depth = behind(parents[node])
+        new = New.behind(jnp.asarray(one[0]) + depth, 1)
+        return *step(cache, embed[jnp.asarray([[tokens[node]]])], state, new), depth + 1
+
+    for parent in set(parents):
+        logits = behind(parent)[1][0, 0] @ drafter.output_DH.T
+        best = np.asarray(drafter.ids_D)[np.argsort(-np.asarray(logits))[: d.topk]]
+        children = [tokens[n] for n in range(1, len(tokens)) if parents[n] == parent]
+        assert children == best[: len(children)].tolist()
