@@ -12,6 +12,7 @@ from common.errors import EyasError
 from common.folders import read_as_one, write_folder
 from common.safetensors import Checkpoint
 from common.store import Store
+from train import launch
 from train.check_export import WEIGHTS, check
 from train.evaluate import draft_ids_of
 from train.export import MADE, TRAINED_FOR, export
@@ -49,7 +50,9 @@ def copy_head(
         else:
             write = _converted(head, described, store, out, layout, target)
     write()
-    return [f"{out}: written and checked", *(f"  {line}" for line in check(out, config))]
+    how = launch.commands(verdicts(found.limits(config), layout), target or "TARGET", out, layout)
+    lines = "\n".join([*check(out, config), "to serve it:", *how]).splitlines()
+    return [f"{out}: written and checked", *(f"  {line}" for line in lines)]
 
 
 def _converted(

@@ -16,6 +16,8 @@ CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+_WIDTH = 100
+CPU_OPTIONS = (("--dtype", "float32"), ("--enforce-eager",))
 _SGLANG = {"sglang": "sglang.launch_server", "sglang-jax": "sgl_jax.launch_server"}
 
 
@@ -30,10 +32,16 @@ class Command(NamedTuple):
         return [word for option in self.options for word in option]
 
     def text(self) -> str:
-        """As it is typed, a line an option."""
+        """As it is typed, in lines that are not too long."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         first, *others = (" ".join(map(shlex.quote, option)) for option in self.options)
-        return " \\\n    ".join([" ".join([*variables, first]), *others])
+        lines = [" ".join([*variables, first])]
+        for option in others:
+            if len(lines[-1]) + len(option) < _WIDTH:
+                lines[-1] += f" {option}"
+            else:
+                lines.append(f"    {option}")
+        return " \\\n".join(lines)
 
 
 def command(

@@ -7,7 +7,8 @@ turns, level by level, so that both see the same machine.
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,10 @@ class _Side:
 
         EyasError if it does not say what it serves, and nobody else did.
         """
-        name = self._config.served_model or self._only_model(await self._page(session, "/v1/models"))
+        name = self._config.served_model
+        if not name:
+            with self._told():
+                name = self._only_model(await self._get(session, "/v1/models"))
         self._fields = self._config.fields() | {"model": name}
         if "speculative_algorithm" in await self._page(session, "/get_server_info"):
             self._fields["return_spec_tokens_details"] = True
@@ -147,8 +151,15 @@ class _Side:
                 progress(1)
                 return found
 
+        with self._told():
+            found = await asyncio.gather(*(one(i, messages) for i, messages in enumerate(asked)))
+        return list(found)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What goes wrong with the server, in one line."""
         try:
-            return list(await asyncio.gather(*(one(i, messages) for i, messages in enumerate(asked))))
+            yield
         except RubbishError as error:
             raise EyasError(f"{self.url}: {error}; it must stream chat completions as OpenAI's do") from None
         except TimeoutError:
@@ -177,12 +188,15 @@ class _Side:
         return Request(whole if first is None else first, whole, answer.tokens, _drafts_of(bytes(body)))
 
     async def _page(self, session: aiohttp.ClientSession, path: str) -> str:
-        """Empty where there is none."""
+        """Of what not every server has: empty where there is none."""
         try:
-            async with session.get(self._root + path, allow_redirects=False) as response:
-                return (await response.read()).decode(errors="replace") if response.status == 200 else ""
+            return await self._get(session, path)
         except (aiohttp.ClientError, TimeoutError):
             return ""
+
+    async def _get(self, session: aiohttp.ClientSession, path: str) -> str:
+        async with session.get(self._root + path, allow_redirects=False) as response:
+            return (await response.read()).decode(errors="replace") if response.status == 200 else ""
 
     def _hidden(self, text: str) -> str:
         text = text.replace(self._key, "(the key)") if self._key else text

@@ -86,7 +86,7 @@ class _Served:
         def on(port: int) -> list[str]:
             here = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
             size = ["--max-model-len", str(self._length), "--max-num-seqs", str(config.concurrency)]
-            exact = ["--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"]
+            exact = [word for option in launch.CPU_OPTIONS for word in option]
             return [self._program, *command.arguments()[1:], *here, *size, *exact]
 
         log = os.path.join(self._out, f"{layout if head else 'plain'}.log")

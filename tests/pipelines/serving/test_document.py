@@ -1,0 +1,41 @@
+"""SERVING.md says what the code says, and its commands are of the recipes."""
+
+import json
+import shlex
+
+import pytest
+
+from pipelines import recipes
+from pipelines.serving import document
+from train import launch
+
+
+def test_the_lists_of_the_document_are_those_of_the_code():
+    with open(document.FILE, encoding="utf-8") as file:
+        text = file.read()
+    assert document.updated(text) == text, "run python -m pipelines.serving.document"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_has_commands_that_name_its_target_and_its_head(name):
+    recipe = recipes.load(name)
+    text = document._of_recipe(recipe)
+    blocks = text.split("```")[1].replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in blocks if not line.startswith(("sh", "#"))]
+    assert any(command for command in commands)
+    model = ".cache/smollm2-135m" if recipe.model == recipes.EMBEDDED else recipe.model
+    for command in filter(None, commands):
+        assert model in command
+        assert any(f"heads/{name}" in word for word in command)
+
+
+def test_a_command_is_what_is_run_and_can_be_typed():
+    made = launch.command("vllm", "org/t", "a head", "portable", chips=4, environment={"A": "b c"})
+    assert shlex.split(made.text().replace("\\\n", " ")) == ["A=b c", *made.arguments()]
+    spec = json.loads(made.arguments()[-1])
+    assert spec == {"method": "eagle3", "model": "a head", "num_speculative_tokens": launch.TOKENS}
+    assert launch.command("vllm", "org/t", "h", "speculators").arguments() == ["vllm", "serve", "h"]
+    alone = launch.command("sglang", "org/t", None, "portable").arguments()
+    assert alone == ["python", "-m", "sglang.launch_server", "--model-path", "org/t"]
+    tree = launch.command("sglang-jax", "t", "h", "portable", tokens=5).arguments()
+    assert tree[tree.index("--speculative-num-draft-tokens") + 1] == "6"
