@@ -6,6 +6,7 @@ steps, and one each for prompts of up to 64, 128, 256, ... tokens.
 Dimensions: B slots, d tokens a step at most.
 """
 
+import math
 import time
 from functools import partial
 from typing import Any
@@ -106,9 +107,22 @@ class Engine:
 
 
 def on_one_device(folder: str, cfg: target.TargetConfig, dtype: str) -> dict[str, jax.Array]:
-    """A target's weights, as an engine takes them."""
+    """A target's weights, as an engine takes them. EyasError for more than the first device has room for."""
+    declared = target.parameters(cfg).values()
+    size = sum(math.prod(p.shape) * np.dtype(p.dtype or dtype).itemsize for p in declared)
+    room = _device_memory()
+    if room is not None and size > room:
+        raise EyasError(
+            f"{folder} has {size / 2**30:.1f} GiB of weights in {dtype}, and the first device has room for "
+            f"{room / 2**30:.1f}; a target that decodes here must fit one device, serve a larger one"
+        )
     loaded = target.load(folder, cfg, make_mesh(), jnp.dtype(dtype))
     return {name: x.addressable_data(0) for name, x in loaded.items()}
+
+
+def _device_memory() -> int | None:
+    """Bytes of the first device, None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def require_length(cfg: target.TargetConfig, folder: str, length: int) -> None:

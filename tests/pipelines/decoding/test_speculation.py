@@ -12,6 +12,7 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from common.params import initialise
 from dump import target
+from pipelines.decoding import engine
 from pipelines.decoding import steps as steps_
 from pipelines.decoding.drafting import Drafter, Drafting, Last, draft
 from pipelines.decoding.engine import Engine
@@ -195,3 +196,9 @@ def test_a_trees_nodes_are_the_likeliest_behind_their_own_branches(llama):
         best = np.asarray(drafter.ids_D)[np.argsort(-np.asarray(logits))[: d.topk]]
         children = [tokens[n] for n in range(1, len(tokens)) if parents[n] == parent]
         assert children == best[: len(children)].tolist()
+
+
+def test_a_target_that_does_not_fit_its_device_is_refused_before_it_is_read(llama, monkeypatch):
+    monkeypatch.setattr(engine, "_device_memory", lambda: 1000)
+    with pytest.raises(EyasError, match=r"nowhere has .* GiB of weights in bfloat16, .* must fit one device"):
+        engine.on_one_device("nowhere", llama.cfg, "bfloat16")
