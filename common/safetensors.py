@@ -5,6 +5,7 @@ data). A folder holds `model.safetensors`, or shards and `model.safetensors.inde
 folders and on any fsspec URL. Pickled weights are never opened.
 """
 
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -254,9 +255,21 @@ def _refuse_overlaps(url: str, tensors: dict[str, Tensor]) -> None:
 
 
 def to_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; `metadata` gets format "pt", which loaders look for."""
+    """A safetensors file, the same for the same arguments; `metadata` gets format "pt", which says that
+    linear weights are [out, in]: transformers refuses a file without it."""
     data = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    return safetensors.numpy.save(data, {"format": "pt"} | (metadata or {}))
+    made = safetensors.numpy.save(data, {"format": "pt"} | (metadata or {}))
+    return _ordered(made) if metadata else made
+
+
+def _ordered(made: bytes) -> bytes:
+    """The file with its metadata by name: the library writes them in another order each time."""
+    start = 8 + int.from_bytes(made[:8], "little")
+    header = json.loads(made[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(made)[start:]])
 
 
 def from_bytes(data: bytes) -> dict[str, np.ndarray]:

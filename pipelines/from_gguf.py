@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, dequantize
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from common import safetensors
 from common.errors import EyasError
 from common.progress import Progress
 
@@ -54,9 +54,8 @@ def write_folder(gguf: str, folder: str, note: str) -> None:
     _write(folder, "generation_config.json", generation)
     build_tokenizer(fields).save(os.path.join(folder, "tokenizer.json"))
     _write(folder, "tokenizer_config.json", _tokenizer_config(fields))
-    path = os.path.join(folder, "model.safetensors")
-    save_file(_weights(reader, config), path, metadata={"format": "pt", "note": note})
-    os.chmod(path, 0o644)  # safetensors writes 0600, unlike the files beside it
+    path = os.path.join(folder, safetensors.SINGLE)
+    safetensors.write(path, _weights(reader, config), {"note": note})
 
 
 def _write(folder: str, name: str, value: dict[str, Any]) -> None:

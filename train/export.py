@@ -6,9 +6,9 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by name)
 import numpy as np
-from safetensors.numpy import save
 
 from common import params as declared
+from common import safetensors
 from common.errors import EyasError
 from common.folders import write_folder
 from common.storage import is_remote, local_path
@@ -65,12 +65,11 @@ def export(
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
     made = dict(metadata or {})
-    # "pt" says that linear weights are [out, in]; transformers refuses a file without it.
-    about = {"format": "pt", MADE: json.dumps(made, default=str)}
+    about = {MADE: json.dumps(made, default=str)}
     write_folder(
         folder,
         {
-            "model.safetensors": save(tensors, metadata=about),
+            "model.safetensors": safetensors.to_bytes(tensors, about),
             "README.md": head.card(made, target_config, layout).encode(),
             "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },

@@ -20,6 +20,18 @@ TENSORS = {
 }
 
 
+def test_the_same_tensors_and_metadata_are_the_same_bytes():
+    """Whatever the library's order of metadata, so that a head that is exported again has its checksum."""
+    metadata = {"made": '{"step": "3 of \u00e4"}', "about": "a", "z": ""}
+    first = safetensors.to_bytes(TENSORS, metadata)
+    assert all(safetensors.to_bytes(TENSORS, dict(reversed(metadata.items()))) == first for _ in range(8))
+    start = 8 + int.from_bytes(first[:8], "little")
+    assert start % 8 == 0
+    assert json.loads(first[8:start])["__metadata__"] == metadata | {"format": "pt"}
+    found = safetensors.from_bytes(first)
+    assert all(found[name].tobytes() == value.tobytes() for name, value in TENSORS.items())
+
+
 def sharded(folder, shard_of=lambda name: f"model-{name}.safetensors"):
     """Each tensor in a file of its own, and an index."""
     for name, value in TENSORS.items():
