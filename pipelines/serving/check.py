@@ -2,7 +2,7 @@
 
 The target answers alone, greedily; then with the head, whose drafts the server counts. Our figures are those
 of `eval` over the tokens that the target gave alone: walked through as a server does, they are what it must
-count, and its answers must be the same.
+count, and its answers must be the same. Beside them are those of our own chain (`speculate`).
 """
 
 import os
@@ -14,11 +14,12 @@ from common import storage
 from common.errors import EyasError
 from common.progress import note
 from common.store import Store
+from dump.chat import Chat
 from pipelines.copy_head import copy_head
 from pipelines.serving import ask, environment
 from pipelines.serving.config import ServeCheckConfig
 from pipelines.serving.counters import Drafts
-from pipelines.serving.ours import walked
+from pipelines.serving.ours import chained, walked
 from pipelines.serving.server import Server
 from train import launch
 from train.check_export import check as check_folder
@@ -31,7 +32,7 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"
 
 
 def run(config: ServeCheckConfig) -> dict[str, Any]:
-    """{"ours", "plain", "layouts": {layout: figures}}; writes them to OUT/serve-check.json.
+    """{"ours", "chain", "answers", "layouts": {layout: figures}}; writes them to OUT/serve-check.json.
 
     EyasError before anything is set up for a head that vLLM cannot take; and at the end, all being written,
     if a figure or an answer is not ours.
@@ -58,6 +59,7 @@ def run(config: ServeCheckConfig) -> dict[str, Any]:
     asked = list(zip(prompts, plain, strict=True))
     ours = walked(model, target["vocab_size"], folders[PORTABLE], head.aux_layers, asked, **options)
     found = {"ours": _our_figures(ours), "answers": len(plain), "layouts": {}}
+    found["chain"] = _our_chain(config, model, folders[PORTABLE], prompts, plain)
     for layout in layouts:
         note(f"serve-check: the same with the head, layout {layout}")
         answers, drafts = served(folders[layout], layout, config.answer_tokens)
@@ -127,6 +129,20 @@ def _our_figures(ours: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _our_chain(
+    config: ServeCheckConfig, model: str, head: str, prompts: list[list[int]], plain: Sequence[list[int]]
+) -> dict[str, Any]:
+    """The figures of our own chain. The drafts at an answer's end, which reach beyond it, are cut there."""
+    stops, slots = Chat.load(model).stops, config.concurrency
+    figures, answers = chained(model, head, stops, prompts, config.answer_tokens, slots)
+    return {
+        "length": figures["acceptance_length"],
+        "by_position": figures["accepted"],
+        "drafts": figures["drafts"],
+        "equal_answers": sum(a == b[: len(a)] for a, b in zip(answers, plain, strict=True)),
+    }
+
+
 def _figures(
     answers: Sequence[list[int]],
     plain: Sequence[list[int]],
@@ -162,6 +178,11 @@ def table(found: dict[str, Any]) -> str:
     ours, answers = found["ours"], found["answers"]
     lines = [f"{'':<14}  length  by position          of ours  equal answers  equal tokens"]
     lines.append(f"{'ours':<14}  {ours['length']:6.4f}  {_rates(ours['by_position']):<19}")
+    chain = found["chain"]
+    lines.append(
+        f"{'our own chain':<14}  {chain['length']:6.4f}  {_rates(chain['by_position']):<19}  "
+        f"{chain['length'] / ours['length'] - 1:>+7.2%}  {chain['equal_answers']:>6} of {answers}"
+    )
     for layout, its in found["layouts"].items():
         length = "  none" if its["length"] is None else f"{its['length']:6.4f}"
         share = "" if its["of_ours"] is None else f"{its['of_ours']:+.2%}"

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,40 @@ def walked(
         dump.run(dump.DumpConfig(model, store, dtype="float32", aux_layers=aux_layers))
         config = evaluate.EvaluateConfig(head, store, ngrams=False, dtype="float32", **options)
         return evaluate.run(config)["head"]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt of the protocol of speculate: one question, in tokens."""
+
+    tokens: list[int]
+    room: int
+    category: str = ""
+
+    def behind(self, answers: list[list[int]]) -> tuple[list[int], int] | None:
+        return None if answers else (self.tokens, self.room)
+
+
+def chained(
+    model: str, head: str, stops: frozenset[int], prompts: list[list[int]], room: int, slots: int
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """(figures of our own chain of drafts, its answers without the stop token): what `speculate` measures."""
+    from dump import target
+    from pipelines.speculate.config import SpeculateConfig
+    from pipelines.speculate.measure import Figures, answer
+    from pipelines.speculate.run import engines
+    from train import evaluate, launch
+
+    cfg = target.read_config(model)
+    length = max(map(len, prompts)) + room
+    shape = {"steps": launch.TOKENS, "slots": slots, "length": length}
+    config = SpeculateConfig(model, head, "none", **shape, dtype="float32", plain=False)
+    drafting, _ = engines(config, cfg, evaluate.load_head(head, cfg.text))
+    found, _ = answer(drafting, stops, [_Asked(prompt, room) for prompt in prompts], 0, lambda n: None)
+    figures = Figures(launch.TOKENS)
+    for (one,) in found:
+        figures.count(one)
+    return figures.summary(), [one.tokens for (one,) in found]
 
 
 def _write(store: str, asked: Asked, vocab_size: int, tokenizer: str) -> None:

@@ -52,7 +52,7 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"settings": to_json(config) | {"nodes": config.nodes}}
     if source is not None:
         found["estimate"] = _estimate(config, source)
-    drafting, plain = _engines(config, cfg, head)
+    drafting, plain = engines(config, cfg, head)
     found["sets"] = {}
     for one in sets:
         name = one.name if one.name not in found["sets"] else f"{one.name} ({len(found['sets'])})"
@@ -76,7 +76,7 @@ def _estimate(config: SpeculateConfig, source: Source) -> dict[str, Any]:
     return {name: x for name, x in found.items() if name.startswith(_ESTIMATED)}
 
 
-def _engines(config: SpeculateConfig, cfg: target.TargetConfig, loaded: Any) -> tuple[Engine, Engine | None]:
+def engines(config: SpeculateConfig, cfg: target.TargetConfig, loaded: Any) -> tuple[Engine, Engine | None]:
     """(with drafts, without)"""
     head, params, ids = loaded
     weights = on_one_device(config.model, cfg, compute_dtype(config.dtype))

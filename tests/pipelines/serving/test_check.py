@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from common.errors import EyasError
 from common.storage import read_json
 from common.store import Store
+from dump.chat import Chat
 from pipelines.serving import check, environment
 from pipelines.serving.config import ServeCheckConfig
 from pipelines.serving.counters import Drafts
@@ -26,7 +28,8 @@ OURS = {"length": 1.5, "by_position": [0.4, 0.1, 0.0], "drafts": 20.0}
 def found(length=1.5, equal=1.0):
     layout = {"length": length, "of_ours": length and length / 1.5 - 1, "by_position": [], "drafts": 20}
     layout |= {"equal_answers": 4, "equal_tokens": equal}
-    return {"ours": OURS, "answers": 4, "layouts": {"portable": layout}}
+    chain = OURS | {"equal_answers": 4}
+    return {"ours": OURS, "chain": chain, "answers": 4, "layouts": {"portable": layout}}
 
 
 @pytest.mark.parametrize(
@@ -86,9 +89,12 @@ def test_no_server_is_set_up_for_what_it_cannot_take(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_layout_is_served_and_compared_with_the_walk_over_the_same_answers(tmp_path, vllm):
+def test_every_layout_is_served_and_compared_with_the_walk_over_the_same_answers(tmp_path, vllm, monkeypatch):
+    monkeypatch.setattr(Chat, "load", lambda model: SimpleNamespace(stops=frozenset()))
     settings = config(tmp_path, vllm)
     result = check.run(settings)
+    assert 1 <= result["chain"]["length"] < 1.5
+    assert result["chain"]["equal_answers"] == 0  # the tests' server answers what this target would not
     assert read_json(f"{settings.out}/serve-check.json") == result
     assert result["layouts"].keys() == {"portable", "speculators", "tpu-inference"}
     assert 1 <= result["ours"]["length"] < 1.5
