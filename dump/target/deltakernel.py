@@ -25,6 +25,8 @@ from dump.target.deltarule import CHUNK, crossings
 LANES = 128
 ROWS = 512  # positions of a block
 HEADS = 8  # key heads of a block: while one waits for a matmul, others compute
+CYCLES = 980  # of a v6e for a chunk of a key head: as many instructions as the loop has
+_FLOPS_A_CYCLE = 2 * 4 * 256 * 256  # of a v6e
 _TILE = 8  # rows of a register
 _SIZES = [_TILE << n for n in range((CHUNK // _TILE).bit_length() - 1)]  # of blocks that are joined in pairs
 _F32 = jnp.float32
@@ -62,6 +64,13 @@ def mix(
     marks, own = _marks(segments_BT, X), jnp.stack([bias_KG.astype(_F32), speed_KG])
     own = jnp.pad(own, ((0, 0), (0, 0), (G, 0))).reshape(2, K // h, -1).swapaxes(0, 1)
 
+    # Most instructions do not multiply: the compiler, which looks for work beside collectives, is told of as
+    # many FLOPs as the kernel's time would be enough for.
+    moved = (1 + G / width * LANES) * mixed_BTM.size * mixed_BTM.dtype.itemsize
+    cost = pl.CostEstimate(
+        flops=B * T // CHUNK * K * CYCLES * _FLOPS_A_CYCLE, transcendentals=0, bytes_accessed=int(moved)
+    )
+
     def by_heads(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, h * size), lambda b, n, t: (b, t, n))
 
@@ -80,6 +89,7 @@ def mix(
         out_shape=jax.ShapeDtypeStruct((B, T, K * G * D), mixed_BTM.dtype),
         scratch_shapes=[pltpu.VMEM((h, G, D, D), _F32), pltpu.VMEM((h, _TILE, convolved), _F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost,
         name="delta_net",
         interpret=interpret,
     )(mixed_BTM, rates, own, marks, taps_XKc.astype(_F32).reshape(X, -1), norm_D.astype(_F32)[None])

@@ -196,7 +196,8 @@ class Moe:
     def _routed(self, w, x_MH, ids_Mk, weights_Mk, context: Context, shape: tuple[int, ...]) -> jax.Array:
         """This chip's share of the chosen experts' weighted sum, [*shape, H].
 
-        Tokens are computed in parts, so that the sorted rows of one part are at most SORTED_VALUES values.
+        Tokens are computed in parts, so that the sorted rows of one part are at most SORTED_VALUES values. A
+        part's results take the place of its tokens: nothing is filled with zeros or copied for them.
         """
         M, H = x_MH.shape
         parts = -(-M * self.router.top_k * H // SORTED_VALUES)
@@ -204,14 +205,19 @@ class Moe:
             return self._part(w, x_MH, ids_Mk, weights_Mk, context, shape)
         size = -(-M // parts)
 
-        def cut(x: jax.Array, fill: int) -> jax.Array:
-            padded = jnp.pad(x, ((0, parts * size - M), (0, 0)), constant_values=fill)
-            return padded.reshape(parts, size, -1)
+        def filled(x: jax.Array, fill: int) -> jax.Array:
+            return jnp.pad(x, ((0, parts * size - M), (0, 0)), constant_values=fill)
 
         nobody = self.router.experts  # a number that no expert has: rows that only fill the part go nowhere
-        cuts = cut(x_MH, 0), cut(ids_Mk, nobody), cut(weights_Mk, 0)
-        y_PMH = jax.lax.map(lambda part: self._part(w, *part, context, (size,)), cuts)
-        return y_PMH.reshape(-1, H)[:M].reshape(*shape, H)
+        ids_Mk, weights_Mk = filled(ids_Mk, nobody), filled(weights_Mk, 0)
+
+        def part(i: jax.Array, x_MH: jax.Array) -> jax.Array:
+            own = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (x_MH, ids_Mk, weights_Mk))
+            y = self._part(w, *own, context, (size,))
+            return jax.lax.dynamic_update_slice_in_dim(x_MH, y, i * size, 0)
+
+        y_MH = jax.lax.fori_loop(0, parts, part, filled(x_MH, 0))
+        return y_MH[:M].reshape(*shape, H)
 
     def _part(self, w, x_MH, ids_Mk, weights_Mk, context: Context, shape: tuple[int, ...]) -> jax.Array:
         """The weighted sum for one part: rows sorted by expert, multiplied, put back in order and summed."""

@@ -31,6 +31,7 @@ from common.splash import BLOCK
 from dump import target
 from dump.config import DumpConfig
 from dump.prefill import Program
+from dump.target import deltakernel
 from dump.target.deltanet import DeltaNet
 from dump.target.deltarule import CHUNK
 from dump.target.flops import attention_flops, expert_flops, needed_flops
@@ -47,7 +48,6 @@ BARS = {
 }
 CHIPS_A_HOST = 4
 KERNELS = 0.5  # of the peak, by which kernels are priced
-DELTA_CYCLES = 980  # of DeltaNet's kernel for a chunk of a key head: as many instructions as its loop has
 _SECONDS = 3600  # that a compilation may take
 
 
@@ -113,7 +113,7 @@ def priced(done: Work, cfg: target.TargetConfig, tokens: float, length: int, chi
     chunks = sum(la.attention.key_heads for la in cfg.layers if isinstance(la.attention, DeltaNet)) / CHUNK
     found = {
         "compute_s": done.cycles / chip.cycles,
-        "kernels_s": kernels / (KERNELS * chip.flops) + tokens * chunks * DELTA_CYCLES / chip.cycles,
+        "kernels_s": kernels / (KERNELS * chip.flops) + tokens * chunks * deltakernel.CYCLES / chip.cycles,
         "waits_s": done.waited / chip.wire,
         "beside_s": sum(sent for _, sent in done.beside) / chip.wire,
         "gathers_s": 2 * done.unpriced / chip.hbm,  # read and written
