@@ -14,10 +14,11 @@ from dump.target.spec import Layer, TargetConfig
 
 
 def softmax_router(f: Fields) -> Router:
-    """Softmax over all experts, the chosen ones renormalised if the config says so."""
+    """Softmax over all experts; if the config has the chosen ones renormalised, that is over those alone."""
     experts = f.alike("num_experts", "num_local_experts")
     renormalise = f.get("norm_topk_prob")
-    return Router(f.get("hidden_size"), experts, f.get("num_experts_per_tok"), renormalise=renormalise)
+    scoring = "selected_softmax" if renormalise else "softmax"
+    return Router(f.get("hidden_size"), experts, f.get("num_experts_per_tok"), scoring)
 
 
 def is_sparse(f: Fields) -> Callable[[int], bool]:
