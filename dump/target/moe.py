@@ -22,7 +22,7 @@ from dump.target.routing import Router
 from dump.target.spec import Context, TargetConfig, Weight
 
 EXPERTS = "mlp.experts"
-SORTED_VALUES = 3 << 28  # the most that S * H may be at once: 1.5 GiB in bfloat16, and twice that of results
+SORTED_VALUES = 5 << 28  # the most that S * H may be at once: 2.5 GiB in bfloat16, and twice that of results
 BLOCKS = 8  # in which a chip computes an average share of the rows; only the last is partly wasted
 TILE_ROWS = 256  # of the kernel, where experts have many
 TILE = 2048  # columns of a tile
