@@ -14,6 +14,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 DTYPES = ("float32", "bfloat16")  # of computing
 FLOAT8 = "float8_e4m3fn"
 PRECISIONS = (*DTYPES, FLOAT8)  # of storing
@@ -27,7 +29,8 @@ class Setting:
     """What a field says about itself besides its type and default.
 
     A value is at least `least`, at most `most`, more than `above`, less than `below`, and one of `choices`
-    where there are any; of a tuple, each of its numbers. A whole number fits in 31 bits in any case.
+    where there are any; of a tuple, each of its numbers. A whole number fits in 31 bits in any case, and
+    another holds its bounds in float32 too, as which programs take it: 0.999999999 is 1 there.
     `otherwise` says in words what None stands for.
     """
 
@@ -50,8 +53,12 @@ class Setting:
         if self.choices:
             return "" if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
         if kind in (int, float):
-            good = _is(value, kind) and self._holds(value, self.largest(kind))
-            return "" if good else f"must be {_NAMES[kind]}{self._bounds(value, self.largest(kind))}"
+            largest = self.largest(kind)
+            good = _is(value, kind) and self._holds(value, largest)
+            if good and (kind is int or self._holds_in_float32(value)):
+                return ""
+            where = ", in float32 as well" if good else ""
+            return f"must be {_NAMES[kind]}{self._bounds(value, largest)}{where}"
         return "" if _is(value, kind) else f"must be {_NAMES[kind]}"
 
     def largest(self, kind: Any) -> float | None:
@@ -65,6 +72,11 @@ class Setting:
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
+
+    def _holds_in_float32(self, value: float) -> bool:
+        with np.errstate(over="ignore"):  # to infinity
+            rounded = np.float32(value)  # which NumPy compares with bounds as they are in float32
+        return bool(np.isfinite(rounded) and self._holds(rounded, self.most))
 
     def _bounds(self, value: Any, largest: float | None) -> str:
         is_number = type(value) in (int, float)

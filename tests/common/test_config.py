@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.config import check, differences, digest, setting
+from common.config import Setting, check, differences, digest, setting
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Config:
         ("rate", 0.0, "a number above 0"),
         ("rate", float("inf"), "a number above 0"),
         ("rate", 10**400, "a number above 0"),
+        ("rate", 1e39, "a number above 0, in float32 as well"),
+        ("rate", 1e-300, "a number above 0, in float32 as well"),
+        ("pair", (0.9, 0.999999999), "a number below 1, in float32 as well"),
         ("limit", 1, "a whole number of at least 2"),
         ("layers", 3, "some numbers"),
         ("layers", (), "some numbers"),
@@ -60,6 +63,12 @@ def test_a_value_of_another_kind_or_outside_of_the_bounds_is_refused(field, valu
 def test_a_choice_is_one_of_those_listed(value):
     with pytest.raises(ValueError, match=r"^kind=.* is unknown; use one of a, b$"):
         Config("f", kind=value)
+
+
+def test_a_bound_itself_holds_its_bounds():
+    """In float32 too, where 0.7 is less, and 0.1 more."""
+    assert Setting("", most=0.1, least=0.1).problem(0.1, float) == ""
+    assert Setting("", most=0.7, least=0.7).problem(0.7, float) == ""
 
 
 def test_lists_and_whole_numbers_of_toml_become_the_fields_types():
