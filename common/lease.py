@@ -74,7 +74,7 @@ class _Held:
             if _age(found) <= _STALE or not kvstore.replace_file(self._url, old, new):
                 raise RestartError(
                     f"{os.path.dirname(self._url)} is in use by {found['holder']}, which said so "
-                    f"{max(0, _age(found)):.0f} seconds ago; wait until it ends ({_STALE:.0f} seconds if it "
+                    f"{_age(found):.0f} seconds ago; wait until it ends ({_STALE:.0f} seconds if it "
                     "was killed), or name another folder"
                 )
         self.written, self._until = new, start + _STALE
@@ -112,4 +112,6 @@ def _parse(data: bytes, url: str) -> _Lease:
 
 
 def _age(lease: _Lease) -> float:
-    return time.time() - lease["time"]
+    """Seconds between this clock and that of the holder, either way: one that was far ahead and died would
+    else hold the folder until this clock is there, too."""
+    return abs(time.time() - lease["time"])

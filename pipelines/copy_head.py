@@ -12,6 +12,7 @@ from common.errors import EyasError
 from common.folders import read_as_one, write_folder
 from common.safetensors import Checkpoint
 from common.store import Store
+from pipelines.compare.runs import require_not_in_a_run
 from train import launch
 from train.check_export import WEIGHTS, check
 from train.evaluate import draft_ids_of
@@ -36,6 +37,7 @@ def copy_head(
     Returns what the check found, a line each. EyasError, with nothing written, if `head` is not sound, or one
     of `servers`, keys of servers.SERVERS, cannot take it in that layout.
     """
+    require_not_in_a_run(out)
     config = store.target_config()
     with read_as_one(head):
         check(head, config)

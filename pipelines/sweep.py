@@ -35,8 +35,9 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
 
     EyasError names what is wrong with the file, before anything is looked at.
     """
+    data = storage.read_bytes(url)
     try:
-        raw = tomllib.loads(storage.read_bytes(url).decode())
+        raw = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # those of TOML, of Unicode and of very deep lists
         raise EyasError(f"{url} is not TOML: {error}") from None
     known = [knob.name for knob in knobs(TrainConfig)]

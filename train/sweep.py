@@ -107,7 +107,16 @@ def _claimed(plans: dict[str, Plan], out: str, held: ExitStack) -> list[Callable
 def _begun(plans: dict[str, Plan]) -> tuple[dict[str, str], list[str]]:
     """(the reasons of those that failed, the names of those that are not at their end)."""
     failed = {name: reason for name, plan in plans.items() if (reason := _failed_before(plan))}
-    return failed, [name for name, plan in plans.items() if name not in failed and not is_done(plan)]
+    return failed, [name for name, plan in plans.items() if name not in failed and _is_left(plan)]
+
+
+def _is_left(plan: Plan) -> bool:
+    try:
+        return not is_done(plan)
+    except (MachineError, DamagedError):
+        raise
+    except EyasError:  # its state cannot be read: its trainer says so, and it alone ends
+        return True
 
 
 def _failed_before(plan: Plan) -> str | None:

@@ -45,13 +45,20 @@ def is_done(plan: Plan) -> bool:
     if found is None:
         return False
     step, last = found
-    return _ends(plan, step, last) and last["step"] == step  # else it was stopped in its last evaluation
+    ends = _ends(plan, step, last) and last["step"] == step  # else it was stopped in its last evaluation
+    return ends and not _lost(plan.config.out)
 
 
 def _ends(plan: Plan, step: int, last: dict[str, Any]) -> bool:
     """Whether every step is done, or `patience` evaluations in a row found no better head."""
     patience = plan.config.patience
     return step == plan.steps or (patience is not None and last.get(SINCE_BEST, 0) >= patience)
+
+
+def _lost(out: str) -> list[str]:
+    """Which of the heads that a run leaves are no longer there."""
+    heads = ("last", "best")
+    return [name for name in heads if not storage.exists(storage.join(out, name, "config.json"))]
 
 
 class Trainer:
@@ -223,10 +230,28 @@ class Trainer:
         self._plan_save()
 
     def finish(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk; of a run that is done, also what somebody has taken away."""
         self._read()
         self._wait_for_export()
+        if self.done and self.last["step"] == self.step:
+            self._restore_heads()
         self._saved.finish()
+
+    def _restore_heads(self) -> None:
+        """Exports again what is lost of the heads, if the state is that head's; else says that it is lost."""
+        out = self._plan.config.out
+        lost = pod.told(lambda: _lost(out))
+        known = {"last": self.last, "best": self.best or self.last}
+        for name in lost:
+            if known[name]["step"] != self.step:
+                step = known[name]["step"]
+                note(
+                    f"train: {out}/{name} is lost, the head of step {step}; to have it made again, delete "
+                    f"the steps from {step} on in {out}/state and run the same command"
+                )
+        if again := [name for name in lost if known[name]["step"] == self.step]:
+            self._begin_export(again, known[again[0]])
+            self._wait_for_export()
 
     def _read(self) -> None:
         """Takes up the metrics of the step that was done last, if that has not been done yet."""
@@ -305,11 +330,14 @@ class Trainer:
         if is_better:
             self.best = found
             folders.append("best")
+        self._begin_export(folders, found)
+        if self.done and self.step < self._plan.steps:
+            note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
+
+    def _begin_export(self, folders: list[str], found: dict[str, Any]) -> None:
         weights = placing.on_host(self._weights(), "bfloat16")
         if pod.is_first():
             self._exported = self._exporting.submit(self._export, folders, weights, found)
-        if self.done and self.step < self._plan.steps:
-            note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
 
     def _weights(self) -> Params:
         """What is evaluated and exported."""

@@ -16,7 +16,6 @@ from pipelines.compare.runs import Run
 
 _POINTS = 6000  # of all runs' curves together, and at most so many of one:
 _MOST_POINTS = 1000
-_MADE_BY_TRAINING = ("best", "last", "state")
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,11 @@ def _require_place(out: str) -> None:
     """EyasError unless `out` is a page that may be written: never what a run keeps for itself."""
     if not out.endswith(".html"):
         raise EyasError(f"--out {out} must be a page, such as {out.rstrip('/')}.html")
+    runs.require_not_in_a_run(out)
     if storage.is_remote(out):
         return
     if os.path.isdir(storage.local_path(out)):
         raise EyasError(f"--out {out} is a folder; name a file")
-    folder, name = os.path.split(os.path.dirname(os.path.realpath(storage.local_path(out))))
-    while name:
-        if name in _MADE_BY_TRAINING and os.path.exists(os.path.join(folder, runs.EXPERIMENT)):
-            raise EyasError(
-                f"--out {out} lies in {name}/ of a run, which training writes; name another place"
-            )
-        folder, name = os.path.split(folder)
     storage.require_folder(os.path.dirname(storage.local_path(out)) or ".")
 
 

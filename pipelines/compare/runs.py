@@ -9,6 +9,7 @@ Dimensions: N lines, K steps of the rollout (tokens drafted), P points of a curv
 import json
 import math
 import os
+import posixpath
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from common.schema import Count, TypedDict
 from pipelines.compare.curves import Curve, thin
 
 EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
+_MADE_BY_TRAINING = ("best", "last", "state")
 LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
 SINCE_BEST = "evaluations_since_best"
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
@@ -145,6 +147,16 @@ def find(places: tuple[str, ...]) -> list[str]:
                 url if storage.is_remote(url) else os.path.realpath(storage.local_path(url)), url
             )
     return list(found.values())
+
+
+def require_not_in_a_run(place: str) -> None:
+    """EyasError for a place in what a run keeps for itself: what is written there would be taken for its."""
+    path = place if storage.is_remote(place) else os.path.realpath(storage.local_path(place))
+    folder, name = posixpath.split(path.rstrip("/"))
+    while name and not folder.endswith(":"):
+        if name in _MADE_BY_TRAINING and storage.exists(f"{folder}/{EXPERIMENT}"):
+            raise EyasError(f"{place} lies in {name}/ of a run, which training writes; name another place")
+        folder, name = posixpath.split(folder)
 
 
 def _runs_in(folder: str, depth: int) -> list[str]:

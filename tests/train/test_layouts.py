@@ -166,6 +166,10 @@ def test_a_head_goes_from_layout_to_layout_and_back_unchanged(tmp_path):
             assert "| learning rate | 0.25 |" in file.read()
     with pytest.raises(EyasError, match="give --target, its folder or Hub id"):
         copy_head(first, opened, str(tmp_path / "none"), layout="speculators")
+    (tmp_path / "run/best").mkdir(parents=True)
+    (tmp_path / "run/experiment.json").touch()
+    with pytest.raises(EyasError, match="lies in best/ of a run, which training writes; name another place"):
+        copy_head(first, opened, str(tmp_path / "run/best"))
     last = tensors_of(places[-1])
     for name, value in tensors_of(first).items():
         np.testing.assert_array_equal(value, last[name], err_msg=name)

@@ -21,7 +21,7 @@ from train.experiment import claimed
 from train.plan import make_plan
 from train.run import run
 from train.state import Saved
-from train.trainer import Trainer
+from train.trainer import Trainer, is_done
 
 
 @pytest.fixture(autouse=True)
@@ -288,6 +288,26 @@ def test_names_of_no_step_beside_the_states_are_left_alone(config, whole, tmp_pa
     (out / "state/.cache").mkdir()
     assert continued(config, out) == 7
     assert (out / "state/notes").exists()
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_head_that_was_taken_away_is_exported_again_or_told_of(config, whole, tmp_path, capfd, name):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / name)
+    plan = replace(plan_of(config), config=replace(config, out=str(out)))
+    assert not is_done(plan)
+    with Trainer(plan) as trainer:
+        step, newest = (getattr(trainer, name)["step"], trainer.step)
+        trainer.finish()
+    if step == newest:
+        weights = read_tensors(f"{whole}/{name}/model.safetensors")
+        for tensor, weight in read_tensors(f"{out}/{name}/model.safetensors").items():
+            np.testing.assert_array_equal(weight, weights[tensor], err_msg=tensor)
+        assert is_done(plan)
+    else:
+        told = f"{out}/{name} is lost, the head of step {step}; to have it made again, delete the steps from"
+        assert told in capfd.readouterr().err
 
 
 def after_step(step, monkeypatch, what):

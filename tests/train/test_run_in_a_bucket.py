@@ -3,10 +3,12 @@
 The libraries read where gs:// is when they are loaded, so whatever uses the server is a process of its own.
 """
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +125,13 @@ def lease_alone() -> None:
                 overwritten(place, other, check)
         assert storage.read_bytes(place) == other
         assert kvstore.remove_file(place, other)
+    # A process that died while its clock was a year ahead, or behind, holds nothing.
+    for year in (1, -1):
+        then = time.time() + year * 365 * 86400
+        storage.write_bytes(place, json.dumps({"holder": "a dead process", "time": then}).encode())
+        assert lease.holder(place) is None
+        with locked(OUT) as check:
+            check()
     storage.write_bytes(place, b"[]")
     with (
         pytest.raises(EyasError, match=r"\.lock: it holds \[\].*delete it if no process works there"),

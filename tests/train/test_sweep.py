@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -154,6 +155,17 @@ def test_one_that_comes_to_nothing_ends_alone_and_says_why(common, alone, tmp_pa
     assert sweep.run(configs, out)["failed"] == found["failed"], "it is left alone"
     os.remove(f"{out}/bad/{FAILED}")
     assert sweep.run(configs, out)["failed"] == {}
+
+
+def test_one_whose_state_is_damaged_ends_alone_and_says_what_to_delete(common, alone, tmp_path):
+    out = str(tmp_path / "out")
+    shutil.copytree(alone, out)
+    with open(f"{out}/slow/state/6/noted/metadata", "w") as file:
+        file.write("{")
+    found = sweep.run(configs_of(common, out, **TWO), out)
+    assert found["done"] == ["half"]
+    assert f"{out}/slow/state/6" in found["failed"]["slow"]
+    assert "to continue from the state before it" in found["failed"]["slow"]
 
 
 def test_what_cannot_be_is_refused_by_the_experiments_name_and_nothing_is_written(common, tmp_path):
