@@ -8,6 +8,7 @@ at between steps, and the command line ends at the second one, as if it were kil
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -19,6 +20,7 @@ Value = TypeVar("Value")
 STOPPED = "stopped; the same command continues"
 _NOTE = "\nstopping at the next step; once more stops at once\n"
 _CHECK_SECONDS = 0.2
+_UNSEEN = 6.0  # seconds after which a request that nobody looks at is obeyed: machines go ten after theirs
 _checked: list["Stop"] = []  # those that `check` looks at, the innermost last
 
 
@@ -68,19 +70,23 @@ class Stop:
 
     With `everywhere`, `stopping.check` looks at it too, which every `Progress` calls at every step. Only the
     main thread gets signals; elsewhere `asked` stays False. What such a Stop around it was asked, it is.
+
+    `hurried`, for where nothing is to be saved yet: a request that nobody has looked at after some seconds, a
+    library compiles or waits for a server say, ends the program as a second one does.
     """
 
     again: ClassVar[Callable[[int, object], None]] = staticmethod(_raise)  # what a second signal does
 
-    def __init__(self, everywhere: bool = False) -> None:
+    def __init__(self, everywhere: bool = False, hurried: bool = False) -> None:
         self.asked = False
         self._number = 0
-        self._everywhere = everywhere
+        self._everywhere, self._hurried = everywhere, hurried
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
         """Raises Stopped if a signal has come."""
         if self.asked:
+            self._hurried = False
             raise Stopped(self._number)
 
     def __enter__(self) -> Self:
@@ -89,6 +95,7 @@ class Stop:
                 self._before[number] = signal.signal(number, self._ask)
             for outer in _checked[-1:]:
                 self.asked, self._number = outer.asked, outer._number
+                outer._hurried = False
         if self._everywhere:
             _checked.append(self)
         return self
@@ -98,8 +105,16 @@ class Stop:
         if again:
             self.again(number, frame)
         _say(_NOTE)
+        if self._hurried and Stop.again is _end:  # else it is somebody else's program
+            threading.Thread(target=self._obey, daemon=True).start()
+
+    def _obey(self) -> None:
+        time.sleep(_UNSEEN)
+        if self._hurried:
+            _end(self._number, None)
 
     def __exit__(self, *_: object) -> None:
+        self._hurried = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._everywhere:

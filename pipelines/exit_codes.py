@@ -31,7 +31,7 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with Stop(everywhere=True), pod.announced():
+            with Stop(everywhere=True, hurried=True), pod.announced():
                 return super().invoke(ctx)
         except EyasError as error:
             raise _failure(str(error), error.exit_code) from None

@@ -122,6 +122,43 @@ def test_a_second_signal_inside_a_callback_that_swallows_exceptions_ends_the_com
     assert done.stderr == f"\nstopping at the next step; once more stops at once\n{LINE}"
 
 
+WAITS = (
+    "import os, signal, sys, time\n"
+    "from common import stopping\n"
+    "from common.stopping import Stop\n"
+    "from pipelines import cli\n"
+    "from pipelines.__main__ import main\n"
+    "stopping._UNSEEN = 0.5\n"
+    "@cli.main.command()\n"
+    "def wait():\n"
+    "    {}\n"
+    "    print('done')\n"
+    "sys.argv = ['eyas', 'wait']\n"
+    "main()\n"
+)
+ASK = "os.kill(os.getpid(), signal.SIGTERM)"
+
+
+def test_a_request_that_nobody_looks_at_ends_the_command_after_a_while():
+    done = program(WAITS.format(f"{ASK}; time.sleep(50)"))
+    assert (done.returncode, done.stdout) == (42, "")
+    assert done.stderr == f"\nstopping at the next step; once more stops at once\n{LINE}"
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        f"with Stop():\n        {ASK}; time.sleep(2)",
+        f"""{ASK}
+    try: stopping.check()
+    except KeyboardInterrupt: time.sleep(2)""",
+    ],
+)
+def test_a_stage_that_saves_and_who_has_looked_have_the_time_that_they_need(waits):
+    done = program(WAITS.format(waits))
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
 def test_what_a_stage_was_asked_before_it_looked_itself_is_not_lost():
     with Stop(everywhere=True):
         os.kill(os.getpid(), signal.SIGTERM)
