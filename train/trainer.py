@@ -318,8 +318,8 @@ class Trainer:
         if metrics:
             if not math.isfinite(found[LENGTH] + sum(found["loss"])):
                 raise EyasError(
-                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
-                    "lower --learning-rate, or --dtype float32, in a new folder"
+                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
+                    f"{self._why_not_finite()}, in a new folder"
                 )
             with pod.together():
                 self._tell(self._now() | {"evaluation": found})
@@ -333,6 +333,14 @@ class Trainer:
         self._begin_export(folders, found)
         if self.done and self.step < self._plan.steps:
             note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
+
+    def _why_not_finite(self) -> str:
+        if all(bool(jnp.isfinite(x).all()) for x in self._weights().values()):
+            return (
+                f", though its weights are finite: states of those rows in {self._plan.store.url} are not, "
+                f"or not in {self._plan.dtype}; dump them anew, or use --dtype float32"
+            )
+        return "; use a lower --learning-rate, or --dtype float32"
 
     def _begin_export(self, folders: list[str], found: dict[str, Any]) -> None:
         weights = placing.on_host(self._weights(), "bfloat16")
