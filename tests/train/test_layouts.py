@@ -14,10 +14,12 @@ from pipelines.copy_head import copy_head
 from tests.train import small_store
 from tests.train.small_head import IDS, TARGET, config_of, made, tensors_of
 from train.check_export import check
+from train.evaluate import load_head
 from train.export import export
 from train.heads import read_serving_config
 from train.heads.eagle3 import Eagle3
 from train.servers import LAYOUTS, SERVERS, best, require
+from train.warm_start import open_published
 
 ALL = "vllm sglang sglang-jax tpu-inference speculators eagle"
 # Who takes which kind of head, in the layout that suits it best; "*": by vLLM's own models alone.
@@ -164,6 +166,11 @@ def test_a_head_goes_from_layout_to_layout_and_back_unchanged(tmp_path):
         source = place
         with open(f"{place}/README.md") as file:
             assert "| learning rate | 0.25 |" in file.read()
+        assert open_published(place, opened).head == head  # a training begins with any of them
+        _, weights, found = load_head(place, opened.target_config())  # and eval reads it
+        np.testing.assert_array_equal(found, ids)
+        for name, value in params.items():
+            np.testing.assert_allclose(weights[name], value, rtol=2**-8)
     with pytest.raises(EyasError, match="give --target, its folder or Hub id"):
         copy_head(first, opened, str(tmp_path / "none"), layout="speculators")
     (tmp_path / "run/best").mkdir(parents=True)
