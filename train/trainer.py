@@ -89,6 +89,7 @@ class Trainer:
         self._taught = plan.source.frozen(plan.draft_ids, "recompute", plan.dtype)  # for evaluations
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
+        self._loss = math.nan  # of the last step that was read
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
         self._exporting = ThreadPoolExecutor(1, thread_name_prefix="export")
         self._exported: Future | None = None
@@ -258,7 +259,8 @@ class Trainer:
         metrics, self._unread = self._unread, None
         if metrics is None:
             return
-        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        self._loss = loss = float(metrics.loss)
+        norm = float(metrics.gradient_norm)
         if in_a_row := int(metrics.skipped_in_a_row):
             self._skipped(in_a_row, loss, norm)
         elif self.step % self._plan.config.log_every == 0 or self.step == 1 or self.done:
@@ -318,8 +320,10 @@ class Trainer:
         if metrics:
             if not math.isfinite(found[LENGTH] + sum(found["loss"])):
                 raise EyasError(
-                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
-                    f"{self._why_not_finite()}, in a new folder"
+                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
+                    "lower --learning-rate, or --dtype float32, in a new folder; or, if its training loss "
+                    f"({self._loss:.3f}) is sound, dump {self._plan.store.url} anew: states of those rows "
+                    "are not finite"
                 )
             with pod.together():
                 self._tell(self._now() | {"evaluation": found})
@@ -333,14 +337,6 @@ class Trainer:
         self._begin_export(folders, found)
         if self.done and self.step < self._plan.steps:
             note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
-
-    def _why_not_finite(self) -> str:
-        if all(bool(jnp.isfinite(x).all()) for x in self._weights().values()):
-            return (
-                f", though its weights are finite: states of those rows in {self._plan.store.url} are not, "
-                f"or not in {self._plan.dtype}; dump them anew, or use --dtype float32"
-            )
-        return "; use a lower --learning-rate, or --dtype float32"
 
     def _begin_export(self, folders: list[str], found: dict[str, Any]) -> None:
         weights = placing.on_host(self._weights(), "bfloat16")
