@@ -87,7 +87,9 @@ def _verdict(name: str, limits: list[Limit], layout: str) -> Verdict:
     if reasons:
         return Verdict(False, "; ".join(reasons))
     if name == "eagle":
-        return Verdict(True, "wants model.safetensors.index.json beside the target's weights")
+        return Verdict(
+            True, "wants transformers 4, and model.safetensors.index.json beside the target's weights"
+        )
     return Verdict(True)
 
 
