@@ -41,7 +41,8 @@ def schedule(peak: float, warmup: float, steps: int, kind: str = "cosine", coold
     first, end = peak / (rising + 1), max(steps, rising + 1)
     if kind == "cosine":
         return Rates(optax.schedules.warmup_cosine_decay_schedule(first, peak, rising, end), steps)
-    falling = {"constant": 0, "linear": end - rising, "wsd": max(1, round(cooldown * steps))}[kind]
+    left = end - rising  # at least one step, into which the shares may both be rounded
+    falling = {"constant": 0, "linear": left, "wsd": min(left, max(1, round(cooldown * steps)))}[kind]
     later = optax.linear_schedule(peak, 0.0, falling) if falling else optax.constant_schedule(peak)
     parts = [optax.linear_schedule(first, peak, rising), optax.constant_schedule(peak), later]
     return Rates(optax.join_schedules(parts, [rising, end - falling]), steps)

@@ -57,6 +57,18 @@ def test_schedules_rise_stay_and_fall_as_their_names_say():
         assert float(optimizer.schedule(1e-3, 0.02, 1, kind)(0)) > 0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 12])
+def test_shares_that_both_round_up_give_each_step_one_rate(steps):
+    """The last step of the warm-up is on its line, and nothing jumps."""
+    for warmup, cooldown in ((0.5, 0.5), (0.3, 0.7), (0.9, 0.1), (0.0, 1.0)):
+        rate = optimizer.schedule(1.0, warmup, steps, "wsd", cooldown)
+        rising = max(1, round(warmup * steps)) if warmup else 0
+        found = [rate(step) for step in range(steps)]
+        line = [(step + 1) / (rising + 1) for step in range(min(rising, steps))]
+        np.testing.assert_allclose(found[:rising], line, rtol=1e-6)
+        assert (np.diff(found[rising:]) < 0).all()
+
+
 @pytest.mark.parametrize("options", [{"ema": 0.9}, {"muon": frozenset({"block"}), "ema": 0.5}])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(options):
     """Steps 1 and 2 are skipped: what is left are the counts."""
