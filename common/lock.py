@@ -21,7 +21,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 @contextmanager
 def locked(folder: str) -> Iterator[Callable[[], None]]:
     """Holds the lock of `folder`, which is made if it is missing, while the context lasts. Yields a check,
-    for between two steps, that raises EyasError once a bucket's lease is lost.
+    for between two steps, that raises EyasError once a bucket's lease is lost, or a local folder was removed
+    or is another process's: somebody may begin anew where he thought that nobody is at work any more.
 
     The system releases the lock of a local folder when the process ends, however it ends; the lease of a
     folder in a bucket lapses some minutes after. EyasError, naming process and host, while another one
@@ -31,8 +32,8 @@ def locked(folder: str) -> Iterator[Callable[[], None]]:
         with lease.leased(storage.join(folder, FILE)) as check:
             yield check
         return
-    with _held(os.path.join(storage.local_path(folder), FILE), folder, "folder"):
-        yield lambda: None  # the system keeps it
+    with _held(os.path.join(storage.local_path(folder), FILE), folder, "folder") as check:
+        yield check
 
 
 @contextmanager
@@ -44,16 +45,38 @@ def locked_file(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held(lock: str, place: str, kind: str) -> Iterator[None]:
+def _held(lock: str, place: str, kind: str) -> Iterator[Callable[[], None]]:
     with library_errors(lock):
         os.makedirs(os.path.dirname(lock), exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handles = [_opened(lock, place, kind)]
+
+    def check() -> None:
+        try:
+            if os.path.samestat(os.stat(lock), os.fstat(handles[-1])):
+                return
+        except FileNotFoundError:
+            if not os.path.isdir(os.path.dirname(lock)):
+                raise EyasError(f"{place} was removed while this process was at work there") from None
+        except OSError:  # a disk that fails says so where it is written
+            return
+        handles.append(_opened(lock, place, kind))
+
     try:
-        with library_errors(lock):
-            _take(handle, place, kind)
-        yield
+        yield check
     finally:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
+
+
+def _opened(lock: str, place: str, kind: str) -> int:
+    with library_errors(lock):
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            _take(handle, place, kind)
+        except BaseException:
+            os.close(handle)
+            raise
+    return handle
 
 
 def _take(handle: int, place: str, kind: str) -> None:

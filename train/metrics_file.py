@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from common import pod, schema, storage, strict_json
 from common.errors import EyasError
 from common.library_errors import library_errors
+from common.progress import note
 from common.schema import Count, TypedDict
 
 
@@ -43,6 +44,8 @@ class Lines:
                 if found["step"] <= (measured if "evaluation" in found else step):
                     kept.append(line)
                     self.before.append(found)
+        if step and not kept:
+            note(f"{self._url} has lost its lines up to step {step}; the weights do not need them")
         storage.write_bytes(self._url, b"".join(kept))
         if storage.is_remote(self._url):
             self._file.write(b"".join(kept))

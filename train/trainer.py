@@ -5,6 +5,7 @@ import posixpath
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -102,11 +103,12 @@ class Trainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._exporting.shutdown()
         self._logs.close(self.done)
         self._lines.close()
-        self._saved.close()
+        with suppress(EyasError) if kind else nullcontext():  # the first error is the one to tell
+            self._saved.close()
 
     @property
     def done(self) -> bool:

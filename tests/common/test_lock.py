@@ -1,6 +1,7 @@
 """A folder has one process at a time."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,3 +46,28 @@ def test_a_lock_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     with pytest.raises(EyasError), locked(str(tmp_path / "run")):
         raise AssertionError("followed")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_who_finds_the_folder_removed_or_taken_says_so(tmp_path):
+    """Somebody deletes a run that still goes on, and begins it anew."""
+    folder = tmp_path / "run"
+    with locked(str(folder)) as check:
+        check()
+        shutil.rmtree(folder)
+        with pytest.raises(EyasError, match=r"run was removed while this process was at work there"):
+            check()
+        with locked(str(folder)) as others:
+            others()
+            with pytest.raises(EyasError, match=r"run is in use by process"):
+                check()
+            others()
+
+
+def test_a_lock_that_was_removed_alone_is_taken_again(tmp_path):
+    with locked(str(tmp_path)) as check:
+        (tmp_path / ".lock").unlink()
+        check()
+        with pytest.raises(EyasError, match=f"process {os.getpid()} "), locked(str(tmp_path)):
+            raise AssertionError("held twice")
+    with locked(str(tmp_path)):
+        pass

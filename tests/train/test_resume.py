@@ -214,6 +214,14 @@ def test_a_damaged_json_file_of_a_run_is_one_line(config, whole, tmp_path, name)
     assert check_damaged(config, whole, tmp_path / "out", [name]) >= 9
 
 
+def test_lost_lines_of_metrics_are_told_of(config, whole, tmp_path, capfd):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "metrics.jsonl").unlink()
+    assert continued(config, out) == 7
+    assert f"{out}/metrics.jsonl has lost its lines up to step 7; the weights" in capfd.readouterr().err
+
+
 def test_a_damaged_description_of_a_state_is_one_line_or_does_not_matter(config, whole, tmp_path):
     assert check_damaged(config, whole, tmp_path / "out", [f"state/7/{CHECKPOINT}"])
 
