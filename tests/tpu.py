@@ -132,6 +132,7 @@ def delta(recipe: str) -> dict[str, float]:
             (K, G),
             (part.kernel, K, (2 + G) * D),
             (D,),
+            (1, T),
         )
         kinds = jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 4, jnp.int32
         given = [
