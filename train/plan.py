@@ -32,6 +32,7 @@ from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
 from train.stream import Stream, View, Workload, teaching_arrays
+from train.targets import drafted_targets
 from train.warm_start import Published, open_published
 
 FILE = "experiment.json"
@@ -222,10 +223,11 @@ def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -
 def _require_coverage(store: Store, workload: Workload, rows: np.ndarray, draft_ids: np.ndarray) -> None:
     """EyasError if the draft vocabulary has none of the tokens that the target would say: a head would have a
     loss of 0. Says so if it has few of them."""
-    some = rows[workload.targets[rows] > 0]
+    some = rows[workload.drafted[rows] > 0]
     some = some[:: max(1, len(some) * store.length // _LOOKED_AT)]
     found = store.read(("segment_ids", "loss_mask", "argmax"), some)
-    said = found["argmax"][workload.masks(found["segment_ids"], found["loss_mask"])[1]]
+    targets = workload.masks(found["segment_ids"], found["loss_mask"])[1]
+    said = found["argmax"][drafted_targets(targets, found["segment_ids"])]
     share = float(np.isin(said, draft_ids).mean())
     what = f"of {len(said):,} tokens that the target would say, the draft vocabulary of {len(draft_ids):,}"
     if not share:

@@ -102,7 +102,7 @@ def measure(
     A, H = len(aux_layers), store.features["target"]["hidden_size"]
     batches = partial(_batches, store, workload, mesh, aux_layers)
     chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else (A + 1) * H)
-    if embed_VH is not None and not workload.targets[chosen].any():
+    if embed_VH is not None and not workload.drafted[chosen].any():
         note("train: no row counts any target, so the head starts without a fit")
         embed_VH = None
     fitted = embed_VH is not None
@@ -136,9 +136,9 @@ def measure(
 def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
     """The rows of the sample; those without a target only where there are not enough others."""
     order = rows[permutation(len(rows), _SEED, 0)]
-    targets = workload.targets[order]
+    targets = workload.drafted[order]
     order = np.concatenate([order[targets > 0], order[targets == 0]])
-    enough = int(np.searchsorted(np.cumsum(workload.targets[order]), _PER_FEATURE * features)) + 1
+    enough = int(np.searchsorted(np.cumsum(workload.drafted[order]), _PER_FEATURE * features)) + 1
     return order[: max(-(-_POSITIONS // length), min(enough if features else 0, _MOST_POSITIONS // length))]
 
 

@@ -28,6 +28,7 @@ from train.targets import (
     Capacity,
     compact,
     counted_targets,
+    drafted_targets,
     live_capacity,
     live_places,
     live_queries,
@@ -46,30 +47,32 @@ class Workload:
     """Which positions of every row are computed (see train/targets.py), from the store's masks alone. Of
     several processes each reads a part of them.
 
-    `targets` int64 [R]: how many of each row are targets.
+    `targets` int64 [R]: how many of each row are targets; `drafted`: how many of them are predicted.
     """
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
         self.ttt_steps, self.compat, self._length = ttt_steps, compat, store.length
-        self._live, self.targets = np.zeros((2, store.rows), np.int64)
+        self._live, self.targets, self.drafted = np.zeros((3, store.rows), np.int64)
         shares = np.array_split(rows, pod.size())
         with pod.together():
             counts = self._counts(store, shares[pod.index()])
-        for share, (live, targets) in zip(shares, pod.exchange(counts), strict=True):
-            self._live[share], self.targets[share] = live, targets
+        for share, found in zip(shares, pod.exchange(counts), strict=True):
+            self._live[share], self.targets[share], self.drafted[share] = found
 
-    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], list[int]]:
-        """(live indices, targets) of each of these rows."""
-        counts: tuple[list[int], list[int]] = [], []
+    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], list[int], list[int]]:
+        """(live indices, targets, those that are predicted) of each of these rows."""
+        counts: tuple[list[int], list[int], list[int]] = [], [], []
         for start in range(0, len(rows), _MASKS):
             found = store.read(_MASKING, rows[start : start + _MASKS])
-            for known, mask in zip(counts, self.masks(**found), strict=True):
+            live, targets = self.masks(**found)
+            masks = live, targets, drafted_targets(targets, found["segment_ids"])
+            for known, mask in zip(counts, masks, strict=True):
                 known.extend(mask.sum(1).tolist())
         return counts
 
     def counted(self, rows: np.ndarray) -> int:
-        """The targets of these rows."""
-        return int(self.targets[rows].sum())
+        """The targets of these rows that are predicted, at the first step at least."""
+        return int(self.drafted[rows].sum())
 
     def masks(self, segment_ids: np.ndarray, loss_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool [B, T] each: live queries, counted targets."""

@@ -59,6 +59,13 @@ def counted_targets(
     return counted
 
 
+def drafted_targets(counted_RT: np.ndarray, segments_RT: np.ndarray) -> np.ndarray:
+    """bool [R, T]: the targets that an index predicts, which are all but the first positions of documents."""
+    found = np.zeros(counted_RT.shape, bool)
+    found[:, 1:] = counted_RT[:, 1:] & (segments_RT[:, 1:] == segments_RT[:, :-1])
+    return found
+
+
 def at_indices(flags_RT: np.ndarray, segments_RT: np.ndarray, steps: int) -> Iterator[np.ndarray]:
     """bool [R, T] for each step: the flag of every index's target; False where its document has none."""
     for by in map(ahead, range(steps)):

@@ -37,10 +37,18 @@ def write_store(
     mask: int = 1,
     test: bool = True,
     rows: int = ROWS,
+    longest: int | None = None,
 ) -> str:
-    """The store at `url`. `blocks` of 4 rows are committed, None: all; `mask` 0: no answers at all."""
+    """The store at `url`. `blocks` of 4 rows are committed, None: all; `mask` 0: no answers at all.
+
+    `longest`: of documents of so many tokens, each all of it an answer.
+    """
     rng = np.random.default_rng(5)
     columns = _rows(rng, rows, mask)
+    if longest:
+        number, position = np.divmod(np.arange(T, dtype=np.int32), longest)
+        columns["segment_ids"][:], columns["positions"][:] = number + 1, position
+        columns["loss_mask"][:] = 1
     tokens = columns["tokens"]
     train = np.arange(rows) % 3 != 2 if test else np.ones(rows, bool)
     split = [side for row in train for side in [["test", "train"][int(row)]] * 2]

@@ -270,6 +270,7 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     refused(config, tmp_path, "is no feature store", store=str(tmp_path))
     refused(config, tmp_path, "partial: 1 of 4 blocks", store=made("partial", blocks=3))
     refused(config, tmp_path, "nothing to learn from", store=made("silent", mask=0))
+    refused(config, tmp_path, "nothing to learn from", store=made("short", longest=2))
     refused(config, tmp_path, "no logits to teach with", teacher="stored")
     refused(config, tmp_path, "the target has 64", draft_vocab=65)
     refused(
