@@ -9,7 +9,7 @@ Where the variable of its name holds the command of a Python with it, `make test
                                model, in bfloat16, with a plain attention in place of the TPU's
     EYAS_PYTHON_SGLANG_JAX     sgl-project/sglang-jax on the path, flax, transformers 4: weights
 
-SGLang wants its CUDA kernels even to be imported. vLLM itself serves: `eyas serve-check`.
+SGLang is only read: its import was not brought to work on a CPU. vLLM itself serves: `eyas serve-check`.
 """
 
 import os
