@@ -9,12 +9,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import struct
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any
-
-import numpy as np
 
 DTYPES = ("float32", "bfloat16")  # of computing
 FLOAT8 = "float8_e4m3fn"
@@ -22,6 +21,14 @@ PRECISIONS = (*DTYPES, FLOAT8)  # of storing
 CODECS = ("none", "topk", "draft", "full")  # which logits are stored, see common/codec.py
 _LARGEST = 2**31 - 1
 DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"
+
+
+def _in_float32(value: float | None) -> float | None:
+    """The nearest float32, or infinity; None stays. Without NumPy, for which help would wait."""
+    try:
+        return None if value is None else struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,9 @@ class Setting:
         )
 
     def _holds_in_float32(self, value: float) -> bool:
-        with np.errstate(over="ignore"):  # to infinity
-            rounded = np.float32(value)  # which NumPy compares with bounds as they are in float32
-        return bool(np.isfinite(rounded) and self._holds(rounded, self.most))
+        bounds = {name: _in_float32(getattr(self, name)) for name in ("least", "most", "above", "below")}
+        rounded = _in_float32(value)
+        return math.isfinite(rounded) and dataclasses.replace(self, **bounds)._holds(rounded, bounds["most"])
 
     def _bounds(self, value: Any, largest: float | None) -> str:
         is_number = type(value) in (int, float)

@@ -28,6 +28,7 @@ from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.plan import make_plan
 from train.run import TrainConfig, run
+from train.source import Source
 
 KILLS = 30
 
@@ -384,10 +385,10 @@ def test_float8_features_train(config, whole, tmp_path):
 
 
 def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
-    opened = Store.open(store)
-    opened.features["aux_layers"] = [1, 4, 6]
+    source = Source(store)
+    source.store.features["aux_layers"] = [1, 4, 6]
     with pytest.raises(EyasError, match="takes aux layers"):
-        evaluate.load_head(f"{config.out}/best", opened.target_config())
+        evaluate.estimate(source, EvaluateConfig(f"{config.out}/best", store))
 
 
 def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path):
