@@ -130,9 +130,12 @@ def is_refusal(error: Exception) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What a library says is wrong, on one line, without TensorStore's spec."""
+    """What a library says is wrong, on one line, without TensorStore's spec.
+
+    What is long, of a long path say, loses its middle: the cause stands at the end.
+    """
     text = " ".join(str(error).split(" [")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"
 
 
 def _is_full(error: Exception) -> bool:

@@ -79,6 +79,8 @@ def _head(place: str, config: dict[str, Any], num_target_layers: int) -> Head:
         if kind.is_published(config):
             try:
                 return kind.from_published(place, config, num_target_layers)
+            except EyasError:  # which names the place itself
+                raise
             except ValueError as error:
                 raise EyasError(f"{place}: {error}; give another head") from error
     raise EyasError(

@@ -12,7 +12,7 @@ import pytest
 from common import library_errors as errors
 from common import zarr
 from common.errors import EyasError, MachineError, RestartError
-from common.library_errors import library_errors
+from common.library_errors import library_errors, reason
 from tests.common.refusing import environment, refusing
 
 ROOT = Path(__file__).parents[2]
@@ -177,3 +177,9 @@ def test_an_array_whose_folder_cannot_be_flushed_is_the_machines_failure(tmp_pat
 def test_a_mistake_of_ours_is_not_a_librarys():
     with pytest.raises(ZeroDivisionError), library_errors("gs://b/store"):
         print(1 / 0)
+
+
+def test_the_cause_behind_a_long_path_is_told():
+    said = reason(OSError(f"opening {'/deep' * 200}: Permission denied"))
+    assert said.endswith("/deep: Permission denied")
+    assert len(said) < 310

@@ -155,6 +155,7 @@ def test_a_head_that_cannot_be_trained_on_is_refused_by_name(made, match, tmp_pa
     with pytest.raises(EyasError, match=match) as caught:
         open_published(folder, store)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count(folder) == 1  # told once
 
 
 @pytest.mark.parametrize("layout", [portable, speculators])
