@@ -29,6 +29,7 @@ def table(found: Mapping[str, Any]) -> str:
     by_k += [
         numbers("head, temperature 0", head["length_greedy_by_k"]),
         numbers("head, temperature 1, sampled drafts", head["length_sampled_by_k"]),
+        numbers("  the same, of answers that the target drew", head["length_drawn_by_k"]),
     ]
     by_k += [numbers(f"{name}, temperature 0", found[name]["length_greedy_by_k"]) for name in others]
     accepted = ", ".join(f"{share:.3f}" for share in head["accepted_greedy"])

@@ -13,6 +13,7 @@ def evaluation(steps, **more):
         "length_greedy_by_k": by_k,
         "length_sampled": 1.05,
         "length_sampled_by_k": [1.05] * steps,
+        "length_drawn_by_k": [1.07] * steps,
         "counted": 1234,
         "drafts": 77,
         "own_text": 0.5,
@@ -29,5 +30,7 @@ def test_an_evaluation_shows_lengths_by_tokens_drafted_and_what_they_rest_on():
     assert drafted[-3:] == ["k=1", "k=2", "k=3"]
     (greedy,) = (line.split() for line in lines if line.startswith("head, temperature 0"))
     assert greedy[-3:] == ["1.100", "1.200", "1.300"]
+    (drawn,) = (line.split() for line in lines if "answers that the target drew" in line)
+    assert drawn[-3:] == ["1.070"] * 3
     assert "accepted at each position of 77 drafts of 3, temperature 0: 0.250, 0.250, 0.250" in text
     assert "the target's own first choice at 50.0% of the positions" in text
