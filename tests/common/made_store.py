@@ -1,9 +1,13 @@
 """A small feature store made without a target: rows, features, markers."""
 
 import os
+import re
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from common import safetensors, storage
 from common.checked import sha256
@@ -19,6 +23,23 @@ TARGET = {
     tensor_file("embed_tokens"): safetensors.to_bytes({"embed_tokens": np.ones((V, H), np.float32)}),
     tensor_file("lm_head"): safetensors.to_bytes({"lm_head": np.zeros((V, H), np.float32)}),
 }
+
+
+def require_named(name: str, *uses: Callable[[], object]) -> None:
+    """Each use is refused in one line, in which `name` stands."""
+    for use in uses:
+        with pytest.raises(EyasError, match=re.escape(name)) as found:
+            use()
+        assert "\n" not in str(found.value)
+
+
+def at_once(do: Callable[[int], None], count: int = 4) -> None:
+    """do(0) .. do(count - 1), each in a thread."""
+    threads = [threading.Thread(target=do, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def rows(seed: int = 0) -> dict[str, np.ndarray]:

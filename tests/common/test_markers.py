@@ -9,7 +9,7 @@ import pytest
 from common import storage
 from common.errors import EyasError
 from common.store import Store
-from tests.common.made_store import BLOCK, edit, problem
+from tests.common.made_store import BLOCK, edit, problem, require_named
 
 
 def of_marker(**change):
@@ -43,10 +43,11 @@ def test_a_marker_is_whole_and_its_blocks(full, name):
     MARKERS[name](marker)
     with open(place, "w") as file:
         json.dump(marker, file)
-    for use in (lambda s: s.read(["argmax"], [4]), Store.commits):
-        with pytest.raises(EyasError, match=r"commits/000001\.json") as found:
-            use(Store.open(full))
-        assert "\n" not in str(found.value)
+    require_named(
+        "commits/000001.json",
+        lambda: Store.open(full).read(["argmax"], [4]),
+        lambda: Store.open(full).commits(),
+    )
     assert "000001.json" in problem(full)
 
 

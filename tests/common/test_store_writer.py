@@ -17,7 +17,16 @@ from common import kvstore, stopping, storage, store_writer, zarr
 from common.errors import EyasError
 from common.store import Store, has_rows
 from common.store_writer import FeatureWriter, create_features
-from tests.common.made_store import R, contents, described, features, make_rows, problem, write_blocks
+from tests.common.made_store import (
+    R,
+    at_once,
+    contents,
+    described,
+    features,
+    make_rows,
+    problem,
+    write_blocks,
+)
 
 
 def test_bytes_in_flight_are_bounded_and_a_block_always_goes(url, monkeypatch):
@@ -161,11 +170,7 @@ def test_of_two_prepares_at_once_one_wins(tmp_path):
         except EyasError as error:
             found[seed] = str(error)
 
-    threads = [threading.Thread(target=prepare, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(prepare)
     (winner,) = [seed for seed, error in found.items() if error is None]
     assert all("is a store already" in e or "the beginning of other rows" in e for e in found.values() if e)
     assert problem(url) == ""
@@ -219,11 +224,7 @@ def test_of_two_dumps_at_once_one_wins_and_the_same_continue(tmp_path, monkeypat
         except EyasError as error:
             found[number] = str(error)
 
-    threads = [threading.Thread(target=dump, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(dump)
     kept = Store.open(url).features["compute_dtype"]
     for number, result in found.items():
         mine = "bfloat16" if number % 2 else "float32"

@@ -11,7 +11,7 @@ from common.errors import EyasError
 from common.store import Store
 from pipelines.compare import runs
 from tests.train import small_store
-from tests.train.test_run import assert_same_run, weights_of
+from tests.train.small_run import assert_same_run, weights_of
 from train import evaluate
 from train.config import EvaluateConfig
 from train.plan import make_plan

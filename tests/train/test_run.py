@@ -1,16 +1,12 @@
-"""A run learns, goes on after any end with the same weights, and refuses what it cannot do."""
+"""A run learns, and goes on after any end with the same weights."""
 
-import json
 import os
-import random
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +18,12 @@ from common import storage
 from common.errors import EyasError
 from common.store import Store
 from pipelines.compare import runs
-from tests.train import small_store
-from tests.train.served import read_tensors
+from tests.train import small_run, small_store
+from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
-from train.plan import make_plan
 from train.run import TrainConfig, run
 from train.source import Source
-
-KILLS = 30
 
 
 @pytest.fixture(scope="module")
@@ -40,45 +33,13 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(store, tmp_path_factory):
-    """Small enough for a step in milliseconds; eleven steps, so that no interval divides them."""
-    return TrainConfig(
-        store=store,
-        out=str(tmp_path_factory.mktemp("runs") / "whole"),
-        steps=11,
-        batch_rows=2,
-        ttt_steps=3,
-        draft_vocab=32,
-        learning_rate=3e-2,
-        log_every=1,
-        eval_every=4,
-        save_every=3,
-        init="normal",
-    )
+    return small_run.config(store, str(tmp_path_factory.mktemp("runs") / "whole"))
 
 
 @pytest.fixture(scope="module")
 def whole(config):
     """What an uninterrupted run returns."""
     return run(config)
-
-
-def lines_of(out):
-    with open(f"{out}/metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def weights_of(out):
-    return read_tensors(f"{out}/last/model.safetensors")
-
-
-def assert_same_run(out, other):
-    """Same weights and same metrics, but for the time they took."""
-    for name, weight in weights_of(other).items():
-        np.testing.assert_array_equal(weights_of(out)[name], weight, err_msg=name)
-    timeless = [
-        [{n: x for n, x in line.items() if n != "seconds"} for line in lines_of(o)] for o in (out, other)
-    ]
-    assert timeless[0] == timeless[1]
 
 
 def test_a_run_learns_and_leaves_what_it_says(config, whole):
@@ -201,30 +162,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(long, tmp_path):
     assert_same_run(out, long.out)
 
 
-def newest_state(out):
-    names = storage.list_names(f"{out}/state")
-    return max((int(name) for name in names if name.isdigit()), default=0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_kills_at_random_moments_leave_the_run_of_one_left_alone(long, tmp_path):
-    """A third of them while it begins; each time the same command goes on."""
-    rng, out = random.Random(3), str(tmp_path / "killed")
-    config = replace(long, out=str(tmp_path / "whole"), steps=100 * KILLS, eval_every=45, save_every=5)
-    run(config)
-    for kill in range(KILLS):
-        process, before = start(config, out), newest_state(out)
-        while kill % 3 and newest_state(out) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3 if kill % 3 else 8))
-        assert process.poll() is None, "the run is too short for so many kills"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 0 < run(replace(config, out=out))["steps_before"] < config.steps
-    assert_same_run(out, config.out)
-
-
 def test_a_stopped_run_saves_its_state_and_says_so_in_one_line(long, tmp_path):
     out = str(tmp_path / "stopped")
     process = start(long, out)
@@ -246,91 +183,6 @@ def test_another_experiment_in_the_folder_is_refused(config, whole):
         run(replace(config, learning_rate=1e-3))
     with pytest.raises(EyasError, match=r"steps: 11 there, 12 here"):
         run(replace(config, steps=12))
-
-
-def test_a_folder_of_something_else_is_refused(config, tmp_path):
-    (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(EyasError, match=r"already holds mine.txt"):
-        run(replace(config, out=str(tmp_path)))
-    with pytest.raises(EyasError, match=r"mine.txt is a file; name another place"):
-        run(replace(config, out=f"{tmp_path}/mine.txt"))
-    assert os.listdir(tmp_path) == ["mine.txt"]
-
-
-def refused(config, tmp_path, match, **changed):
-    out = str(tmp_path / "out")
-    with pytest.raises(EyasError, match=match):
-        run(replace(config, out=out, **changed))
-    assert not os.path.exists(out)
-
-
-def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(config, tmp_path):
-    def made(name, **options):
-        return small_store.write_store(str(tmp_path / name), **options)
-
-    refused(config, tmp_path, "is no feature store", store=str(tmp_path))
-    refused(config, tmp_path, "partial: 1 of 4 blocks", store=made("partial", blocks=3))
-    refused(config, tmp_path, "nothing to learn from", store=made("silent", mask=0))
-    refused(config, tmp_path, "nothing to learn from", store=made("short", longest=2))
-    refused(config, tmp_path, "no logits to teach with", teacher="stored")
-    refused(config, tmp_path, "the target has 64", draft_vocab=65)
-    refused(
-        config,
-        tmp_path,
-        "logits of 32 tokens",
-        store=made("draft", codec="draft"),
-        teacher="stored",
-        draft_vocab=8,
-    )
-    refused(config, tmp_path, "name fitted, target, normal, or a head's folder", init="zeros")
-    refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
-    refused(config, tmp_path, "for what is read ahead; give more --memory", memory=1e-9)
-    refused(
-        config,
-        tmp_path,
-        "teacher_temperature=2 needs all of the target's logits",
-        store=made("topk", codec="topk"),
-        teacher="stored",
-        teacher_temperature=2.0,
-    )
-    with pytest.raises(EyasError, match="no local folder nor in a gs:// bucket"):
-        run(replace(config, out="s3://bucket/run"))
-
-
-def test_a_draft_vocabulary_without_what_the_target_says_is_refused_and_a_poor_one_told_of(
-    config, tmp_path, monkeypatch, capsys
-):
-    """A head would train on a loss of 0 without a word."""
-    make_plan(replace(config, draft_vocab=16))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "would say" in line]
-    assert re.fullmatch(
-        r"train: of 183 tokens .*vocabulary of 16 has 18\.6%; .* --draft-vocab has more", line
-    )
-    store = Store.open(config.store)
-    said = store.read(("argmax",), store.split_rows("train"))["argmax"]
-    others = np.setdiff1d(np.arange(small_store.V), said).astype(np.int32)[:4]
-    monkeypatch.setattr("train.plan.most_frequent", lambda counts, n: others)
-    match = (
-        r"of 183 tokens that the target would say, the draft vocabulary of 4 has none, so .* --draft-vocab"
-    )
-    refused(config, tmp_path, match, draft_vocab=4)
-
-
-def test_too_small_a_disk_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    refused(config, tmp_path, r"heads need 1.*MB, the disk of .*out has 1.00MB left")
-
-
-def test_impossible_options_name_the_field():
-    for changed, match in (
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"batch_rows": 3, "dp": 2}, "batch_rows=3 must be a multiple of dp=2"),
-        ({"init": ""}, "init=''"),
-        ({"warmup": 1.0}, "warmup=1.0"),
-        ({"ttt_steps": 0}, "ttt_steps=0"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            TrainConfig(store="s", out="o", **changed)
 
 
 def test_losses_that_are_not_finite_end_the_run(config, tmp_path):
@@ -389,12 +241,6 @@ def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
     source.store.features["aux_layers"] = [1, 4, 6]
     with pytest.raises(EyasError, match="takes aux layers"):
         evaluate.estimate(source, EvaluateConfig(f"{config.out}/best", store))
-
-
-def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path):
-    refused(config, tmp_path, "rows are more than", steps=2**31 - 1)
-    with pytest.raises(ValueError, match=r"epochs=1e.300 must be a number of at most 1000000"):
-        replace(config, steps=None, epochs=1e300)
 
 
 @pytest.mark.slow
