@@ -166,7 +166,10 @@ class _Side:
             seconds = f"{self._config.timeout:g} seconds"
             raise MachineError(f"{self.url}: no whole answer in {seconds} (--timeout)") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise MachineError(f"{self.url}: {self._hidden(reason(error))}") from None
+            said = self._hidden(reason(error))
+            raise MachineError(
+                f"{self.url}: {said}; see that a server runs there, and run the same command again"
+            ) from None
 
     async def _timed(
         self, session: aiohttp.ClientSession, messages: Messages, tokens: int, number: int

@@ -103,7 +103,7 @@ def test_who_serves_several_models_or_nothing_is_asked_for_a_name():
         pytest.raises(EyasError, match=r"does not say what it serves.*--served-model"),
     ):
         run(BenchServerConfig(server.url, concurrency=(1,), requests=2))
-    with pytest.raises(MachineError, match=r"http://127\.0\.0\.1:9/v1: .*"):
+    with pytest.raises(MachineError, match=r"http://127\.0\.0\.1:9/v1: .*; see that a server runs there"):
         run(BenchServerConfig("http://127.0.0.1:9/v1", concurrency=(1,), requests=2))
     with pytest.raises(ValueError, match="endpoint 2 must be an address"):
         BenchServerConfig("http://localhost:8000", without="localhost:8001")
