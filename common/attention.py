@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from common import splash
+from common import flash, splash
 from common.layers import einsum
 
+_KERNELS = {"tpu": splash, "cuda": flash}  # by jax's names of platforms; elsewhere XLA makes the program
 KEPT = "attended"  # names what a jax.checkpoint around attend should keep
 BLOCK = 256  # queries, and keys: large enough for full matmuls, small enough to skip half of the keys
 _MASKED = -1e30  # finite: a query that sees nothing of a block gives no NaN
@@ -66,12 +67,13 @@ def _computed(form: _Form, q, k, v, sinks, segments) -> tuple[jax.Array, jax.Arr
         out, lse = jax.lax.map(lambda row: _row(form, sinks, *row), arrays)
         return out, lse if form.return_lse else None
 
-    def kernel(*arrays):
-        return splash.attend(*arrays, form.scale, form.window, sinks, form.softcap, form.return_lse)
+    def by(kernels):
+        return lambda *arrays: kernels.attend(
+            *arrays, form.scale, form.window, sinks, form.softcap, form.return_lse
+        )
 
-    if not splash.serves(q):
-        return blockwise(q, k, v, segments)
-    return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=blockwise)
+    served = {name: by(kernels) for name, kernels in _KERNELS.items() if kernels.serves(q, v)}
+    return jax.lax.platform_dependent(q, k, v, segments, **served, default=blockwise)
 
 
 def _forward(form, q, k, v, sinks, segments):
@@ -103,12 +105,11 @@ def _pulled_back(form: _Form, *arrays: jax.Array) -> tuple[jax.Array, jax.Array,
     def blockwise(*arrays):
         return jax.lax.map(lambda row: _row_back(form, *row), arrays)
 
-    def kernel(*arrays):
-        return splash.pull_back(*arrays, form.scale, form.window, form.softcap)
+    def by(kernels):
+        return lambda *arrays: kernels.pull_back(*arrays, form.scale, form.window, form.softcap)
 
-    if not splash.serves(arrays[0]):
-        return blockwise(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=blockwise)
+    served = {name: by(kernels) for name, kernels in _KERNELS.items() if kernels.serves(arrays[0], arrays[2])}
+    return jax.lax.platform_dependent(*arrays, **served, default=blockwise)
 
 
 def _in_blocks(x_TNd: jax.Array, J: int) -> jax.Array:

@@ -16,8 +16,9 @@ BLOCK = 512  # queries and keys at a time: scores of a block stay in fast memory
 _UNSEEN = 1e30  # logsumexp of what is filled in: it gives nothing back
 
 
-def serves(q_BTNd: jax.Array) -> bool:
+def serves(q_BTNd: jax.Array, v_BTJe: jax.Array) -> bool:
     """Whether the kernel computes what is asked: its matmuls take bfloat16."""
+    del v_BTJe
     return q_BTNd.dtype == jnp.bfloat16
 
 

@@ -112,7 +112,7 @@ def train(recipe: str, length: int = LENGTH) -> dict[str, float]:
     """Memory of a chip for one training step."""
     config = TrainConfig("store", "out", **recipes.load(recipe).train)
     rows = max(1, config.batch_rows // config.dp * LENGTH // length)
-    compiled, head, _ = compile_step(recipe, length, rows)
+    compiled, _, head, _ = compile_step(recipe, length, rows)
     return memory(compiled) | {"parameters": sum(math.prod(p.shape) for p in head.parameters().values())}
 
 

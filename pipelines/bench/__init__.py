@@ -16,7 +16,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
     {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}; what
     cannot be measured here has the value None and says "why".
     """
-    from pipelines.bench import chats, data, forward, sweeping, tpu, tpu_training, training, writing
+    from pipelines.bench import chats, data, forward, gpu, sweeping, tpu, tpu_training, training, writing
 
     storage.require_folder(os.path.dirname(out) or ".")
     if os.path.isdir(out):
@@ -39,6 +39,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
             lambda: chats.figures(f"{place}/dumped", place),
             tpu.figures,
             tpu_training.figures,
+            gpu.figures,
         )
         found: dict[str, Any] = {}
         for part in parts:

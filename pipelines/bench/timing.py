@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs a second of the machine's float32 matmul, the best of `repeats`."""
-    a = jnp.ones((size, size), jnp.float32)
+def matmul_rate(size: int = 2048, repeats: int = 5, dtype: Any = jnp.float32) -> float:
+    """FLOPs a second of the machine's matmul of random numbers, the best of `repeats`."""
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     multiply = jax.jit(jnp.matmul)
     return 2 * size**3 / min(times(lambda: multiply(a, a), repeats))
 

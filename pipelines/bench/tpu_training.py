@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from common.mesh import sharding, training_options
 from common.params import shapes
@@ -37,13 +38,16 @@ POSITIONS = 8192  # of a chip: four rows of 2,048
 _STEPS = 1000  # of the schedule, which costs nothing
 
 
-def compile_step(recipe: str, length: int, rows: int) -> tuple[jax.stages.Compiled, Eagle3, TrainConfig]:
-    """(one training step of `rows` rows of a chip, the head, the recipe's configuration)."""
+def compile_step(
+    recipe: str, length: int, rows: int, mesh: Mesh | None = None
+) -> tuple[jax.stages.Compiled, tuple[State, Frozen, Batch], Eagle3, TrainConfig]:
+    """(one training step of `rows` rows of a chip, the shapes of its arguments, the head, the recipe's
+    configuration); on the recipe's slice if no mesh is given."""
     known = recipes.load(recipe)
     config = TrainConfig("store", "out", **known.train)
     aux = target.default_aux_layers(known.layers)
     head = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, ffn=config.ffn)
-    mesh = mesh_of(config.dp, 1, known.train_slice.split("-")[0])
+    mesh = mesh or mesh_of(config.dp, 1, known.train_slice.split("-")[0])
     rate = optimizer.schedule(config.learning_rate, config.warmup, _STEPS)
     units = np.ones(len(aux) * head.hidden_size, np.float32)
     adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
@@ -58,7 +62,7 @@ def compile_step(recipe: str, length: int, rows: int) -> tuple[jax.stages.Compil
     )
     given = *lying, _batch(head, mesh, length, rows * mesh.size)
     compiled = jax.jit(step, donate_argnums=0).lower(*given).compile(training_options(mesh))
-    return compiled, head, config
+    return compiled, given, head, config
 
 
 def _frozen(c: Eagle3) -> Frozen:
@@ -68,11 +72,11 @@ def _frozen(c: Eagle3) -> Frozen:
     return Frozen(embed, lm_head, jax.ShapeDtypeStruct((c.vocab_size,), jnp.int32))
 
 
-def _frozen_lies(frozen: Frozen, mesh: jax.sharding.Mesh) -> Frozen:
+def _frozen_lies(frozen: Frozen, mesh: Mesh) -> Frozen:
     return Frozen(*(sharding(mesh, axes) for axes in placing.frozen_axes(frozen, mesh)))
 
 
-def _batch(c: Eagle3, mesh: jax.sharding.Mesh, T: int, B: int) -> Batch:
+def _batch(c: Eagle3, mesh: Mesh, T: int, B: int) -> Batch:
     """One batch of B rows, whose positions all count."""
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -93,7 +97,7 @@ def _batch(c: Eagle3, mesh: jax.sharding.Mesh, T: int, B: int) -> Batch:
 
 def expected(recipe: str, length: int = 2048, rows: int = 4) -> dict[str, float]:
     """What the compiler expects of a recipe's step: seconds, the share of the peak, and GiB of a chip."""
-    compiled, head, config = compile_step(recipe, length, rows)
+    compiled, _, head, config = compile_step(recipe, length, rows)
     chip, K, n = CHIPS[recipes.load(recipe).train_slice.split("-")[0]], config.ttt_steps, rows * length
     done = work(
         compiled.as_text(), trips=n // chunk_size(n, jnp.bfloat16)
