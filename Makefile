@@ -15,7 +15,7 @@ ENDPOINT ?=
 SERVED ?= $(MODEL)
 ANSWERS ?= answers/$(notdir $(MODEL)).jsonl
 ARGS ?=
-TPU ?= $(wildcard /dev/accel0 /dev/vfio/0)
+CHIP ?= $(if $(wildcard /dev/accel0 /dev/vfio/0),tpu,$(if $(wildcard /dev/nvidia0),gpu))
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
@@ -94,6 +94,6 @@ $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -m venv .venv || { echo "the venv module is missing; install python3-venv" >&2; exit 2; }
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@# on a TPU VM: the libtpu that the pinned jax asks for
-	@[ -z "$(TPU)" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[tpu]'
+	@# where there is a TPU or an NVIDIA GPU: the plugin that the pinned jax asks for
+	@[ -z "$(CHIP)" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[$(CHIP)]'
 	@touch $@
