@@ -61,11 +61,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -
 
 
 def rope_tables(
-    positions_BT: jax.Array, inverse_R: jax.Array, factor: float = 1.0
+    positions: jax.Array, inverse_R: jax.Array, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) [B, T, R] float32 of int positions; see common/rope.py for the inverse frequencies."""
-    angles_BTR = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(inverse_R)[None, None]
-    return jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor
+    """(cos, sin) [..., R] float32 of int positions; see common/rope.py for the inverse frequencies."""
+    inverse = jnp.expand_dims(jnp.asarray(inverse_R), range(positions.ndim))
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(

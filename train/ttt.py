@@ -19,7 +19,7 @@ Tree = Any
 class Step(NamedTuple):
     """Pure functions of (places, step int32 [], shared, state). `make` gives the arrays that the step adds
     to the buffer. `advance`, which gets the buffer [K, ...] as well, gives the new state; it may read nothing
-    in it that is of a later step. `places` holds integers, `shared` floats: what all steps read."""
+    in it that is of a later step. Of what all steps read, `shared` has a gradient and `places` has none."""
 
     make: Callable[[Tree, jax.Array, Tree, jax.Array], Tree]
     advance: Callable[[Tree, jax.Array, Tree, jax.Array, Tree], jax.Array]
@@ -39,7 +39,7 @@ def _forward(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Arra
     def body(carry, k):
         state, seen = carry
         made, of_make = jax.vjp(make, places, k, shared, state)
-        seen = jax.tree.map(lambda all_K, x: all_K.at[k].set(x), seen, made)
+        seen = jax.tree.map(lambda x, all_K: jax.lax.dynamic_update_index_in_dim(all_K, x, k, 0), made, seen)
         state, of_advance = jax.vjp(advance, places, k, shared, state, seen)
         for pullback in (of_make, of_advance):
             pullback.args_res = None  # `_backward` has them

@@ -7,7 +7,7 @@ import numpy as np
 from common.layers import linear, rms_norm
 from tests.train.on_device import f32, parameters_of
 from tests.train.problem import problem
-from train.heads.eagle3.block import block, fused, keys_values, weights
+from train.heads.eagle3.block import block, fused, keys_values, turns, weights
 
 
 def attend(q_TNd, keys, values, seen_TS):
@@ -42,9 +42,10 @@ def test_two_steps_of_the_block_are_the_references():
     for step in range(2):
         token = jnp.roll(token_TX, -1 - step, 0)
         width = c.num_heads * c.head_dim
-        made = keys_values(c, w, token[:, width:], state, positions + step)
+        turned = turns(c, positions + step)
+        made = keys_values(c, w, token[:, width:], state, turned)
         own.append([jnp.repeat(x, c.num_heads // c.num_kv_heads, 1) for x in made])
-        state = block(c, w, token[:, :width], state, positions + step, read)
+        state = block(c, w, token[:, :width], state, turned, read)
         logits = linear(rms_norm(state, before["norm"], c.rms_eps), f32(p.params["lm_head.weight"]))
         inside = T - 1 - step  # whose token is in the document; they see no index behind them
         np.testing.assert_allclose(logits[:inside], expected[step, 0, :inside], rtol=1e-4, atol=1e-4)

@@ -4,7 +4,8 @@ The first layer takes the normed embedding and the normed state beside each othe
 layers. Written as one: what enters a layer is a state, and the embedding's half of its q, k, v, which is 0
 behind the first.
 
-Dimensions: m indices, H hidden size, N query heads, J key/value heads, d head_dim, X = (N + 2J) d, L layers.
+Dimensions: m indices, H hidden size, N query heads, J key/value heads, d head_dim, R = d / 2, X = (N + 2J) d,
+L layers.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from train.heads.eagle3.own_keys import KeysValues
 from train.heads.eagle3.sizes import Sizes, layer_name
 
 Layer = jax.Array | int  # which of them
+Turns = tuple[jax.Array, jax.Array]  # cos and sin [m, R], float32
 MATMULS = "matmuls"  # names their results, for a jax.checkpoint around a block
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LAYER = ("self_attn.o_proj", "post_attention_layernorm", *_MLP)
@@ -59,15 +61,21 @@ def fused(c: Sizes, outside: Params, aux_mAH: jax.Array) -> jax.Array:
     return linear(aux_mAH.reshape(len(aux_mAH), -1), outside["fc"])
 
 
-def keys_values(
-    c: Sizes, w: Params, token_mY: jax.Array, state_mH: jax.Array, positions_m: jax.Array
-) -> KeysValues:
+def turns(c: Sizes, positions: jax.Array) -> Turns:
+    """By what queries and keys at these positions are turned, [..., R].
+
+    Computed where they are used, XLA for CPU computes them again for each head: a tenth of a step.
+    """
+    return rope_tables(positions, *inverse_frequencies(c.head_dim, c.rope_theta, c.rope))
+
+
+def keys_values(c: Sizes, w: Params, token_mY: jax.Array, state_mH: jax.Array, turns_mR: Turns) -> KeysValues:
     """Keys and values [m, J, d] of one layer; `token` is the embedding's half of them, Y = 2 J d."""
     q, J, d = c.num_heads * c.head_dim, c.num_kv_heads, c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
     kv = linear(x_mH, w["qkv"][q:]) + token_mY
     k, v = (half.reshape(-1, J, d) for half in jnp.split(kv, 2, axis=1))
-    return _rope(c, k, positions_m), v
+    return _turned(k, turns_mR), v
 
 
 def block(
@@ -75,7 +83,7 @@ def block(
     w: Params,
     token_mY: jax.Array,
     state_mH: jax.Array,
-    positions_m: jax.Array,
+    turns_mR: Turns,
     read: Callable[[jax.Array], jax.Array],
     layer: Layer = 0,
 ) -> jax.Array:
@@ -84,7 +92,7 @@ def block(
     width = c.num_heads * c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
     q = linear(x_mH, w["qkv"][:width]) + token_mY
-    mixed = read(_kept(_rope(c, q.reshape(-1, c.num_heads, c.head_dim), positions_m)))
+    mixed = read(_kept(_turned(q.reshape(-1, c.num_heads, c.head_dim), turns_mR)))
     if c.norm_before_residual:
         state_mH = jnp.where(layer == 0, x_mH, state_mH)
     state = _kept(state_mH + linear(mixed.reshape(-1, width), w["self_attn.o_proj"]))
@@ -98,6 +106,6 @@ def _kept(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, MATMULS)
 
 
-def _rope(c: Sizes, x_mNd: jax.Array, positions_m: jax.Array) -> jax.Array:
-    inverse, factor = inverse_frequencies(c.head_dim, c.rope_theta, c.rope)
-    return apply_rope(x_mNd[None], rope_tables(positions_m[None], inverse, factor))[0]
+def _turned(x_mNd: jax.Array, turns_mR: Turns) -> jax.Array:
+    cos, sin = (jax.lax.stop_gradient(x[None]) for x in turns_mR)
+    return apply_rope(x_mNd[None], (cos, sin))[0]

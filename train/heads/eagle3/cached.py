@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from common.cached_attention import New, attend_to_cache
 from common.layers import linear, rms_norm
 from train.batch import Params
-from train.heads.eagle3.block import block, keys_values, of_layer
+from train.heads.eagle3.block import block, keys_values, of_layer, turns
 from train.heads.eagle3.own_keys import KeysValues
 from train.heads.eagle3.sizes import Sizes
 
@@ -43,12 +43,12 @@ def step(
     (B, m, H), q = state_BmH.shape, c.num_heads * c.head_dim
     token = rms_norm(embedded_BmH.reshape(-1, H), outside["token_norm"], c.rms_eps)
     queries, keys = (linear(token, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
-    positions, state = new.positions_Bm.reshape(-1), state_BmH.reshape(-1, H)
+    turned, state = turns(c, new.positions_Bm.reshape(-1)), state_BmH.reshape(-1, H)
     for number in range(c.layers):
         w = of_layer(c, layers, number)
-        cache = _written(cache, number, new, keys_values(c, w, keys, state, positions))
+        cache = _written(cache, number, new, keys_values(c, w, keys, state, turned))
         read = partial(_read, c, cache, number, new)
-        state = block(c, w, queries, state, positions, read, number)
+        state = block(c, w, queries, state, turned, read, number)
         queries, keys = jnp.zeros_like(queries), jnp.zeros_like(keys)
     hidden = rms_norm(state, outside["norm"], c.rms_eps)
     left = hidden if c.norm_output else state

@@ -9,7 +9,7 @@ embedding's half of the q, k, v projections depends on the token alone: it is co
 Several layers are so many scanned steps for each step, which see the keys of their own layer alone.
 
 Dimensions: B rows, T positions, n = B * T, C live indices, K steps, L layers, H hidden, N query heads, J
-key/value heads, d head_dim, X = (N + 2J) d.
+key/value heads, d head_dim, R = d / 2, X = (N + 2J) d.
 """
 
 from functools import partial
@@ -22,7 +22,17 @@ from common.attention import KEPT, attend
 from common.codec import decode
 from common.layers import linear, rms_norm
 from train.batch import Batch, Frozen, Params, embeddings
-from train.heads.eagle3.block import MATMULS, Layer, block, fused, keys_values, of_layer, weights
+from train.heads.eagle3.block import (
+    MATMULS,
+    Layer,
+    Turns,
+    block,
+    fused,
+    keys_values,
+    of_layer,
+    turns,
+    weights,
+)
 from train.heads.eagle3.own_keys import KeysValues, join
 from train.heads.eagle3.sizes import Sizes
 from train.targets import ahead, permute, slots
@@ -34,6 +44,7 @@ class _Places(NamedTuple):
 
     live: jax.Array | None  # int32 [C]; None where they are all positions
     slot: jax.Array | None  # int32 [K + n], the inverse, behind K places that are free
+    turns_KCR: Turns  # of the live indices at every step
     positions_n: jax.Array
     segments_BT: jax.Array
 
@@ -57,7 +68,7 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     queries, keys = (linear(token_nH, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
     aux = decode(batch.aux_hidden, batch.aux_scale).astype(dtype)
     state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
-    at = _places(batch, steps)
+    at = _places(c, batch, steps)
     first = _first_keys(c, layers, at, (queries, keys), state_nH)
     shared = _Shared(layers, outside["norm"], queries, keys, first)
     kept = (KEPT,) if dtype == jnp.float32 else (KEPT, MATMULS)  # where memory is scarcer than matmuls
@@ -67,13 +78,14 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     return states_KCH if c.norm_output else rms_norm(states_KCH, outside["norm"], c.rms_eps)
 
 
-def _places(batch: Batch, steps: int) -> _Places:
+def _places(c: Sizes, batch: Batch, steps: int) -> _Places:
     C, n = len(batch.live), batch.tokens.size
-    others = batch.positions.reshape(n), batch.segment_ids
+    positions_n, step_K1 = batch.positions.reshape(n), jnp.arange(steps, dtype=jnp.int32)[:, None]
     if n == C:
-        return _Places(None, None, *others)
-    free = jnp.full((steps,), C, jnp.int32)
-    return _Places(batch.live, jnp.concatenate([free, slots(batch.live, n)]), *others)
+        return _Places(None, None, turns(c, positions_n[None] + step_K1), positions_n, batch.segment_ids)
+    turned = turns(c, positions_n.at[batch.live].get(mode="clip")[None] + step_K1)
+    slot = jnp.concatenate([jnp.full((steps,), C, jnp.int32), slots(batch.live, n)])
+    return _Places(batch.live, slot, turned, positions_n, batch.segment_ids)
 
 
 def _of_live(at: _Places, x_n: jax.Array) -> jax.Array:
@@ -92,17 +104,17 @@ def _first_keys(
     """Step 0's keys and values of all positions; of several layers stacked, for which all but the last one
     run on all positions."""
     queries, keys = (_ahead_by(ahead(jnp.int32(0)), x) for x in tokens)
-    found = []
+    turned, found = turns(c, at.positions_n), []
     for number in range(c.layers):
         if number == 1:
             queries, keys = (jnp.zeros_like(x) for x in (queries, keys))
         w = of_layer(c, layers, number)
-        made = keys_values(c, w, keys, state_nH, at.positions_n)
+        made = keys_values(c, w, keys, state_nH, turned)
         found.append(made)
         if number + 1 < c.layers:
             attended = partial(_attended, c, at, made)
             read = lambda q, attended=attended: attended(q)[0]  # noqa: E731
-            state_nH = block(c, w, queries, state_nH, at.positions_n, read, number)
+            state_nH = block(c, w, queries, state_nH, turned, read, number)
     return found[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
 
@@ -131,15 +143,15 @@ def _token(c: Sizes, at: _Places, k: jax.Array, layer: Layer, x_nY: jax.Array) -
     return half if c.layers == 1 else jnp.where(layer == 0, half, jnp.zeros_like(half))
 
 
-def _positions(at: _Places, k: jax.Array) -> jax.Array:
-    """int32 [C]: those that the live indices turn their queries and keys to at step k."""
-    return k + (at.positions_n if at.live is None else at.positions_n.at[at.live].get(mode="clip"))
+def _turns(at: _Places, k: jax.Array) -> Turns:
+    cos_KCR, sin_KCR = at.turns_KCR
+    return cos_KCR[k], sin_KCR[k]
 
 
 def _make(c: Sizes, at: _Places, i: jax.Array, shared: _Shared, state_CH: jax.Array) -> KeysValues:
     k, layer = _which(c, i)
     half = _token(c, at, k, layer, shared.keys_values_nY)
-    return keys_values(c, of_layer(c, shared.layers, layer), half, state_CH, _positions(at, k))
+    return keys_values(c, of_layer(c, shared.layers, layer), half, state_CH, _turns(at, k))
 
 
 def _advance(
@@ -150,7 +162,7 @@ def _advance(
     if c.layers > 1:  # [K * L, C, J, d], of which this layer's are seen
         own = jax.tree.map(lambda x: x.reshape(-1, c.layers, *x.shape[1:])[:, layer], own)
     read = partial(_read, c, at, k, of_layer(c, shared.first, layer), own)
-    state = block(c, of_layer(c, shared.layers, layer), half, state_CH, _positions(at, k), read, layer)
+    state = block(c, of_layer(c, shared.layers, layer), half, state_CH, _turns(at, k), read, layer)
     if not c.norm_output:
         return state
     return jnp.where(layer == c.layers - 1, rms_norm(state, shared.norm, c.rms_eps), state)
