@@ -2,14 +2,21 @@
 
 The full-vocabulary argmax and logsumexp are always kept. With `last_hidden` and the target's output head they
 are all that a teacher needs. Codecs add: `none` nothing, `topk` the largest k logits and their ids, `draft`
-the logits of a draft vocabulary, `full` all of them. `encode_…` make the arrays that `shapes` names; `decode`
-is their inverse, of NumPy and of JAX arrays.
+the logits of a draft vocabulary, `full` all of them. With `topk`, `last_hidden` may be left out.
+
+States are stored in float32 or bfloat16, or in 8 bits with a scale a token: float8_e4m3fn, or int8, which has
+a scale a channel too, found once for a store (common/channels.py). Channels of a residual stream differ in
+size thousandfold; in units of their own root mean square, integers serve all alike. float8 gains nothing by
+that: its steps are a share of each value.
+
+`encode_...` make the arrays that `shapes` names; `decode` is their inverse, of NumPy and of JAX arrays.
 
 Dimensions: R rows, B rows of a batch, T positions, A aux states, H hidden size, V vocabulary, N draft
 vocabulary, k of topk.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import FLOAT8
+from common.config import FLOAT8, INT8
 
 _BLOCK = 128  # logits, or what divides it and the vocabulary
-FLOAT8_MAX = 448.0  # the largest of float8_e4m3fn, arXiv 2209.05433
+LARGEST = {FLOAT8: 448.0, INT8: 127.0}  # of a token's stored values; float8_e4m3fn's: arXiv 2209.05433
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,32 @@ class Codec:
     name: str
     size: int
     precision: str
+    last_hidden: bool = True
 
     @property
     def logits_dtype(self) -> Any:
-        """Of draft_logits and full_logits: the states' precision, but not float8, which would need scales."""
-        return jnp.bfloat16 if self.precision == FLOAT8 else jnp.dtype(self.precision)
+        """Of draft_logits and full_logits: the states' precision, but not 8 bits, which would need scales."""
+        return jnp.bfloat16 if self.precision in LARGEST else jnp.dtype(self.precision)
+
+    def states(self, A: int, H: int) -> dict[str, tuple[int, ...]]:
+        """{name: shape at a position} of the states that are stored."""
+        return {"aux_hidden": (A, H)} | ({"last_hidden": (H,)} if self.last_hidden else {})
+
+    def channels(self, A: int, H: int) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of the states that have a scale a channel."""
+        return self.states(A, H) if self.precision == INT8 else {}
 
 
 def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """{name: (shape, dtype)} of the arrays that `encode` makes, for R rows."""
-    states = jnp.dtype(codec.precision)
-    found = {
-        "aux_hidden": ((R, T, A, H), states),
-        "last_hidden": ((R, T, H), states),
+    """{name: (shape, dtype)} of the arrays that `encode_...` make, for R rows."""
+    found: dict[str, tuple[tuple[int, ...], Any]] = {
         "argmax": ((R, T), np.int32),
         "logsumexp": ((R, T), np.float32),
     }
-    if codec.precision == FLOAT8:
-        found |= {"aux_scale": ((R, T, A), np.float32), "last_scale": ((R, T), np.float32)}
+    for name, shape in codec.states(A, H).items():
+        found[name] = ((R, T, *shape), jnp.dtype(codec.precision))
+        if codec.precision in LARGEST:
+            found[_scale_name(name)] = ((R, T, *shape[:-1]), np.float32)
     if codec.name == "topk":
         found |= {
             f"topk_{n}": ((R, T, codec.size), t) for n, t in (("logits", np.float16), ("ids", np.int32))
@@ -58,46 +73,75 @@ def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tupl
 
 
 def arrays_of(precision: str, *states: str) -> tuple[str, ...]:
-    """The stored arrays that hold `states` ("aux_hidden", "last_hidden"): float8 has scales beside them."""
-    return (*states, *(_scale_name(name) for name in states if precision == FLOAT8))
+    """The stored arrays that hold `states` ("aux_hidden", "last_hidden"): 8 bits have scales beside them."""
+    return (*states, *(_scale_name(name) for name in states if precision in LARGEST))
 
 
 def _scale_name(states: str) -> str:
     return states.replace("_hidden", "_scale")
 
 
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(float8_e4m3fn [..., H], f32 scale [...]): x = stored * scale, the largest of a token at 448."""
+def quantise(x: jax.Array, precision: str, channel: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """(8 bits [..., H], f32 scale [...]): x = stored * scale * channel, the largest of a token's |stored| at
+    the precision's largest."""
     x = x.astype(jnp.float32)
+    x = x if channel is None else x / _like(x, channel)
     largest = jnp.abs(x).max(-1)
-    scale = jnp.where(largest > 0, largest / FLOAT8_MAX, 1.0)
-    return (x / scale[..., None]).astype(jnp.float8_e4m3fn), scale
+    scale = jnp.where(largest > 0, largest / LARGEST[precision], 1.0)
+    x = x / scale[..., None]
+    return (jnp.rint(x) if precision == INT8 else x).astype(jnp.dtype(precision)), scale
 
 
-def encode_states(codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array) -> dict[str, jax.Array]:
-    """The states in the codec's precision, with their scales where it is float8."""
-    states = {"aux_hidden": aux_BTAH, "last_hidden": last_BTH}
-    if codec.precision != FLOAT8:
-        return {name: x.astype(jnp.dtype(codec.precision)) for name, x in states.items()}
-    stored = {name: quantise(x) for name, x in states.items()}
-    return {name: x for name, (x, _) in stored.items()} | {
-        _scale_name(name): scale for name, (_, scale) in stored.items()
-    }
+def encode_states(
+    codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array, channels: Mapping[str, jax.Array] = {}
+) -> dict[str, jax.Array]:
+    """The states in the codec's precision, with their scales where it has some; `channels` are those of
+    `Codec.channels`, float32."""
+    given, found = {"aux_hidden": aux_BTAH, "last_hidden": last_BTH}, {}
+    for name in codec.states(*aux_BTAH.shape[-2:]):
+        if codec.precision in LARGEST:
+            of_token = _scale_name(name)
+            found[name], found[of_token] = quantise(given[name], codec.precision, channels.get(name))
+        else:
+            found[name] = given[name].astype(jnp.dtype(codec.precision))
+    return found
 
 
-def decode(stored: Any, scale: Any | None = None) -> Any:
+def square_sums(
+    codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array, inside_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """What scales of channels are made of: the sums of squares over each row's positions that are `inside`,
+    f32 [B, ...], of the states that need them."""
+    given = {"aux_hidden": aux_BTAH, "last_hidden": last_BTH}
+    found = {}
+    for name, shape in codec.channels(*aux_BTAH.shape[-2:]).items():
+        x = given[name].astype(jnp.float32)
+        there = inside_BT.reshape(*inside_BT.shape, *[1] * len(shape))
+        found[name] = jnp.where(there, jnp.square(x), 0.0).sum(1)
+    return found
+
+
+def decode(stored: Any, scale: Any | None = None, channel: Any | None = None) -> Any:
     """The states that were encoded, float32 where they have a scale, in the dtype of the store elsewhere.
 
-    `stored` [..., H] and `scale` [...] are NumPy or JAX arrays.
+    `stored` [..., H], `scale` [...] and `channel` [(A,) H] are NumPy or JAX arrays.
     """
-    return stored if scale is None else stored.astype(np.float32) * scale[..., None]
+    if scale is None:
+        return stored
+    found = stored.astype(np.float32) * scale[..., None]
+    return found if channel is None else found * _like(found, channel)
 
 
-def decode_states(arrays: dict[str, Any]) -> dict[str, Any]:
+def _like(x: Any, channel: Any) -> Any:
+    """The scales of channels with as many dimensions as states have."""
+    return channel.reshape((1,) * (x.ndim - channel.ndim) + channel.shape)
+
+
+def decode_states(arrays: Mapping[str, Any], channels: Mapping[str, Any] = {}) -> dict[str, Any]:
     """`arrays` by their stored names with every state decoded; the scales are used up and left out."""
     scales = {_scale_name(name) for name in arrays if name.endswith("_hidden")}
     return {
-        name: decode(x, arrays.get(_scale_name(name))) if name.endswith("_hidden") else x
+        name: decode(x, arrays.get(_scale_name(name)), channels.get(name)) if name.endswith("_hidden") else x
         for name, x in arrays.items()
         if name not in scales
     }

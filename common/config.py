@@ -17,7 +17,8 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16")  # of computing
 FLOAT8 = "float8_e4m3fn"
-PRECISIONS = (*DTYPES, FLOAT8)  # of storing
+INT8 = "int8"
+PRECISIONS = (*DTYPES, FLOAT8, INT8)  # of storing
 CODECS = ("none", "topk", "draft", "full")  # which logits are stored, see common/codec.py
 _LARGEST = 2**31 - 1
 DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from common import schema, storage
-from common.config import digest
+from common.channels import decode_channels
+from common.config import INT8, digest
 from common.errors import EyasError
 from common.schema import Count, Crc32, FileName, NotRequired, Sha256, Size, TypedDict
 
@@ -24,7 +25,8 @@ INDEX = "index.parquet"
 ROW_SUMS = "row_sums.parquet"
 COLUMNS = {"tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "uint8"}  # [R, T]
 _LARGEST = 2**60  # bytes of an array
-_ITEM = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
+_ITEM = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+_ITEM |= {"uint8": 1}
 _RESTORE = "it was edited or cut off: restore it"
 _DELETE = "delete it and run the same dump command"
 
@@ -33,7 +35,7 @@ class Array(TypedDict):
     """A zarr array: its sizes, those of its inner chunks and of its shards."""
 
     shape: Annotated[list[Size], Field(min_length=1, max_length=6)]
-    dtype: Literal["int64", "int32", "float32", "float16", "bfloat16", "float8_e4m3fn", "uint8"]
+    dtype: Literal["int64", "int32", "float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8"]
     chunk: list[Size]
     shard: list[Size]
 
@@ -71,12 +73,14 @@ class StoredCodec(TypedDict):
 
 
 class Features(TypedDict):
-    """What a dump writes; `target_files` are the sums of target/."""
+    """What a dump writes; `target_files` are the sums of target/, `channels` as common/channels.py has them,
+    of the states that are stored, where those are int8."""
 
     target: Target
     aux_layers: Annotated[list[Count], Field(min_length=1)]
     codec: StoredCodec
-    precision: Literal["float32", "bfloat16", "float8_e4m3fn"]
+    precision: Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
+    channels: NotRequired[dict[Literal["aux_hidden", "last_hidden"], list[str]]]
     block_rows: Size
     arrays: Annotated[dict[FileName, Array], Field(min_length=1)]
     target_files: dict[FileName, Sha256]
@@ -136,9 +140,11 @@ def _check_sizes(place: str, manifest: dict[str, Any]) -> None:
         target, stored = features["target"], features["arrays"]
         sizes = {"aux_hidden": [len(features["aux_layers"]), target["hidden_size"]]}
         sizes["last_hidden"] = [target["hidden_size"]]
+        _check_channels(place, features, {name: sizes[name] for name in stored if name in sizes})
         for name, array in stored.items():
             rest = sizes.get(name, array["shape"][2:])
-            wanted[f"features.arrays.{name}"] = ([R, T, *rest], array["dtype"])
+            dtype = features["precision"] if name in sizes else array["dtype"]
+            wanted[f"features.arrays.{name}"] = ([R, T, *rest], dtype)
             shard = array["shard"]
             _expect(place, f"features.arrays.{name}.shard's dimensions", len(shard), 2 + len(rest))
             parts = [math.gcd(shard[0], features["block_rows"]), math.gcd(shard[1], T), *rest]
@@ -155,6 +161,16 @@ def _check_sizes(place: str, manifest: dict[str, Any]) -> None:
         if math.prod(shape) * _ITEM[dtype] > _LARGEST:
             raise EyasError(f"{place}: {name} {shape} is larger than any disk; {_RESTORE}")
     _expect(place, "rows.files", sorted(rows["files"]), [INDEX, ROW_SUMS])
+
+
+def _check_channels(place: str, features: dict[str, Any], states: dict[str, list[int]]) -> None:
+    """EyasError unless the states that need scales of channels, and no others, have them."""
+    found, field = features.get("channels", {}), "features.channels"
+    _expect(place, f"{field}' names", sorted(found), sorted(states) if features["precision"] == INT8 else [])
+    try:
+        decode_channels(found, {name: tuple(shape) for name, shape in states.items()})
+    except ValueError as error:
+        raise EyasError(f"{place}: {field} are no scales ({error}); {_RESTORE}") from None
 
 
 def _expect(place: str, field: str, found: Any, wanted: Any) -> None:

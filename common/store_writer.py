@@ -166,15 +166,15 @@ def raw_bytes(described: dict[str, Any]) -> int:
 def find_features(url: str, features: dict[str, Any]) -> dict[str, Any] | None:
     """The store's own section if it has these features (to be continued), None if it has none yet.
 
-    `features` may lack the sums of target/, which are then those that the store has. EyasError naming the
-    fields that differ. Nothing is written.
+    `features` may lack the sums of target/, which are then those that the store has, as are scales of
+    channels in any case. EyasError naming the fields that differ. Nothing is written.
     """
     found = read_manifest(url).get("features")
     if found is None:
         return None
-    # A folder may be renamed while its contents stay.
-    ignored = ("target.name:",) if "target_files" in features else ("target.name:", "target_files:")
-    different = [line for line in differences(found, features) if not line.startswith(ignored)]
+    # A folder may be renamed while its contents stay; scales are those of whoever came first.
+    ignored = ["target.name:", "channels"] + ([] if "target_files" in features else ["target_files:"])
+    different = [line for line in differences(found, features) if not line.startswith(tuple(ignored))]
     if different:
         # The arrays follow from the other fields; they are named only when nothing else differs.
         named = [line for line in different if not line.startswith("arrays.")] or different

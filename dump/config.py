@@ -57,6 +57,9 @@ class DumpConfig:
     draft_vocab: int = setting(
         32_000, "Size of the vocabulary of --logits draft: the most frequent tokens learnt from.", least=1
     )
+    last_hidden: bool = setting(
+        True, "Store the last hidden state; with --logits topk the stored logits can teach without it."
+    )
     precision: str | None = setting(
         None, "What states are stored in.", choices=PRECISIONS, otherwise="--dtype"
     )
@@ -88,6 +91,11 @@ class DumpConfig:
     def __post_init__(self) -> None:
         check(self)
         self.part()
+        if not self.last_hidden and self.logits != "topk":
+            raise ValueError(
+                f"last_hidden=False leaves logits={self.logits} without a teacher for evaluations; give "
+                "logits=topk, or store last_hidden"
+            )
 
     def part(self) -> tuple[int, int]:
         """(I - 1, N) of `share`."""

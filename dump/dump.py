@@ -22,6 +22,7 @@ from common.stopping import Stop, stopped
 from common.store import Store
 from common.store_writer import FeatureWriter, create_features
 from dump import target
+from dump.channels import find_channels
 from dump.config import DumpConfig
 from dump.plan import Plan, make_plan
 from dump.prefill import Prefill
@@ -69,13 +70,18 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
         if pod.is_first():
             for folder in ("", "target"):
                 storage.remove_partial(f"{url}/{folder}")
-        if plan.blocks:
+        if plan.computes:
             weights = target.load(plan.config.model, plan.target, plan.mesh, jnp.dtype(plan.config.dtype))
-    if plan.blocks:
+    features = plan.features
+    if plan.computes:
         prefill = Prefill(plan, weights)
-    made = pod.told(lambda: _make(plan))
+        if plan.finds_channels:
+            features = features | {"channels": find_channels(plan, prefill)}
+    made = pod.told(lambda: _make(plan, features))
     with pod.together():
         _require_made(url, made)
+        if plan.computes:
+            prefill.set_channels(plan.channels(Store.open(url).features))
     with pod.together(), FeatureWriter(url) as writer:
         if plan.blocks:
             run_rounds(plan, prefill, writer, check)
@@ -87,10 +93,10 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
         )
 
 
-def _make(plan: Plan) -> str:
+def _make(plan: Plan, features: dict[str, Any]) -> str:
     """Makes of the store what is not there yet: the manifest's section, the arrays, target/. Its hash."""
     files = cache(lambda: target_files(plan))  # gigabytes: gone before blocks are computed
-    features = with_sums(plan.features, files)
+    features = with_sums(features, files)
     create_features(plan.config.store, features, plan.draft_ids)
     store = Store.open(plan.config.store)
     write_target(store, files)

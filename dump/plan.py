@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common import pod, zarr
+from common.channels import decode_channels
 from common.codec import Codec, shapes
 from common.config import digest, to_json
 from common.draft_vocab import most_frequent
@@ -30,14 +31,14 @@ from dump.tokenizer_files import tokenizer_hash
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _SMALL_OBJECT = 2_000_000  # bytes: a request to a bucket takes as long as writing these
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
-_SAVE = "use --precision float8_e4m3fn, another --logits, or another disk"
+_SAVE = "use --precision int8, another --logits, or another disk"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked dump. `features` is the manifest's section, but for the sums of target/ where no dump has
-    begun; `blocks` are those of its share that have no commit marker, the same on every process. What the
-    configuration left open (dtype, precision, aux layers) is chosen."""
+    """A checked dump. `features` is the manifest's section, but for the sums of target/ and the scales of
+    channels where no dump has begun; `blocks` are those of its share that have no commit marker, the same on
+    every process. What the configuration left open (dtype, precision, aux layers) is chosen."""
 
     config: DumpConfig
     store: Store
@@ -49,6 +50,24 @@ class Plan:
     batch_rows: int  # of a forward pass, over all chips
     blocks: tuple[int, ...]
     bytes: int  # of these blocks, on disk
+
+    @property
+    def finds_channels(self) -> bool:
+        """Whether the store needs scales of channels, and has none yet."""
+        return bool(self._channels) and "channels" not in self.features
+
+    @property
+    def computes(self) -> bool:
+        """Whether the target is needed."""
+        return bool(self.blocks) or self.finds_channels
+
+    @property
+    def _channels(self) -> dict[str, tuple[int, ...]]:
+        return self.codec.channels(len(self.config.aux_layers), self.target.hidden_size)
+
+    def channels(self, features: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The scales that a store's section has, by the names of the states."""
+        return decode_channels(features.get("channels", {}), self._channels)
 
     def rows_of(self, block: int) -> range:
         """The rows of a block; the last one may be short."""
@@ -114,7 +133,7 @@ def _begun(
     features = {
         "target": described,
         "aux_layers": list(config.aux_layers),
-        "last_hidden": "after_final_norm",
+        **({"last_hidden": "after_final_norm"} if codec.last_hidden else {}),
         "codec": {"name": codec.name, "size": codec.size}
         | ({} if draft_ids is None else {"ids_crc32": zarr.crc32(draft_ids)}),
         "precision": codec.precision,
@@ -201,7 +220,7 @@ def _codec(config: DumpConfig, store: Store, vocab_size: int) -> tuple[Codec, np
         field = "topk" if config.logits == "topk" else "draft_vocab"
         raise EyasError(f"{field}={size}, but the target has {vocab_size} tokens; give fewer")
     ids = most_frequent(store.token_counts(), size) if config.logits == "draft" else None
-    return Codec(config.logits, size, config.precision), ids
+    return Codec(config.logits, size, config.precision, config.last_hidden), ids
 
 
 def _describe_target(folder: str, cfg: target.TargetConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dump.plan import Plan
 from dump.prefill import Pending, Prefill
 
 _AHEAD = 2  # batches on the devices: one that runs, one that waits
-_INPUTS = ("tokens", "segment_ids", "positions")
+INPUTS = ("tokens", "segment_ids", "positions")
 
 
 class Writer(Protocol):
@@ -96,11 +96,11 @@ class _Blocks:
     def inputs(self, batch: _Batch | None, size: int) -> list[np.ndarray]:
         """int32 [size, T] tokens, segment ids and positions; rows without a document where there are none."""
         if batch is None:
-            return [np.zeros((size, self._plan.store.length), np.int32) for _ in _INPUTS]
+            return [np.zeros((size, self._plan.store.length), np.int32) for _ in INPUTS]
         if batch.start == 0:
             self._open[batch.block] = _Block(self._plan, batch.block)
         own = self._open[batch.block].inputs
-        parts = (own[name][batch.start : batch.start + batch.count] for name in _INPUTS)
+        parts = (own[name][batch.start : batch.start + batch.count] for name in INPUTS)
         return [np.pad(part, ((0, size - batch.count), (0, 0))) for part in parts]
 
     def fill(self, batch: _Batch | None, found: Pending) -> None:
@@ -121,7 +121,7 @@ class _Block:
 
     def __init__(self, plan: Plan, block: int):
         self.rows = plan.rows_of(block)
-        self.inputs = plan.store.read((*_INPUTS, "loss_mask"), self.rows)
+        self.inputs = plan.store.read((*INPUTS, "loss_mask"), self.rows)
         self._described = plan.features["arrays"]
         self.values: dict[str, np.ndarray] = {}
 

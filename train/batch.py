@@ -15,15 +15,13 @@ Params = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """One shard's rows as the store has them, and which of their positions count (see train/targets.py)."""
+    """One shard's rows, decoded, and which of their positions count (see train/targets.py)."""
 
     tokens: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]; 0 is padding
     positions: jax.Array  # int32 [B, T]
     aux_hidden: jax.Array  # [B, T, A, H]
-    aux_scale: jax.Array | None  # float32 [B, T, A] where aux_hidden is float8
     last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
-    last_scale: jax.Array | None  # float32 [B, T]
     draft_logits: jax.Array | None  # [B, T, D]
     argmax: jax.Array  # int32 [B, T], target ids
     logsumexp: jax.Array  # float32 [B, T]

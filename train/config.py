@@ -91,8 +91,11 @@ class TrainConfig:
         otherwise="none",
     )
     dtype: str | None = setting(None, "What the head computes in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
-    teacher: str = setting(
-        "recompute", "Logits from states, or stored ones.", choices=("recompute", "stored")
+    teacher: str | None = setting(
+        None,
+        "Logits from states, or stored ones.",
+        choices=("recompute", "stored"),
+        otherwise="from states where the store has last_hidden",
     )
     kind: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
     layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)

@@ -24,6 +24,7 @@ from train.metrics import Sums, add, summarise
 from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
+from train.stored import whole_teacher
 from train.stream import Stream, View
 
 
@@ -57,7 +58,8 @@ class Evaluator:
         self.source, self.rows, self.counted = source, len(rows), workload.counted(rows)
         capacity = workload.capacity(wanted.rows, chips)
         # The whole teacher, whatever the training's was.
-        self.view = View(wanted, workload, capacity, "recompute", draft_ids, head.aux_layers)
+        teacher = whole_teacher(source.store)
+        self.view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers)
         self.score: Callable = source.once(
             ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
             lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),
@@ -118,7 +120,7 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
     evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens, count=count)
     if not evaluator.counted:
         raise EyasError(f"{config.store}: no position of its {len(rows)} test rows is counted; hold out more")
-    taught = source.frozen(draft_ids, "recompute", dtype)
+    taught = source.frozen(draft_ids, whole_teacher(store), dtype)
     where = placing.along(params, head.parameters(), source.mesh)
     return evaluator(jax.tree.map(placing.place, params, where), taught)
 

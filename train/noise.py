@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from common.codec import decode
 from train.batch import Batch
 
 _STREAM = 0x6E6F6973  # apart from what else a seed is for
@@ -26,20 +25,12 @@ def noised(amount: float, batch: Batch, seed: jax.Array, step: jax.Array) -> Bat
     where = jax.typeof(batch.aux_hidden).sharding
     if not where.mesh.empty:
         apply = jax.sharding.auto_axes(apply, out_sharding=where)
-    return batch._replace(
-        aux_hidden=apply(batch.aux_hidden, batch.aux_scale, batch.row, seed, step), aux_scale=None
-    )
+    return batch._replace(aux_hidden=apply(batch.aux_hidden, batch.row, seed, step))
 
 
 def _noised(
-    amount: float,
-    stored: jax.Array,
-    scale: jax.Array | None,
-    row_B: jax.Array,
-    seed: jax.Array,
-    step: jax.Array,
+    amount: float, aux_BTAH: jax.Array, row_B: jax.Array, seed: jax.Array, step: jax.Array
 ) -> jax.Array:
-    aux_BTAH = decode(stored, scale)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
     draw = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), aux_BTAH.shape[1:]))
     return (aux_BTAH.astype(jnp.float32) * (1 + amount * draw(row_B))).astype(aux_BTAH.dtype)

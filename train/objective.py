@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.codec import decode
 from train.batch import Batch, Frozen, Params, pick
 from train.heads import Head
 from train.loss import Reads, Scores, Teacher, score, weighted_loss
@@ -40,8 +39,7 @@ def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
         return Teacher(None, None, None, logsumexp, index, top, frozen.draft_index[ids])
     if batch.draft_logits is not None:
         return Teacher(None, None, pick(batch.draft_logits, batch.targets), logsumexp, index)
-    scale = None if batch.last_scale is None else pick(batch.last_scale, batch.targets)
-    hidden = decode(pick(batch.last_hidden, batch.targets), scale)
+    hidden = pick(batch.last_hidden, batch.targets)
     return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, logsumexp, index)
 
 

@@ -31,7 +31,8 @@ from train.order import Order, level, order
 from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
-from train.stream import Stream, View, Workload, teaching_arrays
+from train.stored import teaching_arrays, whole_teacher
+from train.stream import Stream, View, Workload
 from train.targets import drafted_targets
 from train.warm_start import Published, open_published
 
@@ -44,7 +45,7 @@ _MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
 _FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
 _FREE += ("accumulate", "dp")
 # or decide on something else that the identity holds.
-_RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store")
+_RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store", "teacher")
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,21 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     logs.require(config.log_to or (), config.out)
     source = source or Source(config.store, config.dp, config.cache, config.memory)
     store = source.store
-    taught = teaching_arrays(store, config.teacher)
+    teacher, whole = config.teacher or whole_teacher(store), whole_teacher(store)
+    taught = teaching_arrays(store, teacher)
     if config.teacher_temperature != 1 and "topk_logits" in taught:
         raise EyasError(
             f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
-            f"{store.url} has the largest; give 1, or --teacher recompute"
+            f"{store.url} has the largest; give 1"
+            + (", or --teacher recompute" if whole == "recompute" else "")
+        )
+    if config.init == "fitted" and whole != "recompute":
+        raise EyasError(
+            f"init=fitted is a regression to last_hidden, without which {store.url} was dumped; give --init "
+            "target, normal or the folder of a head, or dump with --last-hidden"
         )
     published = open_published(config.init_folder, store) if config.init_folder else None
-    draft_ids = _draft_ids(config, store, published)
+    draft_ids = _draft_ids(config, teacher, store, published)
     head = _head(config, store, len(draft_ids), published)
     head.require_fit(store.target_config(), "the head")
     _check_room(config, head)
@@ -166,9 +174,9 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     held_out = len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
     capacity = workload.capacity(wanted.rows, shards)
-    view = View(wanted, workload, capacity, config.teacher, draft_ids, head.aux_layers, config.accumulate)
-    for teacher in (config.teacher, "recompute"):  # of training, and of evaluations
-        Stream(store, source.mesh, [replace(view, teacher=teacher)], source.memory)  # if there is memory
+    view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers, config.accumulate)
+    for one in (teacher, whole):  # of training, and of evaluations
+        Stream(store, source.mesh, [replace(view, teacher=one)], source.memory)  # if there is memory
     return Plan(
         config=config,
         source=source,
@@ -183,6 +191,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         save_every=config.save_every,
         published=published,
         identity=_identity(config, store, head, draft_ids, steps, dtype)
+        | {"teacher": teacher}
         | ({"init": published.sums} if published else {}),
     )
 
@@ -199,11 +208,11 @@ def _check_room(config: TrainConfig, head: Head) -> None:
         require_room(config.out, room(config, head), "checkpoints and heads", "name a folder on another disk")
 
 
-def _draft_ids(config: TrainConfig, store: Store, published: Published | None) -> np.ndarray:
+def _draft_ids(config: TrainConfig, teacher: str, store: Store, published: Published | None) -> np.ndarray:
     """The draft vocabulary, int32 ascending: the published head's, or the stored logits' if they teach, else
     the most frequent."""
     V = store.features["target"]["vocab_size"]
-    stored = store.draft_ids() if config.teacher == "stored" else None
+    stored = store.draft_ids() if teacher == "stored" else None
     ids, whose = (published.draft_ids, published.folder) if published else (stored, store.url)
     if ids is None:
         return most_frequent(store.token_counts(), config.draft_vocab or min(_DRAFT_VOCAB, V))

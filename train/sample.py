@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from common.codec import decode
 from common.errors import DamagedError
 from common.layers import einsum
 from common.mesh import spec
@@ -32,6 +31,7 @@ from common.store import Store
 from train import placing
 from train.batch import Batch, Frozen, embeddings, pick
 from train.order import listed, permutation
+from train.stored import whole_teacher
 from train.stream import Stream, View, Workload
 from train.targets import drafting_index, valid_targets
 
@@ -150,7 +150,7 @@ def _batches(
     filled[: len(rows)] = rows
     wanted = filled.reshape(-1, size)
     capacity = workload.capacity(wanted, mesh.size)
-    view = View(listed(wanted), workload, capacity, "recompute", np.arange(0), aux_layers)
+    view = View(listed(wanted), workload, capacity, whole_teacher(store), np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
 
@@ -167,7 +167,7 @@ def _adding(mesh: Mesh, eps: float) -> Callable[[_Moments, jax.Array | None, Bat
 
     def add(moments: _Moments, embed: jax.Array | None, batch: Batch) -> _Moments:
         inside = (batch.segment_ids.reshape(-1) > 0).astype(jnp.float32)
-        aux = decode(batch.aux_hidden, batch.aux_scale).astype(jnp.float32).reshape(inside.size, -1)
+        aux = batch.aux_hidden.astype(jnp.float32).reshape(inside.size, -1)
         new = _Moments(inside.sum(), (jnp.square(aux) * inside[:, None]).sum(0), *[None] * 4)
         if embed is not None:
             features, last, there = _features(embed, batch, eps)
@@ -203,15 +203,13 @@ def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, ja
         jnp.where(there, at, n) for at in (drafting_index(batch.targets, 1)[:, 0], batch.targets)
     )
 
-    def states(x: jax.Array, scale: jax.Array | None, at: jax.Array) -> jax.Array:
-        found = decode(pick(x, at), None if scale is None else pick(scale, at))
-        return found.astype(jnp.float32).reshape(len(at), -1)
+    def states(x: jax.Array, at: jax.Array) -> jax.Array:
+        return pick(x, at).astype(jnp.float32).reshape(len(at), -1)
 
     token = embeddings(Frozen(embed, None, embed), batch)
     token = token.at[target].get(mode="fill", fill_value=0).astype(jnp.float32)
     token *= jax.lax.rsqrt(jnp.square(token).mean(1, keepdims=True) + eps)
-    aux = states(batch.aux_hidden, batch.aux_scale, index)
-    last = states(batch.last_hidden, batch.last_scale, target)
+    aux, last = states(batch.aux_hidden, index), states(batch.last_hidden, target)
     return jnp.concatenate([aux, token], 1), last, there.astype(jnp.float32)
 
 

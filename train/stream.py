@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common import pod, zarr
-from common.codec import arrays_of
 from common.errors import EyasError
 from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
 from train.batch import Batch
 from train.order import Order, Part, Reading
+from train.stored import channels_of, decoded, teaching_arrays
 from train.targets import (
     Capacity,
     compact,
@@ -38,7 +38,6 @@ from train.targets import (
 MEMORY = 4.0  # GiB of a host for what is read ahead
 _MOST_AHEAD, _READERS = 8, 4  # batches on a host, and those that are read at once
 _MASKS = 4096  # rows whose masks are looked at together
-_BY_LAYER = ("aux_hidden", "aux_scale")  # [B, T, A, ...]
 _INPUTS = ("tokens", "segment_ids", "positions", "loss_mask")
 _MASKING = ("segment_ids", "loss_mask")
 
@@ -89,22 +88,6 @@ class Workload:
         return Capacity(live_capacity(int(live), positions), round_up(int(targets)))
 
 
-def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
-    """The feature arrays that a trainer reads. EyasError if the store has no stored logits to teach with."""
-    features = store.features
-    states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
-    names = ("argmax", "logsumexp", *arrays_of(features["precision"], *states))
-    if teacher == "recompute":
-        return names
-    codec = features["codec"]["name"]
-    if codec not in ("topk", "draft", "full"):
-        raise EyasError(
-            f"{store.url} has no logits to teach with (codec {codec}); use --teacher recompute, or dump with "
-            "--logits topk, draft or full"
-        )
-    return (*names, *(("topk_logits", "topk_ids") if codec == "topk" else (f"{codec}_logits",)))
-
-
 @dataclass(frozen=True)
 class View:
     """What one run makes of the rows of a stream: which it takes, what of them counts, and what teaches."""
@@ -141,6 +124,7 @@ class Stream:
         self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
         by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
         self._vocabularies = {_vocabulary(view): view.draft_ids for view in by_vocabulary}
+        self._channels = channels_of(store)
         self.waited = 0.0
         self._ahead = self._depth(memory)
 
@@ -202,14 +186,14 @@ class Stream:
 
     def _deal(self, parts: list[Part], read: _Read, pending: dict[int, Batch]) -> list[tuple[int, Batch]]:
         """The batches that are complete; `pending` keeps those of which rows are to come."""
-        dealt = []
+        dealt, arrays = [], decoded(read.rows, self._channels)
         for part, counts in zip(parts, read.counts, strict=True):
             view = self._views[part.order]
             names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
-            rows = {name: x for name, x in read.rows.items() if name in {*_INPUTS, *names, "row"}}
+            rows = {name: x for name, x in arrays.items() if name in {*_INPUTS, *names, "row"}}
             if view.teacher == "stored" and read.drafts:
                 rows["draft_logits"] = read.drafts[_vocabulary(view)]
-            rows |= {name: _chosen(rows[name], self._places(view)) for name in _BY_LAYER if name in rows}
+            rows["aux_hidden"] = _chosen(rows["aux_hidden"], self._places(view))
             batch = Batch(**dict.fromkeys(Batch._fields) | rows)
             if not part.whole:
                 batch = _fill(pending.pop(part.order, None) or _empty(batch), batch, part.slots)

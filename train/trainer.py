@@ -32,6 +32,7 @@ from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Saved
 from train.step import Metrics, State, gradient, train_step
+from train.stored import whole_teacher
 
 
 def is_done(plan: Plan) -> bool:
@@ -86,8 +87,9 @@ class Trainer:
         with pod.together():
             self._lines = Lines(plan.config.out, self.step, self.last["step"])
             self._logs = Logs(logs or (), plan.config.out, told, self._lines.before, self.done)
-        self._frozen = plan.source.frozen(plan.draft_ids, plan.config.teacher, plan.dtype)
-        self._taught = plan.source.frozen(plan.draft_ids, "recompute", plan.dtype)  # for evaluations
+        self._frozen = plan.source.frozen(plan.draft_ids, plan.view.teacher, plan.dtype)
+        whole = whole_teacher(plan.store)  # for evaluations
+        self._taught = plan.source.frozen(plan.draft_ids, whole, plan.dtype)
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
         self._loss = math.nan  # of the last step that was read

@@ -35,7 +35,7 @@ def peak_fraction(model: str) -> dict[str, dict[str, Any]]:
     for length in _LENGTHS:
         step = Program(cfg, mesh, aux, codec, None, _TOKENS // length, length).compile(weights)
         batch = [jax.device_put(x, sharding(mesh, ("row", None))) for x in _batch(cfg.vocab_size, length)]
-        seconds = min(times(lambda step=step, batch=batch: step(weights, *batch), _REPEATS))
+        seconds = min(times(lambda step=step, batch=batch: step(weights, {}, *batch), _REPEATS))
         rates[length] = needed_flops(cfg, length) * _TOKENS / seconds
         rate = max(rate, matmul_rate())
     return {

@@ -85,7 +85,7 @@ def _batch(c: Eagle3, mesh: Mesh, T: int, B: int) -> Batch:
 
     return Batch(
         **dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, T)),
-        **dict.fromkeys(("aux_scale", "last_scale", "draft_logits")),
+        draft_logits=None,
         **dict.fromkeys(("live", "targets"), rows(B * T)),
         row=rows(B),
         aux_hidden=rows(B, T, len(c.aux_layers), c.hidden_size, dtype=jnp.bfloat16),

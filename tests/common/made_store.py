@@ -80,8 +80,8 @@ def make_rows(url, seed: int = 0) -> None:
     )
 
 
-def write_blocks(url, values, blocks=None) -> None:
-    create_features(url, described(values))
+def write_blocks(url, values, blocks=None, **more) -> None:
+    create_features(url, described(values) | more)
     with FeatureWriter(url) as writer:
         for name, data in TARGET.items():
             storage.write_bytes(f"{url}/target/{name}", data)

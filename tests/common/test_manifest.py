@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -99,6 +100,8 @@ SIZES = {
     "a name out of the folder": set_in("features", "target_files", "../manifest.json", "a" * 64),
     "codec": set_in("features", "codec", {"name": "draft", "size": 5}),
     "precision": set_in("features", "precision", ["float32"]),
+    "precision that is not the arrays'": set_in("features", "precision", "bfloat16"),
+    "scales without need": set_in("features", "channels", {"aux_hidden": ["AAAA"]}),
     "target": set_in("features", "target", []),
     "features": set_in("features", 5),
     "index": set_in("rows", "files", "index.parquet", "a"),
@@ -119,6 +122,45 @@ def test_sizes_that_disagree_or_are_astronomical(full, name):
         "manifest.json", lambda: Store.open(full).require_complete(), lambda: Store.open(full).missing()
     )
     assert "manifest.json" in problem(full)
+
+
+SCALES = {
+    "none": None,
+    "of no state": {"aux_hidden": ["AAAAAAAAAAA="], "other": []},
+    "of one state": {"aux_hidden": ["A" * 32]},
+    "of another size": {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAAAA"]},
+    "no base64": {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAA!="]},
+    "cut off": {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAAA"]},
+    "no text": {"aux_hidden": ["A" * 32], "last_hidden": "AAAAAAAAAAA="},
+    "a bit of another": {"aux_hidden": ["A" * 31 + "B"], "last_hidden": ["AAAAAAAAAAA="]},
+}
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    """A store of int8 states, of which a block is committed."""
+    values = features()
+    states = {name: values[name].astype(np.int8) for name in ("aux_hidden", "last_hidden")}
+    scales = {
+        name.replace("hidden", "scale"): np.ones(x.shape[:-1], np.float32) for name, x in states.items()
+    }
+    channels = {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAAA="]}
+    url = str(tmp_path / "quantised")
+    make_rows(url)
+    write_blocks(url, values | states | scales, channels=channels)
+    assert problem(url) == ""
+    return url
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_channels_that_are_not_those_of_the_dump(quantised, name):
+    place = f"{quantised}/manifest.json"
+    if SCALES[name] is None:
+        edit(place, lambda m: m["features"].pop("channels"))
+    else:
+        edit(place, lambda m: m["features"].update(channels=SCALES[name]))
+    require_named(quantised, lambda: Store.open(quantised).require_complete())
+    assert problem(quantised)
 
 
 @pytest.mark.parametrize(

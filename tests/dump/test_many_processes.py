@@ -68,6 +68,21 @@ def test_two_processes_write_what_one_writes(config, tmp_path):
     assert not found[1].err.strip(), "one process tells what happens, the others are silent"
 
 
+def test_two_processes_have_one_scale_a_channel(config, tmp_path):
+    """Found by both together, from rows of which each computes a part."""
+    config = replace(config, precision="int8", logits="none")
+    wanted = alone(config, tmp_path)
+    found = dump(replace(config, dp=4, tp=1), 2, 2)
+    assert [p.code for p in found] == [0, 0], found
+    assert verify(config.store)["damaged"] == []
+    store, rows = Store.open(config.store), np.arange(ROWS)
+    assert store.features["channels"] == wanted.features["channels"]
+    real = wanted.read(["segment_ids"], rows)["segment_ids"] > 0
+    for name in ("aux_hidden", "last_hidden"):
+        got, want = (one.read([name], rows)[name][real].astype(int) for one in (store, wanted))
+        assert np.abs(got - want).max() <= 1, name  # of 127, where rounding decides
+
+
 def test_an_error_of_one_process_ends_both(config):
     """A row that cannot be read by one of them; what is committed stays, and the same command goes on."""
     broken = """

@@ -105,7 +105,9 @@ def test_bad_input_writes_nothing(config, tmp_path):
     "change",
     [
         {"logits": "some"},
-        {"precision": "int8"},
+        {"precision": "int4"},
+        {"last_hidden": False, "logits": "none"},
+        {"last_hidden": False, "logits": "full"},
         {"dtype": "float64"},
         {"topk": 0},
         {"batch_rows": 3},

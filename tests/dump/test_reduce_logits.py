@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from common.channels import decode_channels, encode_channels
 from common.codec import (
     Codec,
     _summed,
@@ -18,8 +19,9 @@ from common.codec import (
     encode_states,
     quantise,
     shapes,
+    square_sums,
 )
-from common.config import CODECS, PRECISIONS
+from common.config import CODECS, FLOAT8, PRECISIONS
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
 from common.mesh import make_mesh, sharding
@@ -121,14 +123,60 @@ def test_states_come_back_as_they_were(precision, kind):
         "aux_hidden": rng.standard_normal((B, T, 3, H)).astype(np.float32),
         "last_hidden": 1000 * rng.standard_normal((B, T, H)).astype(np.float32),
     }
-    stored = encode_states(Codec("none", 0, precision), *map(jnp.asarray, states.values()))
+    codec = Codec("none", 0, precision)
+    channels = {n: rng.choice([0.25, 1, 2], s).astype(np.float32) for n, s in codec.channels(3, H).items()}
+    stored = encode_states(codec, *map(jnp.asarray, states.values()), channels)
     assert set(stored) == set(arrays_of(precision, *states))
-    found = decode_states({name: kind(x) for name, x in stored.items()} | {"argmax": kind(np.zeros(3))})
+    given = {name: kind(x) for name, x in stored.items()} | {"argmax": kind(np.zeros(3))}
+    found = decode_states(given, {name: kind(x) for name, x in channels.items()})
     assert set(found) == {*states, "argmax"}
-    bits = {"float32": 24, "bfloat16": 8, "float8_e4m3fn": 4}[precision]
+    bits = {"float32": 24, "bfloat16": 8, "float8_e4m3fn": 4}
     for name, x in states.items():
-        close = np.abs(np.asarray(found[name], np.float32) - x)
-        assert (close <= 2.0**-bits * np.abs(x) + 1e-5 * np.abs(x).max()).all()
+        off = np.abs(np.asarray(found[name], np.float32) - x)
+        if precision == "int8":  # half of a step, which is a channel's part of the token's largest
+            step = (np.abs(x / channels[name]).max(-1, keepdims=True) / 127) * channels[name]
+            assert (off <= 0.5001 * step).all()
+        else:
+            assert (off <= 2.0 ** -bits[precision] * np.abs(x) + 1e-5 * np.abs(x).max()).all()
+
+
+def test_scales_of_channels_make_channels_alike():
+    """Of sums over documents alone: their root mean square, to the nearest power of two; a silent channel's
+    is finite, and so are those of a silent state."""
+    rng = np.random.default_rng(0)
+    size = 10.0 ** rng.integers(-2, 4, H)
+    aux = (rng.standard_normal((B, T, 3, H)) * size).astype(np.float32)
+    aux[..., 0, :] = 0
+    aux[..., 1, 5] = 0
+    inside = np.ones((B, T), bool)
+    inside[:, -1] = False
+    aux[:, -1] = 1e30
+    codec = Codec("none", 0, "int8")
+    squares = square_sums(codec, jnp.asarray(aux), jnp.asarray(aux[..., 2, :]), jnp.asarray(inside))
+    assert {n: x.shape for n, x in squares.items()} == {"aux_hidden": (B, 3, H), "last_hidden": (B, H)}
+    total = {n: np.asarray(x).sum(0) for n, x in squares.items()}
+    text = encode_channels(total)
+    found = decode_channels(text, codec.channels(3, H))
+    np.testing.assert_array_equal(found["aux_hidden"][0], 1)
+    rms = np.sqrt(np.square(aux[inside][:, 2]).mean(0))
+    ratio = found["last_hidden"] / (rms / rms.max())
+    assert ((ratio <= 2**0.5001) & (ratio >= 2**-0.5001)).all()
+    np.testing.assert_array_equal(found["aux_hidden"][2], found["last_hidden"])
+    assert (found["aux_hidden"] > 0).all()
+    with pytest.raises(ValueError, match="reshape"):
+        decode_channels(text, codec.channels(3, H + 1))
+    assert not Codec("none", 0, FLOAT8).channels(3, H)
+
+
+def test_a_codec_may_leave_the_last_state_out():
+    codec = Codec("topk", K, "int8", last_hidden=False)
+    assert set(codec.channels(3, H)) == {"aux_hidden"}
+    aux, last = jnp.ones((B, T, 3, H)), jnp.ones((B, T, H))
+    assert set(encode_states(codec, aux, last, {"aux_hidden": np.ones((3, H), np.float32)})) == {
+        "aux_hidden",
+        "aux_scale",
+    }
+    assert not [name for name in shapes(codec, B, T, 3, H) if name.startswith("last")]
 
 
 def test_a_mesh_gives_the_same():
@@ -161,7 +209,7 @@ def test_float8_has_a_scale_a_token():
     # Tokens whose sizes differ by 1e8, as massive activations do; a token of zeros.
     x = (rng.standard_normal((B, T, H)) * 10.0 ** rng.integers(-4, 5, (B, T, 1))).astype(np.float32)
     x[1, 2] = 0
-    stored, scale = quantise(jnp.asarray(x))
+    stored, scale = quantise(jnp.asarray(x), FLOAT8)
     assert stored.dtype == ml_dtypes.float8_e4m3fn
     assert scale.shape == (B, T)
     back = np.asarray(stored, np.float64) * np.asarray(scale, np.float64)[..., None]

@@ -110,7 +110,11 @@ def test_what_the_help_says_of_a_default_is_the_default():
         ("train --store s --out o --warmup 1", "1.0 is not in the range 0<=x<1"),
         ("dump --store s --aux-layers=-1,2,3", "aux_layers=(-1, 2, 3) must be a whole number of at least 0"),
         ("regenerate --out o.jsonl", "nobody answers: give --endpoint and --served-model, or --model"),
-        ("dump --store s --precision int8", "'int8' is not one of 'float32', 'bfloat16', 'float8_e4m3fn'"),
+        (
+            "dump --store s --precision int4",
+            "'int4' is not one of 'float32', 'bfloat16', 'float8_e4m3fn', 'int",
+        ),
+        ("dump --store s --no-last-hidden", "last_hidden=False leaves logits=none without a teacher"),
     ],
 )
 def test_a_value_that_a_field_cannot_have_is_refused(command, message):

@@ -5,12 +5,13 @@ Two train rows for each test row; a row holds two documents and some padding.
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
 from common import safetensors, storage, zarr
+from common.channels import decode_channels, encode_channels
 from common.checked import sha256
+from common.codec import Codec, encode_states
 from common.config import digest
 from common.store import tensor_file
 from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
@@ -38,6 +39,7 @@ def write_store(
     test: bool = True,
     rows: int = ROWS,
     longest: int | None = None,
+    last_hidden: bool = True,
 ) -> str:
     """The store at `url`. `blocks` of 4 rows are committed, None: all; `mask` 0: no answers at all.
 
@@ -58,8 +60,14 @@ def write_store(
     counts = np.bincount(counted, minlength=V).astype(np.int64)
     write_rows(url, columns, counts, index, {"rows": rows, "length": T, "vocab_size": V})
     embed, lm_head = rng.normal(size=(2, V, H)).astype(np.float32)
-    values = _features(rng, embed[tokens], lm_head, counts, codec, precision)
+    values = _features(rng, embed[tokens], lm_head, counts, codec)
     ids = values.pop("ids")
+    encoding = Codec(codec, 0, precision, last_hidden)
+    squares = {name: np.square(values[name]).sum((0, 1)) for name in encoding.channels(3, H)}
+    channels = encode_channels(squares)
+    scales = decode_channels(channels, encoding.channels(3, H))
+    states = values.pop("aux_hidden"), values.pop("last_hidden")
+    values |= {name: np.asarray(x) for name, x in encode_states(encoding, *states, scales).items()}
     tensors = {"embed_tokens": embed, "lm_head": lm_head}
     files = {tensor_file(name): safetensors.to_bytes({name: tensor}) for name, tensor in tensors.items()}
     files["config.json"] = storage.json_bytes(TARGET)
@@ -70,6 +78,7 @@ def write_store(
         "codec": {"name": codec, "size": {"topk": V, "draft": 32, "full": V}.get(codec, 0)}
         | ({} if ids is None else {"ids_crc32": zarr.crc32(ids)}),
         "precision": precision,
+        **({"channels": channels} if channels else {}),
         "block_rows": 4,
         "arrays": describe_arrays({n: (x.shape, x.dtype) for n, x in values.items()}, 4),
         "target_files": {name: sha256(data) for name, data in files.items()},
@@ -96,7 +105,7 @@ def _rows(rng: np.random.Generator, rows: int, mask: int) -> dict[str, np.ndarra
     return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": answers}
 
 
-def _features(rng, embedded, lm_head, counts, codec: str, precision: str) -> dict[str, Any]:
+def _features(rng, embedded, lm_head, counts, codec: str) -> dict[str, Any]:
     last = np.tanh(embedded)
     logits = last @ lm_head.T
     ids = np.sort(np.argsort(-counts, kind="stable")[:32]).astype(np.int32) if codec == "draft" else None
@@ -107,11 +116,6 @@ def _features(rng, embedded, lm_head, counts, codec: str, precision: str) -> dic
         "argmax": logits.argmax(-1).astype(np.int32),
         "logsumexp": np.log(np.exp(logits).sum(-1)).astype(np.float32),
     }
-    if precision == "float8_e4m3fn":
-        for name in ("aux", "last"):
-            scale = np.abs(found[f"{name}_hidden"]).max(-1) / 448
-            found[f"{name}_hidden"] = (found[f"{name}_hidden"] / scale[..., None]).astype(jnp.float8_e4m3fn)
-            found[f"{name}_scale"] = scale
     if codec == "topk":
         found["topk_ids"] = np.argsort(-logits, -1, kind="stable").astype(np.int32)
         found["topk_logits"] = np.take_along_axis(logits, found["topk_ids"], -1).astype(np.float16)

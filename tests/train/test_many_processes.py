@@ -27,7 +27,7 @@ print(found["steps_before"], found["steps"])
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("pod")
     return TrainConfig(
-        store=small_store.write_store(str(place / "store")),
+        store=small_store.write_store(str(place / "store"), precision="int8"),
         out=str(place / "alone"),
         steps=2,
         batch_rows=4,

@@ -229,11 +229,26 @@ def test_stored_logits_and_meshes_give_the_same_losses(config, whole, tmp_path, 
     np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=2e-4)
 
 
-def test_float8_features_train(config, whole, tmp_path):
-    url = small_store.write_store(str(tmp_path / "store"), precision="float8_e4m3fn")
+@pytest.mark.parametrize(("precision", "off"), [("float8_e4m3fn", 0.05), ("int8", 0.02)])
+def test_features_of_8_bits_train(config, whole, tmp_path, precision, off):
+    url = small_store.write_store(str(tmp_path / "store"), precision=precision)
     out = str(tmp_path / "out")
     run(replace(config, store=url, out=out, steps=2))
-    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=0.05)
+    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=off)
+
+
+def test_the_largest_logits_teach_and_measure_without_the_last_state(config, whole, tmp_path):
+    """Of all tokens, as many as the target has: then nothing is lost with the state."""
+    url = small_store.write_store(str(tmp_path / "store"), "topk", last_hidden=False)
+    assert "last_hidden" not in Store.open(url).features["arrays"]
+    out = str(tmp_path / "out")
+    run(replace(config, store=url, out=out, steps=3))
+    np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=2e-4)
+    head = f"{config.out}/best"
+    wanted = evaluate.run(EvaluateConfig(head, config.store))["head"]
+    got = evaluate.run(EvaluateConfig(head, url))["head"]
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-3, err_msg=name)
 
 
 def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):

@@ -13,7 +13,8 @@ from common.store import Store
 from tests.train import small_store
 from train import targets
 from train.order import level, listed, order, share_of
-from train.stream import Stream, View, Workload, teaching_arrays
+from train.stored import teaching_arrays
+from train.stream import Stream, View, Workload
 from train.targets import live_capacity, live_places
 
 STEPS = 3
@@ -75,12 +76,13 @@ def test_a_step_has_the_same_rows_whatever_the_number_of_shards(share):
         assert sorted(pairs[0]) == sorted(pairs[1]), "a row keeps its place in the epoch"
 
 
-def stream_of(store, rows, chips=1):
+def stream_of(store, rows, chips=1, aux_layers=None):
     mesh = make_mesh(chips)
     workload = Workload(store, store.split_rows("train"), STEPS)
     wanted = np.atleast_2d(rows)
     capacity = workload.capacity(wanted, mesh.size)
-    return Stream(store, mesh, [View(listed(wanted), workload, capacity, "recompute", np.arange(4))])
+    view = View(listed(wanted), workload, capacity, "recompute", np.arange(4), aux_layers)
+    return Stream(store, mesh, [view])
 
 
 def batches(stream):
@@ -185,6 +187,22 @@ def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
         "draft_logits",
     }
     assert {"last_hidden", "last_scale"} < set(teaching_arrays(small, "recompute"))
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_batches_have_the_states_of_8_bits_as_they_were(tmp_path, precision, dp):
+    """Next to the same rows in float32; empty rows are zeros. Some of the layers are taken too."""
+    exact = Store.open(small_store.write_store(str(tmp_path / "exact")))
+    small = Store.open(small_store.write_store(str(tmp_path / "small"), precision=precision))
+    wanted = np.array([[0, 4], [9, -1]])
+    found = [batches(stream_of(one, wanted, dp, (5, 2))) for one in (exact, small)]
+    for one, other in zip(*found, strict=True):
+        assert other.aux_hidden.dtype == other.last_hidden.dtype == "bfloat16"
+        for name in ("aux_hidden", "last_hidden"):
+            want, got = (np.asarray(getattr(x, name), np.float32) for x in (one, other))
+            assert np.abs(got - want).max() < np.abs(want).max() / (14 if precision != "int8" else 100)
+    assert not np.asarray(found[1][1].aux_hidden, np.float32)[1].any()
 
 
 def test_a_share_of_the_rows_keeps_their_order_and_smaller_shares_lie_in_larger_ones():

@@ -163,22 +163,6 @@ def test_stored_logits_teach_as_recomputed_ones(packed):
         np.testing.assert_allclose(others[name], gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_scaled_features_are_multiplied_back(packed):
-    rng = np.random.default_rng(1)
-    aux_scale, last_scale = (
-        rng.uniform(0.5, 2, packed.aux.shape[:3]),
-        rng.uniform(0.5, 2, packed.last.shape[:2]),
-    )
-    (total, _), _ = trained(
-        packed,
-        aux_hidden=f32(packed.aux / aux_scale[..., None]),
-        aux_scale=f32(aux_scale),
-        last_hidden=f32(packed.last / last_scale[..., None]),
-        last_scale=f32(last_scale),
-    )
-    np.testing.assert_allclose(total, packed.losses(STEPS).total, rtol=1e-5)
-
-
 @jax.jit
 def on_two_devices(params, frozen, batch, weights):
     """Every device's own (loss, sums), gradients, stacked."""

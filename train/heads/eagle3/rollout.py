@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from common.attention import KEPT, attend
-from common.codec import decode
 from common.layers import linear, rms_norm
 from train.batch import Batch, Frozen, Params, embeddings
 from train.heads.eagle3.block import (
@@ -66,7 +65,7 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     embedded = embeddings(frozen, batch).astype(dtype)
     token_nH, q = rms_norm(embedded, outside["token_norm"], c.rms_eps), c.num_heads * c.head_dim
     queries, keys = (linear(token_nH, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
-    aux = decode(batch.aux_hidden, batch.aux_scale).astype(dtype)
+    aux = batch.aux_hidden.astype(dtype)
     state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
     at = _places(c, batch, steps)
     first = _first_keys(c, layers, at, (queries, keys), state_nH)

@@ -1,0 +1,61 @@
+"""Which arrays of a store teach a head, and how they become states on the devices.
+
+They travel as they are stored, and are decoded once for all runs that take them.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.channels import decode_channels
+from common.codec import arrays_of, decode_states
+from common.errors import EyasError
+from common.store import Store
+
+
+def whole_teacher(store: Store) -> str:
+    """What tells most of the target: its states, or where they are left out the stored logits."""
+    return "recompute" if "last_hidden" in store.features["arrays"] else "stored"
+
+
+def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
+    """The feature arrays that a trainer reads. EyasError if the store has not what is to teach."""
+    features = store.features
+    states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
+    names = ("argmax", "logsumexp", *arrays_of(features["precision"], *states))
+    if teacher == "recompute":
+        if whole_teacher(store) != teacher:
+            raise EyasError(
+                f"{store.url} was dumped without last_hidden, which --teacher recompute needs; use --teacher "
+                "stored"
+            )
+        return names
+    codec = features["codec"]["name"]
+    if codec not in ("topk", "draft", "full"):
+        raise EyasError(
+            f"{store.url} has no logits to teach with (codec {codec}); use --teacher recompute, or dump with "
+            "--logits topk, draft or full"
+        )
+    return (*names, *(("topk_logits", "topk_ids") if codec == "topk" else (f"{codec}_logits",)))
+
+
+def channels_of(store: Store) -> dict[str, np.ndarray]:
+    """The float32 scales of the store's channels by the names of states; {} where it has none."""
+    features, hidden = store.features, store.features["target"]["hidden_size"]
+    shapes = {"aux_hidden": (len(features["aux_layers"]), hidden), "last_hidden": (hidden,)}
+    return decode_channels(features.get("channels", {}), shapes)
+
+
+def decoded(rows: Mapping[str, jax.Array], channels: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """What was read, with states of 8 bits in bfloat16, which rounds by far less than they do."""
+    states = {name: x for name, x in rows.items() if name.endswith(("_hidden", "_scale"))}
+    if states.keys().isdisjoint(("aux_scale", "last_scale")):
+        return dict(rows)
+    return {name: x for name, x in rows.items() if name not in states} | _widened(states, dict(channels))
+
+
+@jax.jit
+def _widened(states: dict[str, jax.Array], channels: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: x.astype(jnp.bfloat16) for name, x in decode_states(states, channels).items()}
