@@ -207,13 +207,15 @@ def _row_back(form: _Form, q_TNd, k_TJd, v_TJe, segments_T, lse_TN, g_TNe, shift
                 ds = ds * (1 - jnp.square(s / form.softcap))
             p, ds = p.astype(q.dtype), ds.astype(q.dtype)
             dq = dq + einsum("jrs,jsd->jrd", ds, k[j])
-            dk = dk.at[j].add(einsum("jrs,jrd->jsd", ds, q_JRd))
-            return dq, dk, dv.at[j].add(einsum("jrs,jre->jse", p, g_JRe))
+            dk = dk.at[j].add(einsum("jrd,jrs->jds", q_JRd, ds))
+            return dq, dk, dv.at[j].add(einsum("jre,jrs->jes", g_JRe, p))
 
         dq, *carry = jax.lax.fori_loop(first[i], i + 1, of_keys, (jnp.zeros_like(q_JRd, jnp.float32), *carry))
         return tuple(carry), dq.astype(q.dtype)
 
-    zeros = tuple(jnp.zeros_like(x, jnp.float32) for x in (k, v))
+    # Of two ways to sum over queries, XLA for CPU is twice as fast with the larger dimension last.
+    zeros = tuple(jnp.zeros_like(x.mT, jnp.float32) for x in (k, v))
     numbered = jnp.arange(len(q), dtype=jnp.int32), q, g, lse, shift
     (dk, dv), dq = jax.lax.scan(of_queries, zeros, numbered)
-    return _from_blocks(dq, T), _from_blocks(dk, T).astype(k.dtype), _from_blocks(dv, T).astype(v.dtype)
+    dk, dv = (_from_blocks(x.mT.astype(k.dtype), T) for x in (dk, dv))
+    return _from_blocks(dq, T), dk, dv

@@ -2,7 +2,7 @@
 
 A loss (train/losses.py) is one function of a chunk's logits and its teacher; its derivative is `jax.vjp`'s,
 taken while the chunk's logits are there. The teacher of a target is computed once for all K steps. So the
-largest array is [c, K, D], never [B, T, D] of any kind.
+largest array is [K, c, D], never [B, T, D] of any kind.
 
 Dimensions: M targets, c a chunk of them, K TTT steps, H hidden size, D draft vocabulary.
 """
@@ -33,13 +33,21 @@ class Teacher(NamedTuple):
     top_index_Mk: jax.Array | None = None  # int32 draft index; -1 if the draft lacks it
 
 
-def is_right(logits_cKD: jax.Array, argmax_c: jax.Array) -> jax.Array:
-    """bool [c, K]: the head's argmax, the first of equals, is the target's. Never where that is -1 or NaN."""
-    place_D = jnp.arange(logits_cKD.shape[-1], dtype=jnp.int32)[None, None]
-    argmax_c11 = argmax_c[:, None, None]
-    its = jnp.where(place_D == argmax_c11, logits_cKD, 0.0).sum(-1, keepdims=True)
-    loses = (logits_cKD < its) | ((logits_cKD == its) & (place_D >= argmax_c11))
-    return loses.all(-1) & (argmax_c[:, None] >= 0)
+def is_right(logits_KcD: jax.Array, argmax_c: jax.Array) -> jax.Array:
+    """bool [K, c]: the head's argmax, the first of equals, is the target's. Never where that is -1 or NaN."""
+    argmax_1c1 = argmax_c[None, :, None]
+    place_D = jnp.arange(logits_KcD.shape[-1], dtype=jnp.int32)[None, None]
+
+    def summed(logits_KcD: jax.Array, argmax_1c1: jax.Array) -> jax.Array:
+        return jnp.where(place_D == argmax_1c1, logits_KcD, 0.0).sum(-1, keepdims=True)
+
+    def gathered(logits_KcD: jax.Array, argmax_1c1: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits_KcD, argmax_1c1, -1, mode="clip")
+
+    # What a TPU sums while it has the logits at hand costs CPUs two more passes over them.
+    its_Kc1 = jax.lax.platform_dependent(logits_KcD, argmax_1c1, tpu=summed, default=gathered)
+    loses = (logits_KcD < its_Kc1) | ((logits_KcD == its_Kc1) & (place_D >= argmax_1c1))
+    return loses.all(-1) & (argmax_c[None] >= 0)
 
 
 class Reads(NamedTuple):
@@ -58,45 +66,44 @@ class Scores(NamedTuple):
     drawn: jax.Array  # the same, given that the target drew what the text says; 0 where no text is given
 
 
-def _taught(teacher: Teacher, start: jax.Array, logits_cKD: jax.Array) -> Taught:
+def _taught(teacher: Teacher, start: jax.Array, logits_KcD: jax.Array) -> Taught:
     """The teacher of the chunk at `start`, beside the head's logits there."""
 
     def part(x):
-        return jax.lax.dynamic_slice_in_dim(x, start, len(logits_cKD))
+        return jax.lax.dynamic_slice_in_dim(x, start, logits_KcD.shape[1])
 
     logsumexp_c = part(teacher.logsumexp_M)
     if teacher.top_Mk is not None:
-        t_cKD = _filled_up(part(teacher.top_Mk), part(teacher.top_index_Mk), logsumexp_c, logits_cKD)
+        t_KcD = _filled_up(part(teacher.top_Mk), part(teacher.top_index_Mk), logsumexp_c, logits_KcD)
     elif teacher.logits_MD is None:
-        t_cKD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)[:, None]
+        t_KcD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)[None]
     else:
-        t_cKD = part(teacher.logits_MD).astype(jnp.float32)[:, None]
-    lse_cK = jax.nn.logsumexp(t_cKD, axis=-1)
+        t_KcD = part(teacher.logits_MD).astype(jnp.float32)[None]
+    lse_Kc = jax.nn.logsumexp(t_KcD, axis=-1)
     # The logsumexp is of exact states, the logits may be of rounded ones, whose mass can exceed 1.
-    mass_c = jnp.minimum(jnp.exp(lse_cK[:, 0] - logsumexp_c), 1.0)
-    return Taught(t_cKD - lse_cK[..., None], mass_c, part(teacher.argmax_M))
+    mass_c = jnp.minimum(jnp.exp(lse_Kc[0] - logsumexp_c), 1.0)
+    return Taught(t_KcD - lse_Kc[..., None], mass_c, part(teacher.argmax_M))
 
 
 def _filled_up(
-    top_ck: jax.Array, index_ck: jax.Array, logsumexp_c: jax.Array, logits_cKD: jax.Array
+    top_ck: jax.Array, index_ck: jax.Array, logsumexp_c: jax.Array, logits_KcD: jax.Array
 ) -> jax.Array:
-    """Logits [c, K, D] of a target of which k are known; the rest of its mass is the draft's other tokens'.
+    """Logits [K, c, D] of a target of which k are known; the rest of its mass is the draft's other tokens'.
 
     It is divided as the head itself divides it, for the teacher says nothing about them. So a loss's
     gradient is that of all of the others taken as one token, whose probability is the rest.
     """
-    c, _, D = logits_cKD.shape
+    _, c, D = logits_KcD.shape
     top_ck = top_ck.astype(jnp.float32)
     rest_c = jnp.maximum(1 - jnp.exp(top_ck - logsumexp_c[:, None]).sum(-1), _LEAST_REST)
     row_c1 = jnp.arange(c, dtype=jnp.int32)[:, None]
     place_ck = jnp.where(index_ck < 0, D, index_ck)
     known_cD = jnp.full((c, D), -jnp.inf).at[row_c1, place_ck].set(top_ck, mode="drop")
-    is_known_cKD = jnp.isfinite(known_cD)[:, None]
-    others_cKD = jnp.where(is_known_cKD, -jnp.inf, logits_cKD)
-    share_cKD = others_cKD - jax.nn.logsumexp(others_cKD, axis=-1, keepdims=True)
-    return jnp.where(
-        is_known_cKD, known_cD[:, None], share_cKD + (jnp.log(rest_c) + logsumexp_c)[:, None, None]
-    )
+    is_known_1cD = jnp.isfinite(known_cD)[None]
+    others_KcD = jnp.where(is_known_1cD, -jnp.inf, logits_KcD)
+    share_KcD = others_KcD - jax.nn.logsumexp(others_KcD, axis=-1, keepdims=True)
+    rest_1c1 = (jnp.log(rest_c) + logsumexp_c)[None, :, None]
+    return jnp.where(is_known_1cD, known_cD[None], share_KcD + rest_1c1)
 
 
 def chunk_size(M: int, dtype: Any) -> int:
@@ -124,7 +131,8 @@ def _read(z_PH: jax.Array, reads: Reads, start: jax.Array, chunk: int) -> jax.Ar
 
 
 def _put(whole: Any, part: Any, start: jax.Array) -> Any:
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), whole, part)
+    """The arrays [M, K] with those of a chunk [K, c] in their places."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.T, start, 0), whole, part)
 
 
 def score(
@@ -142,14 +150,14 @@ def score(
 
     def step(number, scores):
         start = number * chunk
-        l_cKD = einsum("kch,dh->kcd", _read(z_PH, reads, start, chunk), lm_head_DH).swapaxes(0, 1)
-        taught = _taught(teacher, start, l_cKD)
-        right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
-        drawn_cK = jnp.zeros_like(right_cK)
+        l_KcD = einsum("kch,dh->kcd", _read(z_PH, reads, start, chunk), lm_head_DH)
+        taught = _taught(teacher, start, l_KcD)
+        right_Kc = is_right(l_KcD, taught.argmax_c).astype(jnp.float32)
+        drawn_Kc = jnp.zeros_like(right_Kc)
         if text_M is not None:
             text_c = jax.lax.dynamic_slice_in_dim(text_M, start, chunk)
-            drawn_cK = acceptance_of(l_cKD, taught, text_c)
-        new = Scores(cross_entropy(l_cKD, taught), right_cK, acceptance(l_cKD, taught), drawn_cK)
+            drawn_Kc = acceptance_of(l_KcD, taught, text_c)
+        new = Scores(cross_entropy(l_KcD, taught), right_Kc, acceptance(l_KcD, taught), drawn_Kc)
         return _put(scores, new, start)
 
     zeros = Scores(*(jnp.zeros((M, K), jnp.float32) for _ in Scores._fields))
@@ -179,23 +187,22 @@ def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, coun
 
     # What is large has the steps first: TPUs hold the last two dimensions in tiles of 8 x 128.
     def step(number, carry):
-        total, by_target, dz_KMH, dw_DH = carry
+        total, by_target, dz_KMH, dw_HD = carry
         start = number * chunk
         z_KcH = _read(z_PH, reads, start, chunk)
-        weight_cK = jax.lax.dynamic_slice_in_dim(weight_MK, start, chunk)
-        l_cKD = einsum("kch,dh->kcd", z_KcH, lm_head_DH).swapaxes(0, 1)
-        taught = _taught(teacher, start, l_cKD)
-        loss_cK, pull = jax.vjp(lambda logits: loss(logits, taught), l_cKD)
-        (d_cKD,) = pull(weight_cK)
-        d_KcD = d_cKD.swapaxes(0, 1).astype(z_KcH.dtype)
-        right_cK = is_right(l_cKD, taught.argmax_c).astype(jnp.float32)
-        rows = K * chunk  # one dimension: XLA for CPU sums over two more slowly
+        weight_Kc = jax.lax.dynamic_slice_in_dim(weight_MK, start, chunk).T
+        l_KcD = einsum("kch,dh->kcd", z_KcH, lm_head_DH)
+        taught = _taught(teacher, start, l_KcD)
+        loss_Kc, pull = jax.vjp(lambda logits: loss(logits, taught), l_KcD)
+        d_KcD = pull(weight_Kc)[0].astype(z_KcH.dtype)
+        right_Kc = is_right(l_KcD, taught.argmax_c).astype(jnp.float32)
         dz_KcH = einsum("kcd,dh->kch", d_KcD, lm_head_DH).astype(z_KcH.dtype)
+        rows = K * chunk  # one dimension: XLA for CPU sums over two more slowly, as it does with D first
         return (
-            total + (loss_cK * weight_cK).sum(),
-            _put(by_target, (loss_cK, right_cK), start),
+            total + (loss_Kc * weight_Kc).sum(),
+            _put(by_target, (loss_Kc, right_Kc), start),
             jax.lax.dynamic_update_slice_in_dim(dz_KMH, dz_KcH, start, 1),
-            dw_DH + einsum("rd,rh->dh", d_KcD.reshape(rows, -1), z_KcH.reshape(rows, -1)),
+            dw_HD + einsum("rh,rd->hd", z_KcH.reshape(rows, -1), d_KcD.reshape(rows, -1)),
         )
 
     zero_MK = jnp.zeros(weight_MK.shape, jnp.float32)
@@ -203,10 +210,10 @@ def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, coun
         jnp.float32(0),
         (zero_MK, zero_MK),
         jnp.zeros((K, M, H), z_KCH.dtype),
-        jnp.zeros(lm_head_DH.shape, jnp.float32),
+        jnp.zeros(lm_head_DH.T.shape, jnp.float32),
     )
-    total, by_target, dz, dw = jax.lax.fori_loop(0, _chunks(M, count, chunk), step, carry)
-    return (total, *by_target), (dz, dw.astype(lm_head_DH.dtype), reads)
+    total, by_target, dz, dw_HD = jax.lax.fori_loop(0, _chunks(M, count, chunk), step, carry)
+    return (total, *by_target), (dz, dw_HD.astype(lm_head_DH.dtype).T, reads)
 
 
 def _pull_back(loss, saved, cotangents):

@@ -45,9 +45,9 @@ def made(seed=0, rounding=0.0):
 
 
 def test_the_first_of_equal_logits_is_the_heads_choice():
-    logits = jnp.zeros((4, 1, D)).at[3].set(jnp.nan)
+    logits = jnp.zeros((1, 4, D)).at[0, 3].set(jnp.nan)
     right = is_right(logits, jnp.asarray([0, 1, -1, 0], jnp.int32))
-    np.testing.assert_array_equal(right[:, 0], [True, False, False, False])
+    np.testing.assert_array_equal(right[0], [True, False, False, False])
     one = jnp.asarray([[[1.0, 3.0, 2.0, 3.0]]])
     assert [bool(is_right(one, jnp.asarray([v], jnp.int32))[0, 0]) for v in range(4)] == [0, 1, 0, 0]
 
@@ -142,9 +142,9 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(name):
         return total(fn, z, w, weight, taught, jnp.int32(COUNT))
 
     def at_once(z, w):
-        logp = jax.nn.log_softmax(taught.logits_MD, -1)[:, None]
-        per = fn(einsum("mkh,dh->mkd", z, w), Taught(logp, jnp.ones(M), taught.argmax_M))
-        return (per * weight).sum()
+        logp = jax.nn.log_softmax(taught.logits_MD, -1)[None]
+        per = fn(einsum("mkh,dh->kmd", z, w), Taught(logp, jnp.ones(M), taught.argmax_M))
+        return (per.T * weight).sum()
 
     for found, expected in zip(
         jax.tree.leaves(jax.value_and_grad(in_chunks, (0, 1))(z, w)),

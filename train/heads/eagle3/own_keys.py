@@ -49,33 +49,32 @@ def _best(plain, kernel, scale, *given):
 def _read(scale, base_CNd, lse_CN, q_CNd, own, k):
     first, others = _shares(scale, lse_CN, q_CNd, own, k)
     out = _grouped(base_CNd, own).astype(jnp.float32) * first[..., None]
-    return _added(out, others, own[1]).reshape(base_CNd.shape).astype(base_CNd.dtype)
+    out = jax.lax.fori_loop(1, k + 1, lambda i, out: out + _weighted(others[i], own[1][i]), out)
+    return out.reshape(base_CNd.shape).astype(base_CNd.dtype)
 
 
 def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
     """The cotangents of `base`, `lse`, `q` and `own`."""
     base, q, g = (_grouped(x, own) for x in (base_CNd, q_CNd, g_CNd))
     first, others = _shares(scale, lse_CN, q_CNd, own, k)
-    wide = g.astype(jnp.float32)
-    of_first = (wide * base.astype(jnp.float32)).sum(-1)
-    of_others = jax.lax.map(partial(_products, g), own[1])
+    of_first = einsum("cjgd,cjgd->cjg", g, base)
+    of_others = _products(g, own[1], k, 0.0)
     mean = first * of_first + (others * of_others).sum(0)
     d_lse = (first * (of_first - mean)).reshape(lse_CN.shape)
     ds = (others * (of_others - mean[None]) * scale).astype(q.dtype)
     others = others.astype(g.dtype)
-    dq = _added(jnp.zeros(q.shape, jnp.float32), ds, own[0])
+
+    zero = jnp.zeros(q.shape, jnp.float32)
+    dq = jax.lax.fori_loop(1, k + 1, lambda i, dq: dq + _weighted(ds[i], own[0][i]), zero)
     dk = jnp.stack([_sums(s, q) for s in ds])
     dv = jnp.stack([_sums(p, g) for p in others])
-    d_base = (wide * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
+    d_base = (g.astype(jnp.float32) * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
     return d_base, d_lse, dq.reshape(q_CNd.shape).astype(q_CNd.dtype), (dk, dv)
 
 
 def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Array]:
     """(p of what is summed up [C, J, G], p of the own keys [K, C, J, G])."""
-    q = _grouped(q_CNd, own)
-    s = jax.lax.map(partial(_products, q), own[0]) * scale
-    step = jnp.arange(len(s), dtype=jnp.int32)[:, None, None, None]
-    s = jnp.where((step > 0) & (step <= k), s, -jnp.inf)
+    s = _products(_grouped(q_CNd, own), own[0], k, -jnp.inf) * scale
     lse = _grouped(lse_CN, own)
     top = jnp.maximum(lse, s.max(0))
     first, others = jnp.exp(lse - top), jnp.exp(s - top[None])
@@ -83,23 +82,28 @@ def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Ar
     return first / total, others / total[None]
 
 
+def _products(x_CJGd: jax.Array, own_KCJd: jax.Array, k: jax.Array, otherwise: float) -> jax.Array:
+    """float32 [K, C, J, G], of steps 1..k; step by step, or all would be copied at once."""
+
+    def of_step(i: jax.Array, found_KCJG: jax.Array) -> jax.Array:
+        return _set(found_KCJG, i, einsum("cjgd,cjd->cjg", x_CJGd, own_KCJd[i]))
+
+    return jax.lax.fori_loop(
+        1, k + 1, of_step, jnp.full((len(own_KCJd), *x_CJGd.shape[:3]), otherwise, jnp.float32)
+    )
+
+
+def _set(x_K: jax.Array, i: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x_K, x, i, 0)
+
+
 def _grouped(x_CNd: jax.Array, own: KeysValues) -> jax.Array:
     """[C, N, ...] -> [C, J, G, ...]: the heads that share keys beside each other."""
     return x_CNd.reshape(x_CNd.shape[0], own[0].shape[2], -1, *x_CNd.shape[2:])
 
 
-def _added(to_CJGd: jax.Array, shares_KCJG: jax.Array, own_KCJd: jax.Array) -> jax.Array:
-    """`to` and the sum of what is own by its shares; step by step, or all would be copied at once."""
-
-    def add(to_CJGd: jax.Array, of_step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        share, x = of_step
-        return to_CJGd + share.astype(jnp.float32)[..., None] * x[:, :, None].astype(jnp.float32), None
-
-    return jax.lax.scan(add, to_CJGd, (shares_KCJG, own_KCJd))[0]
-
-
-def _products(x_CJGd: jax.Array, own_CJd: jax.Array) -> jax.Array:
-    return einsum("cjgd,cjd->cjg", x_CJGd, own_CJd)
+def _weighted(share_CJG: jax.Array, own_CJd: jax.Array) -> jax.Array:
+    return share_CJG.astype(jnp.float32)[..., None] * own_CJd[:, :, None].astype(jnp.float32)
 
 
 def _sums(share_CJG: jax.Array, x_CJGd: jax.Array) -> jax.Array:
