@@ -19,10 +19,10 @@ CHIP ?= $(if $(wildcard /dev/accel0 /dev/vfio/0),tpu,$(if $(wildcard /dev/nvidia
 EYAS = .venv/bin/eyas
 READY = .venv/ready
 
-.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval speculate export serve-check bench targets lint lock clean
+.PHONY: help demo test test-slow regenerate prepare dump train sweep compare report eval speculate export serve-check bench bench-codecs targets lint lock clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  MODEL=$(MODEL) DATA=$(DATA) STORE=$(STORE) EXP=$(EXP) HEAD=$(HEAD) RUNS=$(RUNS) SWEEP=$(SWEEP)"
 	@echo "  ARGS=\"--option value\" passes options on; .venv/bin/eyas VERB --help lists them."
@@ -73,6 +73,9 @@ serve-check: $(READY) ## HEAD in a real vLLM on this CPU (set up once, 6 GB), be
 
 bench: $(READY) ## speed and memory figures -> runs/bench.json
 	@$(EYAS) bench $(ARGS)
+
+bench-codecs: $(READY) ## ways of storing: acceptance against bytes a token -> runs/codecs/table.md
+	@$(EYAS) bench-codecs --model $(MODEL) $(foreach d,$(DATA),--data '$(d)') $(ARGS)
 
 targets: $(READY) ## the supported families and recipes
 	@$(EYAS) targets $(ARGS)

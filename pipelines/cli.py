@@ -64,6 +64,6 @@ for _verb in (
     *(heads.train, heads.sweep, heads.evaluate, heads.speculate, heads.export),
     *(runs.compare, runs.report),
     *(servers.serve_check, servers.bench_server),
-    *(whole.demo, whole.bench, whole.targets),
+    *(whole.demo, whole.bench, whole.bench_codecs, whole.targets),
 ):
     main.add_command(_verb)

@@ -1,9 +1,13 @@
 """Eyas as a whole: demo, bench, targets."""
 
+from typing import Any
+
 import click
 
 from pipelines import recipes
-from pipelines.verbs.shared import show
+from pipelines.codecs.config import CodecsConfig
+from pipelines.options import options
+from pipelines.verbs.shared import configure, data_option, fetch, model_option, show
 
 
 @click.command()
@@ -24,6 +28,25 @@ def bench(cache: str, out: str) -> None:
     from pipelines import bench as stage
 
     show(stage.run(out, cache))
+
+
+@click.command("bench-codecs")
+@data_option
+@model_option
+@click.option(
+    "--out", default="runs/codecs", show_default=True, help="The folder of stores, heads and table.md."
+)
+@options(CodecsConfig)
+@click.pass_obj
+def bench_codecs(cache: str, data: tuple[str, ...], model: str, out: str, **given: Any) -> None:
+    """Compares ways of storing: the acceptance that heads reach against the bytes a token.
+
+    Example: eyas bench-codecs --data answers.jsonl --no-answer --conversations 2000 --epochs 3
+    """
+    from pipelines.codecs import compare as stage
+
+    place = {"model": model, "data": data or (recipes.EMBEDDED,), "out": out}
+    click.echo(stage.run(fetch(configure(CodecsConfig, None, "", given | place), cache)))
 
 
 @click.command()
