@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 PLACE = ["--model", "model", "--store", "store"]
-DUMP = ["dump", *PLACE, "--block-rows", "4"]
+DUMP = ["dump", *PLACE, "--block-rows", "4", "--precision", "int8"]
 PREPARE = ["prepare", "--model", "model", "--store", "new", "--data", "chats.jsonl"]
 PREPARE += ["--length", "128", "--holdout", "0.3"]
 TRAINED = ["train", *PLACE, "--out", "run", *TRAIN]

@@ -51,7 +51,7 @@ class World:
         (root / "chats.jsonl").write_text("".join(lines[:12]))
         place = ("--model", "model", "--store", "store")
         self.do("prepare", *place, "--data", "chats.jsonl", "--length", "128", "--holdout", "0.3")
-        self.do("dump", *place, "--block-rows", "4")
+        self.do("dump", *place, "--block-rows", "4", "--precision", "int8")
         self.do("train", *place, "--out", "run", *TRAIN)
 
     def do(self, *arguments: str) -> None:
