@@ -120,10 +120,17 @@ class Reading:
     order), again and again. All orders have the same rows at the same places; none is read twice for one."""
 
     def __init__(self, orders: Sequence[Order], first: Sequence[int]):
-        self._first = first
-        left = [Order(*(x[start:] for x in one)) for one, start in zip(orders, first, strict=True)]
-        read = _reading(left)
-        self._rows, self._located = read.rows, [_locate(read, one) for one in left]
+        alike: list[tuple[int, Order, list[int]]] = []  # (first step, what is left, whose it is)
+        for number, (one, start) in enumerate(zip(orders, first, strict=True)):
+            left = Order(*(x[start:] for x in one))
+            known = (whose for at, other, whose in alike if at == start and _same(other, left))
+            if (whose := next(known, None)) is None:
+                alike.append((start, left, [number]))
+            else:
+                whose.append(number)
+        read = _reading([left for _, left, _ in alike])
+        self._rows = read.rows
+        self._located = [(start, whose, *_locate(read, left)) for start, left, whose in alike]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,13 +139,19 @@ class Reading:
         at = [0] * len(self._located)
         for t, rows in enumerate(self._rows):
             parts = []
-            for number, (batch, row) in enumerate(self._located):
-                while at[number] < len(batch) and batch[at[number]].min() <= t:
-                    parts.append(_part(number, self._first[number], at[number], t, batch, row))
-                    if not parts[-1].complete:
+            for group, (first, whose, batch, row) in enumerate(self._located):
+                while at[group] < len(batch) and batch[at[group]].min() <= t:
+                    part = _part(first, at[group], t, batch, row)
+                    parts.extend(part._replace(order=number) for number in whose)
+                    if not part.complete:
                         break
-                    at[number] += 1
-            yield rows, parts
+                    at[group] += 1
+            yield rows, sorted(parts, key=lambda part: part.order)
+
+
+def _same(one: Order, other: Order) -> bool:
+    """Whether the rows are the same; what lies at a place is the same for all orders."""
+    return one.places is other.places or np.array_equal(one.places, other.places)
 
 
 def _reading(left: Sequence[Order]) -> Order:
@@ -163,10 +176,11 @@ def _locate(read: Order, wanted: Order) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(found, read.rows.shape[1])
 
 
-def _part(number: int, first: int, step: int, t: int, batch: np.ndarray, row: np.ndarray) -> Part:
+def _part(first: int, step: int, t: int, batch: np.ndarray, row: np.ndarray) -> Part:
+    """The part, of no order yet."""
     B = batch.shape[1]
     (here,) = np.nonzero(batch[step] == t)
     slots = np.full(B, B, np.int32)
     slots[row[step][here]] = here
     whole = bool((slots == np.arange(B)).all())
-    return Part(number, first + step, slots, whole, bool((batch[step] <= t).all()))
+    return Part(-1, first + step, slots, whole, bool((batch[step] <= t).all()))

@@ -120,8 +120,11 @@ class Stream:
     def __init__(self, store: Store, mesh: Mesh, views: Sequence[View], memory: float = MEMORY):
         """What is read ahead takes `memory` GiB of this host at most. EyasError if that is too little."""
         self._store, self._views, self._rows = store, views, Rows(mesh)
-        arrays = [name for view in views for name in teaching_arrays(store, view.teacher)]
-        self._names = tuple(dict.fromkeys((*_INPUTS, *arrays)))
+        taught = {view.teacher: teaching_arrays(store, view.teacher) for view in views}
+        self._names = tuple(dict.fromkeys((*_INPUTS, *(name for names in taught.values() for name in names))))
+        self._shown = {
+            teacher: {*_INPUTS, *names, "row"} & {*Batch._fields} for teacher, names in taught.items()
+        }
         by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
         self._vocabularies = {_vocabulary(view): view.draft_ids for view in by_vocabulary}
         self._channels = channels_of(store)
@@ -187,13 +190,15 @@ class Stream:
     def _deal(self, parts: list[Part], read: _Read, pending: dict[int, Batch]) -> list[tuple[int, Batch]]:
         """The batches that are complete; `pending` keeps those of which rows are to come."""
         dealt, arrays = [], decoded(read.rows, self._channels)
+        chosen = {}  # aux states, which views with the same layers share
         for part, counts in zip(parts, read.counts, strict=True):
             view = self._views[part.order]
-            names = {name for name in teaching_arrays(self._store, view.teacher) if name in Batch._fields}
-            rows = {name: x for name, x in arrays.items() if name in {*_INPUTS, *names, "row"}}
+            rows = {name: x for name, x in arrays.items() if name in self._shown[view.teacher]}
             if view.teacher == "stored" and read.drafts:
                 rows["draft_logits"] = read.drafts[_vocabulary(view)]
-            rows["aux_hidden"] = _chosen(rows["aux_hidden"], self._places(view))
+            if (places := self._places(view)) not in chosen:
+                chosen[places] = _chosen(rows["aux_hidden"], places)
+            rows["aux_hidden"] = chosen[places]
             batch = Batch(**dict.fromkeys(Batch._fields) | rows)
             if not part.whole:
                 batch = _fill(pending.pop(part.order, None) or _empty(batch), batch, part.slots)
@@ -225,29 +230,38 @@ class Stream:
 
     def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """What of each complete batch counts; `masks` are those of the rows that were just read."""
-        known: dict[Hashable, dict[str, np.ndarray]] = {}  # of the batch that was read, which many may have
+        known: dict[Hashable, np.ndarray] = {}  # of the batch that was read, which many may have
         found = []
         for part in parts:
             view = self._views[part.order]
-            alike = id(view.workload), view.capacity, view.parts
             if not part.complete:
                 found.append({})
             elif part.whole:
-                if alike not in known:
-                    known[alike] = self._counts(view, masks)
-                found.append(known[alike])
+                found.append(self._counts(view, masks, known))
             else:
                 own = self._rows.own(view.order.rows[part.step])
-                found.append(self._counts(view, self._read(own, _MASKING)))
+                found.append(self._counts(view, self._read(own, _MASKING), {}))
         return found
 
-    def _counts(self, view: View, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        live, targets = view.workload.masks(masks["segment_ids"], masks["loss_mask"])
-        shards = self._rows.chips * view.parts
+    def _counts(
+        self, view: View, masks: dict[str, np.ndarray], known: dict[Hashable, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Of a batch with these masks; `known` keeps each array by what it depends on."""
+        shards, room = self._rows.chips * view.parts, view.capacity
+        kind = view.workload.compat, view.workload.ttt_steps
+
+        def once(key: Hashable, make: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+            if key not in known:
+                known[key] = make(*given)
+            return known[key]
+
+        segments = masks["segment_ids"]
+        targets = once(kind[:1], counted_targets, segments, masks["loss_mask"], kind[0])
+        live = once(kind, live_queries, segments, targets, kind[1])
         return {
-            "live": live_places(live, shards, view.capacity.live),
-            "targets": compact(targets, shards, view.capacity.targets),
-            "count": targets.reshape(shards, -1).sum(1).astype(np.int32),
+            "live": once((*kind, shards, room.live), live_places, live, shards, room.live),
+            "targets": once((kind[0], shards, room.targets, "at"), compact, targets, shards, room.targets),
+            "count": once((kind[0], shards, "count"), _summed, targets, shards),
         }
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
@@ -259,6 +273,11 @@ class Stream:
                 found[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
                 found[name][real] = values
         return found
+
+
+def _summed(targets_BT: np.ndarray, shards: int) -> np.ndarray:
+    """int32 [shards]: how many targets each has."""
+    return targets_BT.reshape(shards, -1).sum(1).astype(np.int32)
 
 
 def _shared(tree: Any) -> Any:

@@ -95,8 +95,13 @@ def test_what_heads_have_in_common_is_on_the_devices_once(store):
     for steps in (2, 2, 3):
         workload = Workload(store, store.split_rows("train"), steps)
         room = dataclasses.replace(workload.capacity(wanted.rows, 1), targets=256)
-        views.append(View(wanted, workload, room, "recompute", np.arange(4 + len(views))))
-    ((_, first), (_, second), (_, third)) = next(Stream(store, make_mesh(), views).batches())
+        layers = tuple(store.features["aux_layers"][1:])
+        views.append(View(wanted, workload, room, "recompute", np.arange(4 + len(views)), layers))
+    stream = Stream(store, make_mesh(), views)
+    ((_, parts),) = stream.reading()
+    assert parts[0].slots is parts[1].slots is parts[2].slots  # looked for once
+    ((_, first), (_, second), (_, third)) = next(stream.batches())
+    assert first.aux_hidden.shape[2] == len(layers)
     for name in ("aux_hidden", "tokens", "targets", "count"):
         assert getattr(first, name) is getattr(second, name) is getattr(third, name), name
     assert first.live is second.live
