@@ -27,6 +27,7 @@ from train.batch import Batch
 # with room for 0.5 0.73, for 0.875 0.97; for 0.94 it is 0.98, and single steps differ by as much.
 DENSE = 0.9
 CHUNK = 128  # capacities are multiples of this: a matmul's tile
+MOST = 16  # chunks that the loss takes at once at most
 
 
 def ahead(step: Any) -> Any:
@@ -81,15 +82,17 @@ def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) ->
 
 
 def round_up(count: int) -> int:
-    """The smallest multiple of CHUNK that holds `count`, at least one; of 4 CHUNK where that adds 6% at most,
-    so that the loss can take as many at once."""
-    step = CHUNK if count <= 64 * CHUNK else 4 * CHUNK
-    return max(1, -(-count // step)) * step
+    """Room for `count` targets: the next multiple of CHUNK, at least one, that divides into parts of half of
+    MOST chunks at least, so that the loss can take so many at once."""
+    chunks = max(1, -(-count // CHUNK))
+    while chunks > MOST and all(chunks % n for n in range(MOST // 2, MOST + 1)):
+        chunks += 1
+    return chunks * CHUNK
 
 
 def live_capacity(count: int, positions: int) -> int:
     """Room for `count` live indices of a shard: all of its positions where most are live."""
-    room = round_up(count)
+    room = max(1, -(-count // CHUNK)) * CHUNK
     return positions if room > DENSE * positions else room
 
 

@@ -99,9 +99,8 @@ def expected(recipe: str, length: int = 2048, rows: int = 4) -> dict[str, float]
     """What the compiler expects of a recipe's step: seconds, the share of the peak, and GiB of a chip."""
     compiled, _, head, config = compile_step(recipe, length, rows)
     chip, K, n = CHIPS[recipes.load(recipe).train_slice.split("-")[0]], config.ttt_steps, rows * length
-    done = work(
-        compiled.as_text(), trips=n // chunk_size(n, jnp.bfloat16)
-    )  # the loss's loop is the only one without a length
+    chunk = chunk_size(n, K * head.draft_vocab_size, jnp.bfloat16)
+    done = work(compiled.as_text(), trips=n // chunk)  # the loss's loop is the only one without a length
     pairs = n * (length + BLOCK) / 2  # blocks on the diagonal are computed whole
     attention = 2.0 * K * pairs * head.num_heads * head.head_dim * (2 + 7)
     needed = least_flops(head, n, n, n, K * n, n * (length + 1) / 2, K) / chip.flops

@@ -147,7 +147,7 @@ def matmul_flops(problem: Problem, compiled: Any) -> float:
     know: over the blocks of keys that a block of queries sees, and over the targets that there are."""
     blocks = -(-problem.size.length // attention.BLOCK)
     targets = len(problem.batch.targets)
-    chunks = targets / chunk_size(targets, jnp.float32)
+    chunks = targets / chunk_size(targets, problem.size.steps * problem.size.draft, jnp.float32)
 
     def runs(found: Matmul) -> float:
         if not found.unknown:

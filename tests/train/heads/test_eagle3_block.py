@@ -21,7 +21,7 @@ def test_two_steps_of_the_block_are_the_references():
     p = problem().document(1, 5)
     c, T = p.config, p.tokens.shape[1]
     before, w = weights(c, parameters_of(p), jnp.float32)
-    positions = jnp.asarray(p.positions[0])
+    positions = jnp.asarray(p.positions[:1])
     embedded = rms_norm(f32(p.embed[p.tokens[0]]), before["token_norm"], c.rms_eps)
     token_TX = linear(embedded, before["qkv"])
     state = fused(c, before, f32(p.aux[0]))
@@ -29,7 +29,7 @@ def test_two_steps_of_the_block_are_the_references():
     own: list = []
     expected = p.logits(2)
 
-    def read(q):
+    def read(q_1TNd):
         first, *later = own
         keys, values = (
             jnp.concatenate(
@@ -37,14 +37,16 @@ def test_two_steps_of_the_block_are_the_references():
             )
             for n in (0, 1)
         )
-        return attend(q, keys, values, np.pad(causal, ((0, 0), (0, len(later))), constant_values=True))
+        seen = np.pad(causal, ((0, 0), (0, len(later))), constant_values=True)
+        return attend(q_1TNd[0], keys, values, seen).reshape(T, -1)
 
     for step in range(2):
         token = jnp.roll(token_TX, -1 - step, 0)
         width = c.num_heads * c.head_dim
         turned = turns(c, positions + step)
         made = keys_values(c, w, token[:, width:], state, turned)
-        own.append([jnp.repeat(x, c.num_heads // c.num_kv_heads, 1) for x in made])
+        heads = (x.reshape(T, c.num_kv_heads, -1) for x in made)
+        own.append([jnp.repeat(x, c.num_heads // c.num_kv_heads, 1) for x in heads])
         state = block(c, w, token[:, :width], state, turned, read)
         logits = linear(rms_norm(state, before["norm"], c.rms_eps), f32(p.params["lm_head.weight"]))
         inside = T - 1 - step  # whose token is in the document; they see no index behind them

@@ -27,7 +27,12 @@ def joined(q_CNd, first, own, k):
     keys, values = (jnp.repeat(x, N // J, 0) for x in first)
     s = jnp.einsum("cnd,nsd->cns", q_CNd, keys) * SCALE
     base = jnp.einsum("cns,nsd->cnd", jax.nn.softmax(s, -1), values)
-    return join(SCALE, base, jax.nn.logsumexp(s, -1), q_CNd, own, jnp.int32(k))
+    return in_one_row(base, jax.nn.logsumexp(s, -1), q_CNd, own, k)
+
+
+def in_one_row(base_CNd, lse_CN, q_CNd, own, k):
+    own = tuple(x.reshape(*x.shape[:2], -1) for x in own)
+    return join(SCALE, base_CNd[None], lse_CN[None], q_CNd[None], own, jnp.int32(k)).reshape(q_CNd.shape)
 
 
 @pytest.mark.parametrize("k", range(K))
@@ -54,7 +59,7 @@ def test_in_bfloat16_it_is_the_same_within_rounding():
 
     def all_of(dtype):
         given = [x.astype(dtype) for x in (base, q, *own)]
-        out, pull = jax.vjp(lambda b, q, *own: join(SCALE, b, lse, q, own, jnp.int32(2)), *given)
+        out, pull = jax.vjp(lambda b, q, *own: in_one_row(b, lse, q, own, 2), *given)
         return out, *pull(g.astype(dtype))
 
     for found, expected in zip(all_of(jnp.bfloat16), all_of(jnp.float32), strict=True):
@@ -69,25 +74,27 @@ def test_own_keys_of_step_0_and_of_later_steps_are_not_seen():
     )
     lse = jnp.zeros((C, N))
     moved = [x.at[jnp.array([0, 2])].add(5.0) for x in (k, v)]
-    before, after = (join(SCALE, base, lse, q, tuple(own), jnp.int32(1)) for own in ((k, v), moved))
+    before, after = (in_one_row(base, lse, q, own, 1) for own in ((k, v), moved))
     np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_the_kernels_give_what_the_formulas_give(k):
     """Run step by step on any device; the formulas compute in float32 what the kernels read in bfloat16."""
-    C, d = 2 * own_keys_tpu.BLOCK, own_keys_tpu.LANES
+    B, m, d = 2, 2 * own_keys_tpu.BLOCK, own_keys_tpu.LANES
     rng = np.random.default_rng(k)
-    g, base, q, keys, values = (
-        jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((C, N, d),) * 3 + ((K, C, J, d),) * 2
+    base, q, keys, values, g = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+        for s in ((B, m, N, d),) * 2 + ((K, B * m, J * d),) * 2 + ((B * m, N * d),)
     )
-    lse = jnp.asarray(rng.normal(size=(C, N)), jnp.float32)
-    given = base, lse, q, (keys, values), jnp.int32(k)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (g, *given))
+    lse = jnp.asarray(rng.normal(size=(B, m, N)), jnp.float32)
+    given = base, lse, q, (keys, values), jnp.int32(k), g
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, given)
     found = (
-        own_keys_tpu.read(0.1, *given, interpret=True),
-        own_keys_tpu.read_back(0.1, g, *given, interpret=True),
+        own_keys_tpu.read(0.1, *given[:-1], interpret=True),
+        own_keys_tpu.read_back(0.1, *given, interpret=True),
     )
-    expected = own_keys._read(0.1, *wide[1:]), own_keys._read_back(0.1, *wide)
+    expected = own_keys._read(0.1, *wide[:-1]), own_keys._read_back(0.1, *wide)
     for value, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert value.shape == wanted.shape
         np.testing.assert_allclose(np.asarray(value, np.float32), wanted, atol=0.02 * np.abs(wanted).max())

@@ -4,8 +4,8 @@ The first layer takes the normed embedding and the normed state beside each othe
 layers. Written as one: what enters a layer is a state, and the embedding's half of its q, k, v, which is 0
 behind the first.
 
-Dimensions: m indices, H hidden size, N query heads, J key/value heads, d head_dim, R = d / 2, X = (N + 2J) d,
-L layers.
+Dimensions: B rows of m indices, one after another where there is no B; H hidden size, N query heads, J
+key/value heads, d head_dim, R = d / 2, X = (N + 2J) d, L layers.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from train.heads.eagle3.own_keys import KeysValues
 from train.heads.eagle3.sizes import Sizes, layer_name
 
 Layer = jax.Array | int  # which of them
-Turns = tuple[jax.Array, jax.Array]  # cos and sin [m, R], float32
+Turns = tuple[jax.Array, jax.Array]  # cos and sin [B, m, R], float32
 MATMULS = "matmuls"  # names their results, for a jax.checkpoint around a block
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LAYER = ("self_attn.o_proj", "post_attention_layernorm", *_MLP)
@@ -69,13 +69,15 @@ def turns(c: Sizes, positions: jax.Array) -> Turns:
     return rope_tables(positions, *inverse_frequencies(c.head_dim, c.rope_theta, c.rope))
 
 
-def keys_values(c: Sizes, w: Params, token_mY: jax.Array, state_mH: jax.Array, turns_mR: Turns) -> KeysValues:
-    """Keys and values [m, J, d] of one layer; `token` is the embedding's half of them, Y = 2 J d."""
-    q, J, d = c.num_heads * c.head_dim, c.num_kv_heads, c.head_dim
+def keys_values(
+    c: Sizes, w: Params, token_mY: jax.Array, state_mH: jax.Array, turns_BmR: Turns
+) -> KeysValues:
+    """Keys and values [B * m, J * d] of one layer; `token` is the embedding's half of them, Y = 2 J d."""
+    q = c.num_heads * c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
     kv = linear(x_mH, w["qkv"][q:]) + token_mY
-    k, v = (half.reshape(-1, J, d) for half in jnp.split(kv, 2, axis=1))
-    return _turned(k, turns_mR), v
+    k, v = jnp.split(kv, 2, axis=1)
+    return _turned(c, k, turns_BmR).reshape(v.shape), v
 
 
 def block(
@@ -83,19 +85,19 @@ def block(
     w: Params,
     token_mY: jax.Array,
     state_mH: jax.Array,
-    turns_mR: Turns,
+    turns_BmR: Turns,
     read: Callable[[jax.Array], jax.Array],
     layer: Layer = 0,
 ) -> jax.Array:
-    """The new state [m, H] of one layer. `token` is the embedding's half of its queries, Y = N d; `read`
-    gives what queries [m, N, d] read of the keys and values that they see."""
+    """The new state [B * m, H] of one layer. `token` is the embedding's half of its queries, Y = N d; `read`
+    gives what queries [B, m, N, d] read of the keys and values that they see, [B * m, Y]."""
     width = c.num_heads * c.head_dim
     x_mH = rms_norm(state_mH, w["in"], c.rms_eps)
     q = linear(x_mH, w["qkv"][:width]) + token_mY
-    mixed = read(_kept(_turned(q.reshape(-1, c.num_heads, c.head_dim), turns_mR)))
+    mixed = read(_kept(_turned(c, q, turns_BmR)))
     if c.norm_before_residual:
         state_mH = jnp.where(layer == 0, x_mH, state_mH)
-    state = _kept(state_mH + linear(mixed.reshape(-1, width), w["self_attn.o_proj"]))
+    state = _kept(state_mH + linear(mixed, w["self_attn.o_proj"]))
     wide = rms_norm(state, w["post_attention_layernorm"], c.rms_eps)
     gate, up, down = (w[name] for name in _MLP)
     inner = jax.nn.silu(_kept(linear(wide, gate))) * _kept(linear(wide, up))
@@ -106,6 +108,7 @@ def _kept(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, MATMULS)
 
 
-def _turned(x_mNd: jax.Array, turns_mR: Turns) -> jax.Array:
-    cos, sin = (jax.lax.stop_gradient(x[None]) for x in turns_mR)
-    return apply_rope(x_mNd[None], (cos, sin))[0]
+def _turned(c: Sizes, x_mY: jax.Array, turns_BmR: Turns) -> jax.Array:
+    """The heads [B, m, N, d] of queries or keys."""
+    tables = tuple(jax.lax.stop_gradient(x) for x in turns_BmR)
+    return apply_rope(x_mY.reshape(*tables[0].shape[:2], -1, c.head_dim), tables)

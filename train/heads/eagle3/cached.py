@@ -43,10 +43,10 @@ def step(
     (B, m, H), q = state_BmH.shape, c.num_heads * c.head_dim
     token = rms_norm(embedded_BmH.reshape(-1, H), outside["token_norm"], c.rms_eps)
     queries, keys = (linear(token, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
-    turned, state = turns(c, new.positions_Bm.reshape(-1)), state_BmH.reshape(-1, H)
+    turned, state = turns(c, new.positions_Bm), state_BmH.reshape(-1, H)
     for number in range(c.layers):
         w = of_layer(c, layers, number)
-        cache = _written(cache, number, new, keys_values(c, w, keys, state, turned))
+        cache = _written(c, cache, number, new, keys_values(c, w, keys, state, turned))
         read = partial(_read, c, cache, number, new)
         state = block(c, w, queries, state, turned, read, number)
         queries, keys = jnp.zeros_like(queries), jnp.zeros_like(keys)
@@ -55,21 +55,21 @@ def step(
     return left.reshape(B, m, H), hidden.reshape(B, m, H), cache
 
 
-def _written(cache: Cache, layer: int, new: New, keys_values: KeysValues) -> Cache:
-    """The cache with a layer's keys and values [B * m, J, d] in place; behind its end they are lost."""
+def _written(c: Sizes, cache: Cache, layer: int, new: New, keys_values: KeysValues) -> Cache:
+    """The cache with a layer's keys and values [B * m, J * d] in place; behind its end they are lost."""
     rows_B1 = jnp.arange(len(new.places_Bm), dtype=jnp.int32)[:, None]
     for name, x in zip("kv", keys_values, strict=True):
         place = cache[name].at[layer, rows_B1, new.places_Bm]
-        cache = cache | {name: place.set(x.reshape(*new.places_Bm.shape, *x.shape[1:]), mode="drop")}
+        x_BmJd = x.reshape(*new.places_Bm.shape, -1, c.head_dim)
+        cache = cache | {name: place.set(x_BmJd, mode="drop")}
     return cache
 
 
-def _read(c: Sizes, cache: Cache, layer: int, new: New, q_nNd: jax.Array) -> jax.Array:
-    """What queries, n = B * m, read of the cache."""
+def _read(c: Sizes, cache: Cache, layer: int, new: New, q_BmNd: jax.Array) -> jax.Array:
+    """What queries read of the cache, [B * m, N * d]."""
 
     def block_of(start: jax.Array, size: int) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.dynamic_slice_in_dim(cache[name][layer], start, size, 1) for name in "kv")
 
-    q_BmNd = q_nNd.reshape(*new.places_Bm.shape, *q_nNd.shape[1:])
     read = attend_to_cache(q_BmNd, block_of, cache["k"].shape[2], new, c.head_dim**-0.5)
-    return read.reshape(q_nNd.shape)
+    return read.reshape(new.places_Bm.size, -1)

@@ -5,7 +5,9 @@ products are as many tiny matmuls as there are indices and heads. XLA for TPU sp
 written as batched matmuls it expects 12 ms of a step of Llama-3.1-8B's head with 8,192 indices, both
 directions, and the memory that is read and written needs less than 1; so on TPU they are kernels.
 
-Dimensions: C indices, N query heads, J key/value heads, G = N // J, d head_dim, K steps.
+Own keys and values, and what is read, have all heads of an index beside each other, as matmuls take them.
+
+Dimensions: B rows of m indices, C = B * m, N query heads, J key/value heads, G = N // J, d head_dim, K steps.
 """
 
 from functools import partial
@@ -21,19 +23,19 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def join(
-    scale: float, base_CNd: jax.Array, lse_CN: jax.Array, q_CNd: jax.Array, own: KeysValues, k: jax.Array
+    scale: float, base_BmNd: jax.Array, lse_BmN: jax.Array, q_BmNd: jax.Array, own: KeysValues, k: jax.Array
 ) -> jax.Array:
-    """What queries [C, N, d] read of keys that are summed up as `base` [C, N, d] and the logsumexp `lse` of
-    their logits, and of their own ones of steps 1..k among `own`, keys and values [K, C, J, d]."""
-    return _forward(scale, base_CNd, lse_CN, q_CNd, own, k)[0]
+    """What queries read [C, N * d], of keys that are summed up as `base` and the logsumexp `lse` of their
+    logits, and of their own ones of steps 1..k among `own`, keys and values [K, C, J * d]."""
+    return _forward(scale, base_BmNd, lse_BmN, q_BmNd, own, k)[0]
 
 
 def _forward(scale, *given):
     return _best(_read, own_keys_tpu.read, scale, *given), given
 
 
-def _backward(scale, given, g_CNd):
-    return *_best(_read_back, own_keys_tpu.read_back, scale, g_CNd, *given), None
+def _backward(scale, given, g_CY):
+    return *_best(_read_back, own_keys_tpu.read_back, scale, *given, g_CY), None
 
 
 join.defvjp(_forward, _backward)
@@ -46,21 +48,24 @@ def _best(plain, kernel, scale, *given):
     return jax.lax.platform_dependent(*given, tpu=partial(kernel, scale), default=partial(plain, scale))
 
 
-def _read(scale, base_CNd, lse_CN, q_CNd, own, k):
-    first, others = _shares(scale, lse_CN, q_CNd, own, k)
-    out = _grouped(base_CNd, own).astype(jnp.float32) * first[..., None]
+def _read(scale, base_BmNd, lse_BmN, q_BmNd, own, k):
+    base, lse, q, own = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
+    first, others = _shares(scale, lse, q, own[0], k)
+    out = base.astype(jnp.float32) * first[..., None]
     out = jax.lax.fori_loop(1, k + 1, lambda i, out: out + _weighted(others[i], own[1][i]), out)
-    return out.reshape(base_CNd.shape).astype(base_CNd.dtype)
+    return out.reshape(len(base), -1).astype(base.dtype)
 
 
-def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
+def _read_back(scale, base_BmNd, lse_BmN, q_BmNd, own, k, g_CY):
     """The cotangents of `base`, `lse`, `q` and `own`."""
-    base, q, g = (_grouped(x, own) for x in (base_CNd, q_CNd, g_CNd))
-    first, others = _shares(scale, lse_CN, q_CNd, own, k)
+    whole = base_BmNd, lse_BmN, q_BmNd, *own
+    base, lse, q, own = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
+    g = g_CY.reshape(q.shape)
+    first, others = _shares(scale, lse, q, own[0], k)
     of_first = einsum("cjgd,cjgd->cjg", g, base)
     of_others = _products(g, own[1], k, 0.0)
     mean = first * of_first + (others * of_others).sum(0)
-    d_lse = (first * (of_first - mean)).reshape(lse_CN.shape)
+    d_lse = first * (of_first - mean)
     ds = (others * (of_others - mean[None]) * scale).astype(q.dtype)
     others = others.astype(g.dtype)
 
@@ -68,16 +73,17 @@ def _read_back(scale, g_CNd, base_CNd, lse_CN, q_CNd, own, k):
     dq = jax.lax.fori_loop(1, k + 1, lambda i, dq: dq + _weighted(ds[i], own[0][i]), zero)
     dk = jnp.stack([_sums(s, q) for s in ds])
     dv = jnp.stack([_sums(p, g) for p in others])
-    d_base = (g.astype(jnp.float32) * first[..., None]).reshape(base_CNd.shape).astype(base_CNd.dtype)
-    return d_base, d_lse, dq.reshape(q_CNd.shape).astype(q_CNd.dtype), (dk, dv)
+    found = g.astype(jnp.float32) * first[..., None], d_lse, dq, dk, dv
+    found = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(found, whole, strict=True))
+    d_base, d_lse, dq, *d_own = found
+    return d_base, d_lse, dq, tuple(d_own)
 
 
-def _shares(scale, lse_CN, q_CNd, own: KeysValues, k) -> tuple[jax.Array, jax.Array]:
+def _shares(scale, lse_CJG, q_CJGd, keys_KCJd, k) -> tuple[jax.Array, jax.Array]:
     """(p of what is summed up [C, J, G], p of the own keys [K, C, J, G])."""
-    s = _products(_grouped(q_CNd, own), own[0], k, -jnp.inf) * scale
-    lse = _grouped(lse_CN, own)
-    top = jnp.maximum(lse, s.max(0))
-    first, others = jnp.exp(lse - top), jnp.exp(s - top[None])
+    s = _products(q_CJGd, keys_KCJd, k, -jnp.inf) * scale
+    top = jnp.maximum(lse_CJG, s.max(0))
+    first, others = jnp.exp(lse_CJG - top), jnp.exp(s - top[None])
     total = first + others.sum(0)
     return first / total, others / total[None]
 
@@ -97,9 +103,12 @@ def _set(x_K: jax.Array, i: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x_K, x, i, 0)
 
 
-def _grouped(x_CNd: jax.Array, own: KeysValues) -> jax.Array:
-    """[C, N, ...] -> [C, J, G, ...]: the heads that share keys beside each other."""
-    return x_CNd.reshape(x_CNd.shape[0], own[0].shape[2], -1, *x_CNd.shape[2:])
+def _grouped(base_BmNd, lse_BmN, q_BmNd, own: KeysValues) -> tuple:
+    """base and q [C, J, G, d], lse [C, J, G]: heads that share keys beside each other; own [K, C, J, d]."""
+    K, C, d = *own[0].shape[:2], q_BmNd.shape[-1]
+    own = tuple(x.reshape(K, C, -1, d) for x in own)
+    lead = C, own[0].shape[2]
+    return base_BmNd.reshape(*lead, -1, d), lse_BmN.reshape(*lead, -1), q_BmNd.reshape(*lead, -1, d), own
 
 
 def _weighted(share_CJG: jax.Array, own_CJd: jax.Array) -> jax.Array:

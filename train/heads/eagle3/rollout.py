@@ -43,8 +43,8 @@ class _Places(NamedTuple):
 
     live: jax.Array | None  # int32 [C]; None where they are all positions
     slot: jax.Array | None  # int32 [K + n], the inverse, behind K places that are free
-    turns_KCR: Turns  # of the live indices at every step
-    positions_n: jax.Array
+    turns_KBmR: Turns  # of the live indices at every step
+    positions_BT: jax.Array
     segments_BT: jax.Array
 
 
@@ -79,12 +79,12 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
 
 def _places(c: Sizes, batch: Batch, steps: int) -> _Places:
     C, n = len(batch.live), batch.tokens.size
-    positions_n, step_K1 = batch.positions.reshape(n), jnp.arange(steps, dtype=jnp.int32)[:, None]
+    positions_BT, step_K11 = batch.positions, jnp.arange(steps, dtype=jnp.int32)[:, None, None]
     if n == C:
-        return _Places(None, None, turns(c, positions_n[None] + step_K1), positions_n, batch.segment_ids)
-    turned = turns(c, positions_n.at[batch.live].get(mode="clip")[None] + step_K1)
+        return _Places(None, None, turns(c, positions_BT[None] + step_K11), positions_BT, batch.segment_ids)
+    turned = turns(c, positions_BT.reshape(-1).at[batch.live].get(mode="clip")[None, None] + step_K11)
     slot = jnp.concatenate([jnp.full((steps,), C, jnp.int32), slots(batch.live, n)])
-    return _Places(batch.live, slot, turned, positions_n, batch.segment_ids)
+    return _Places(batch.live, slot, turned, positions_BT, batch.segment_ids)
 
 
 def _of_live(at: _Places, x_n: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ def _of_live(at: _Places, x_n: jax.Array) -> jax.Array:
 
 def _everywhere(at: _Places, x_C: jax.Array) -> jax.Array:
     """[C, ...] -> [n, ...], zeros where an index is not live."""
-    return x_C if at.live is None else permute(x_C, at.slot[-len(at.positions_n) :], at.live)
+    return x_C if at.live is None else permute(x_C, at.slot[-at.positions_BT.size :], at.live)
 
 
 def _first_keys(
@@ -103,7 +103,7 @@ def _first_keys(
     """Step 0's keys and values of all positions; of several layers stacked, for which all but the last one
     run on all positions."""
     queries, keys = (_ahead_by(ahead(jnp.int32(0)), x) for x in tokens)
-    turned, found = turns(c, at.positions_n), []
+    turned, found = turns(c, at.positions_BT), []
     for number in range(c.layers):
         if number == 1:
             queries, keys = (jnp.zeros_like(x) for x in (queries, keys))
@@ -111,8 +111,7 @@ def _first_keys(
         made = keys_values(c, w, keys, state_nH, turned)
         found.append(made)
         if number + 1 < c.layers:
-            attended = partial(_attended, c, at, made)
-            read = lambda q, attended=attended: attended(q)[0]  # noqa: E731
+            read = partial(_seen, c, at, made)
             state_nH = block(c, w, queries, state_nH, turned, read, number)
     return found[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
@@ -143,8 +142,8 @@ def _token(c: Sizes, at: _Places, k: jax.Array, layer: Layer, x_nY: jax.Array) -
 
 
 def _turns(at: _Places, k: jax.Array) -> Turns:
-    cos_KCR, sin_KCR = at.turns_KCR
-    return cos_KCR[k], sin_KCR[k]
+    cos_KBmR, sin_KBmR = at.turns_KBmR
+    return cos_KBmR[k], sin_KBmR[k]
 
 
 def _make(c: Sizes, at: _Places, i: jax.Array, shared: _Shared, state_CH: jax.Array) -> KeysValues:
@@ -158,7 +157,7 @@ def _advance(
 ) -> jax.Array:
     k, layer = _which(c, i)
     half = _token(c, at, k, layer, shared.queries_nY)
-    if c.layers > 1:  # [K * L, C, J, d], of which this layer's are seen
+    if c.layers > 1:  # [K * L, C, J d], of which this layer's are seen
         own = jax.tree.map(lambda x: x.reshape(-1, c.layers, *x.shape[1:])[:, layer], own)
     read = partial(_read, c, at, k, of_layer(c, shared.first, layer), own)
     state = block(c, of_layer(c, shared.layers, layer), half, state_CH, _turns(at, k), read, layer)
@@ -168,18 +167,25 @@ def _advance(
 
 
 def _read(
-    c: Sizes, at: _Places, k: jax.Array, first: KeysValues, own: KeysValues, q_CNd: jax.Array
+    c: Sizes, at: _Places, k: jax.Array, first: KeysValues, own: KeysValues, q_BmNd: jax.Array
 ) -> jax.Array:
-    """What the live indices' queries read of step 0's keys of all positions and of their own ones of steps
-    1..k."""
-    read = _attended(c, at, first, _everywhere(at, q_CNd))
-    base, lse = (_of_live(at, x) for x in read)
-    return join(c.head_dim**-0.5, base, lse, q_CNd, own, k)
+    """What the live indices' queries read [C, N * d] of step 0's keys of all positions and of their own ones
+    of steps 1..k."""
+    (B, T), scale = at.segments_BT.shape, c.head_dim**-0.5
+    if at.live is None:
+        return join(scale, *_attended(c, at, first, q_BmNd), q_BmNd, own, k)
+    q_BTNd = _everywhere(at, q_BmNd[0]).reshape(B, T, *q_BmNd.shape[2:])
+    read = (_of_live(at, x.reshape(B * T, *x.shape[2:]))[None] for x in _attended(c, at, first, q_BTNd))
+    return join(scale, *read, q_BmNd, own, k)
 
 
-def _attended(c: Sizes, at: _Places, first: KeysValues, q_nNd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what queries of all positions read of step 0's keys [n, N, d], logsumexp [n, N] of their logits)."""
-    (B, T), n = at.segments_BT.shape, at.segments_BT.size
-    q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in (q_nNd, *first))
-    read = attend(q, k, v, at.segments_BT, c.head_dim**-0.5, return_lse=True)
-    return tuple(x.reshape(n, *x.shape[2:]) for x in read)
+def _seen(c: Sizes, at: _Places, first: KeysValues, q_BTNd: jax.Array) -> jax.Array:
+    """What queries of all positions read of step 0's keys, [n, N * d]."""
+    return _attended(c, at, first, q_BTNd)[0].reshape(at.segments_BT.size, -1)
+
+
+def _attended(c: Sizes, at: _Places, first: KeysValues, q_BTNd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what queries of all positions read of step 0's keys [B, T, N, d], logsumexp [B, T, N] of their
+    logits)."""
+    k, v = (x.reshape(*at.segments_BT.shape, -1, c.head_dim) for x in first)
+    return attend(q_BTNd, k, v, at.segments_BT, c.head_dim**-0.5, return_lse=True)
