@@ -24,7 +24,7 @@ from train.metrics import Sums, add, summarise
 from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
-from train.stored import whole_teacher
+from train.stored import at_most, whole_teacher
 from train.stream import Stream, View
 
 
@@ -116,6 +116,8 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
         )
     dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
+    if bound := at_most(store):
+        note(f"evaluate: what is sampled is {bound}")
     shape = (source, head, draft_ids, config.ttt_steps, config.batch_rows, dtype)
     evaluator = Evaluator(*shape, answer_tokens=config.answer_tokens, count=count)
     if not evaluator.counted:

@@ -20,6 +20,15 @@ def whole_teacher(store: Store) -> str:
     return "recompute" if "last_hidden" in store.features["arrays"] else "stored"
 
 
+def at_most(store: Store) -> str:
+    """What is to be said of the acceptance at temperature 1 that the store tells; "" if it is exact."""
+    if whole_teacher(store) == "recompute":
+        return ""
+    return (
+        f"at most: {store.features['codec']['size']} logits are known, the others taken to be as the head's"
+    )
+
+
 def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     """The feature arrays that a trainer reads. EyasError if the store has not what is to teach."""
     features = store.features

@@ -32,7 +32,7 @@ from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Saved
 from train.step import Metrics, State, gradient, train_step
-from train.stored import whole_teacher
+from train.stored import at_most, whole_teacher
 
 
 def is_done(plan: Plan) -> bool:
@@ -369,9 +369,10 @@ class Trainer:
         }
         if LENGTH in found:
             how = f"chain of {steps}, held-out answers walked through as a server does"
+            sampled = "; ".join(filter(None, (how, at_most(plan.store))))
             facts |= {
                 f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
-                f"the same, temperature 1 with sampled drafts ({how})": found["length_sampled"],
+                f"the same, temperature 1 with sampled drafts ({sampled})": found["length_sampled"],
                 "held-out rows": found["rows"],
                 "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
             }

@@ -237,7 +237,7 @@ def test_features_of_8_bits_train(config, whole, tmp_path, precision, off):
     np.testing.assert_allclose(lines_of(out)[0]["loss_k"], lines_of(config.out)[0]["loss_k"], rtol=off)
 
 
-def test_the_largest_logits_teach_and_measure_without_the_last_state(config, whole, tmp_path):
+def test_the_largest_logits_teach_and_measure_without_the_last_state(config, whole, tmp_path, capsys):
     """Of all tokens, as many as the target has: then nothing is lost with the state."""
     url = small_store.write_store(str(tmp_path / "store"), "topk", last_hidden=False)
     assert "last_hidden" not in Store.open(url).features["arrays"]
@@ -247,6 +247,7 @@ def test_the_largest_logits_teach_and_measure_without_the_last_state(config, who
     head = f"{config.out}/best"
     wanted = evaluate.run(EvaluateConfig(head, config.store))["head"]
     got = evaluate.run(EvaluateConfig(head, url))["head"]
+    assert f"what is sampled is at most: {small_store.V} logits are known" in capsys.readouterr().err
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-3, err_msg=name)
 
