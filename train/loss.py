@@ -212,7 +212,7 @@ def _loss_and_gradients(loss, z_KCH, reads, lm_head_DH, weight_MK, teacher, coun
     carry = (
         jnp.float32(0),
         (zero_MK, zero_MK),
-        jnp.zeros((K, M, H), z_KCH.dtype),
+        jax.lax.empty((K, M, H), z_KCH.dtype),  # of targets that do not count nothing is read
         jnp.zeros(lm_head_DH.T.shape, jnp.float32),
     )
     total, by_target, dz, dw_HD = jax.lax.fori_loop(0, _chunks(M, count, chunk), step, carry)

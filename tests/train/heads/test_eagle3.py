@@ -16,6 +16,7 @@ from tests.train.on_device import STEPS, batch_of, f32, frozen_of, parameters_of
 from tests.train.problem import Problem, head_config, problem
 from tests.train.reference import directional_derivative
 from train import loss
+from train.heads.eagle3 import rollout
 from train.loss import cross_entropy
 from train.objective import shard_counts, shard_loss, shard_scores
 
@@ -258,3 +259,22 @@ def test_positions_become_angles_once_for_all_steps(packed):
     assert (
         str(jax.make_jaxpr(loss_and_gradients)(*given)).count(" = cos ") == 2
     )  # all positions', and the steps'
+
+
+@pytest.mark.slow
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(packed, monkeypatch):
+    """Of long rows the results of matmuls are not: less memory, the same gradients."""
+    given = frozen_of(packed), batch_of(packed), f32(weights_of(packed, None))
+
+    def step(params):
+        return shard_loss(CONFIG, cross_entropy, params, *given, jnp.bfloat16)[0]
+
+    found, memory = [], []
+    for room in (2**30, 0):
+        monkeypatch.setattr(rollout, "_MATMULS", room)
+        compiled = jax.jit(jax.grad(lambda params: step(params))).lower(parameters_of(packed)).compile()
+        found.append(compiled(parameters_of(packed)))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert memory[1] < memory[0]
+    for name, kept in found[0].items():
+        np.testing.assert_allclose(found[1][name], kept, atol=0.02 * np.abs(kept).max(), err_msg=name)

@@ -37,6 +37,8 @@ from train.heads.eagle3.sizes import Sizes
 from train.targets import ahead, permute, slots
 from train.ttt import Step, rolled
 
+_MATMULS = 10 * 2**30  # bytes of a chip for results of matmuls: a third of a v6e's
+
 
 class _Places(NamedTuple):
     """Where positions and live indices are."""
@@ -70,11 +72,18 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     at = _places(c, batch, steps)
     first = _first_keys(c, layers, at, (queries, keys), state_nH)
     shared = _Shared(layers, outside["norm"], queries, keys, first)
-    kept = (KEPT,) if dtype == jnp.float32 else (KEPT, MATMULS)  # where memory is scarcer than matmuls
-    ttt = Step(partial(_make, c), partial(_advance, c), kept)
+    ttt = Step(partial(_make, c), partial(_advance, c), _kept(c, len(batch.live), steps, dtype))
     states = rolled(ttt, steps * c.layers, at, shared, _of_live(at, state_nH))
     states_KCH = states[c.layers - 1 :: c.layers]
     return states_KCH if c.norm_output else rms_norm(states_KCH, outside["norm"], c.rms_eps)
+
+
+def _kept(c: Sizes, indices: int, steps: int, dtype: Any) -> tuple[str, ...]:
+    """What is kept for the backward pass: of many indices, and in float32 on CPUs, memory is scarcer than
+    matmuls, which are done again."""
+    width = 2 * c.ffn + c.num_heads * c.head_dim + c.hidden_size
+    size = steps * c.layers * indices * width * jnp.dtype(dtype).itemsize
+    return (KEPT,) if dtype == jnp.float32 or size > _MATMULS else (KEPT, MATMULS)
 
 
 def _places(c: Sizes, batch: Batch, steps: int) -> _Places:
