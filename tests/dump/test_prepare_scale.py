@@ -14,10 +14,11 @@ from tests.dump.chats import write_model
 from tests.dump.test_prepare import contents
 
 _SCRIPT = """
-import json, resource, sys
+import json, sys
 from common import zarr
 from dump import rows, workers
 from dump.prepare import PrepareConfig, run
+from tests.memory import most_held
 
 if __name__ == "__main__":
     data, model, store, cores = sys.argv[1:]
@@ -25,8 +26,7 @@ if __name__ == "__main__":
     # What is held whole, a shard or some lines of the index, is full in both runs.
     zarr.ROWS_SHARD_BYTES, rows._PIECE, rows._LINES = 1 << 20, 1 << 18, 1 << 12
     found = run(PrepareConfig((data,), model, store))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"tokens": found["tokens"], "peak": 1024 * peak}))
+    print(json.dumps({"tokens": found["tokens"], "peak": most_held()}))
 """
 _BILLION, _MOST = 1e9, 4e9
 

@@ -5,7 +5,6 @@ load FOLDER DP TP     prints what loading it took, as JSON
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from common import safetensors, storage
+from tests.memory import most_held
 
 HIDDEN, FFN, VOCAB = 2048, 8192, 32_000
 CONFIG = {
@@ -89,7 +89,7 @@ def load(folder: str, dp: int, tp: int) -> dict[str, float]:
     found["seconds"] = round(time.monotonic() - start, 1)
     found["held"] = sum(part.data.nbytes for w in weights.values() for part in w.addressable_shards)
     found["files"] = sum(t.nbytes for t in safetensors.Checkpoint.open(folder).tensors.values())
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak"] = most_held()
     return found
 
 
