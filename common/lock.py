@@ -45,9 +45,28 @@ def locked_file(path: str) -> Iterator[None]:
 
 
 @contextmanager
+def watched(folder: str) -> Iterator[Callable[[], bool]]:
+    """Yields what tells whether a local folder is still the one that it was, and none in its place."""
+    with library_errors(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # so that no other folder gets its number
+
+    def is_same() -> bool:
+        try:
+            return os.path.samestat(os.stat(folder), os.fstat(handle))
+        except FileNotFoundError:
+            return False
+
+    try:
+        yield is_same
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def _held(lock: str, place: str, kind: str) -> Iterator[Callable[[], None]]:
+    folder = os.path.dirname(lock)
     with library_errors(lock):
-        os.makedirs(os.path.dirname(lock), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     handles = [_opened(lock, place, kind)]
 
     def check() -> None:
@@ -55,14 +74,15 @@ def _held(lock: str, place: str, kind: str) -> Iterator[Callable[[], None]]:
             if os.path.samestat(os.stat(lock), os.fstat(handles[-1])):
                 return
         except FileNotFoundError:
-            if not os.path.isdir(os.path.dirname(lock)):
+            if not is_same():
                 raise EyasError(f"{place} was removed while this process was at work there") from None
         except OSError:  # a disk that fails says so where it is written
             return
         handles.append(_opened(lock, place, kind))
 
     try:
-        yield check
+        with watched(folder) as is_same:
+            yield check
     finally:
         for handle in handles:
             os.close(handle)

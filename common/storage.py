@@ -56,6 +56,16 @@ def join(base: str, *parts: str) -> str:
     return f"{base.rstrip('/')}/{tail}"
 
 
+def is_inside(url: str, folder: str) -> bool:
+    """Whether a file or folder is, or would be, the folder or in it."""
+    if is_remote(url) != is_remote(folder):
+        return False
+    inner, outer = (
+        one.rstrip("/") if is_remote(one) else os.path.realpath(local_path(one)) for one in (url, folder)
+    )
+    return f"{inner}/".startswith(f"{outer}/")
+
+
 def exists(url: str) -> bool:
     """True if a file or folder is there."""
     if not is_remote(url):

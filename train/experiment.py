@@ -2,10 +2,11 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,9 +15,11 @@ from common import pod, schema, storage
 from common.config import differences, to_json
 from common.errors import EyasError
 from common.lock import FILE as LOCK
-from common.lock import locked
+from common.lock import locked, watched
 from common.schema import TypedDict
 from train.plan import FILE, Plan
+
+_WRITTEN = {"state", "best", "last"}  # what is made again where it is gone
 
 
 class _Experiment(TypedDict):
@@ -51,11 +54,28 @@ def claimed(plan: Plan) -> Iterator[Callable[[], None]]:
 def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     out = plan.config.out
     require_own(plan)
-    with locked(out) as require_ours:
+    with locked(out) as require_ours, _nothing_left(out):
         calls, call = _calls(plan), _call(plan)
         if calls[-1:] != [call]:
             storage.write_json(storage.join(out, FILE), {"identity": plan.identity, "calls": [*calls, call]})
         yield require_ours
+
+
+@contextmanager
+def _nothing_left(out: str) -> Iterator[None]:
+    """If somebody removes the folder, what this process writes in its place until it sees that goes as well;
+    if he has put anything else there, all of it stays."""
+    if storage.is_remote(out):
+        yield
+        return
+    path = storage.local_path(out)
+    with watched(path) as is_same:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if not is_same() and {n for n in os.listdir(path) if not storage.is_partial(n)} <= _WRITTEN:
+                    shutil.rmtree(path)
 
 
 def _call(plan: Plan) -> dict[str, Any]:
@@ -64,8 +84,15 @@ def _call(plan: Plan) -> dict[str, Any]:
     return {
         "config": to_json(plan.config),
         "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # Eyas run from a checkout
+        return "not installed"
 
 
 def require_own(plan: Plan) -> bool:

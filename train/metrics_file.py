@@ -23,7 +23,8 @@ class Lines:
 
     An object of a bucket cannot be appended to: the lines are held in memory, and all are written when they
     are flushed: some hundred bytes a line, beside the 12 bytes a parameter of the state that they go with. Of
-    several processes the first one writes. `before`: the lines that were there.
+    several processes the first one writes. `before`: the lines that were there; `again`: the steps whose
+    evaluations were dropped.
     """
 
     def __init__(self, out: str, step: int, measured: int):
@@ -32,6 +33,7 @@ class Lines:
         self._unwritten = False
         self._file: BinaryIO = io.BytesIO()
         self.before: list[dict[str, Any]] = []
+        self.again: list[int] = []
         if not pod.is_first():
             return
         kept: list[bytes] = []
@@ -44,6 +46,8 @@ class Lines:
                 if found["step"] <= (measured if "evaluation" in found else step):
                     kept.append(line)
                     self.before.append(found)
+                elif "evaluation" in found:
+                    self.again.append(found["step"])
         if step and not kept:
             note(f"{self._url} has lost its lines up to step {step}; the weights do not need them")
         storage.write_bytes(self._url, b"".join(kept))

@@ -40,7 +40,7 @@ FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000
 _LOOKED_AT = 2**16  # positions, about, to tell what a draft vocabulary is worth
 _FEW = 0.5  # of what the target would say
-_MOST_ROWS = 2**28  # of a run, repeats counted: their order is held in memory
+_MOST_ROWS = 2**28  # of all epochs, those outside of a share too: they are put in order, and held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
 _FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
 _FREE += ("accumulate", "dp")
@@ -123,6 +123,10 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     logs.require(config.log_to or (), config.out)
     source = source or Source(config.store, config.dp, config.cache, config.memory)
     store = source.store
+    if storage.is_inside(config.out, store.url):
+        raise EyasError(
+            f"out={config.out} is in the store {store.url}, which is read only; name another folder"
+        )
     teacher, whole = config.teacher or whole_teacher(store), whole_teacher(store)
     taught = teaching_arrays(store, teacher)
     if config.teacher_temperature != 1 and "topk_logits" in taught:
@@ -154,10 +158,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         lambda: _require_coverage(store, workload, rows, draft_ids),
     )
     steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
-    if steps * config.batch_rows > _MOST_ROWS:
+    epochs = -(-steps * config.batch_rows // len(rows))
+    if epochs * len(source.train_rows) > _MOST_ROWS:
         raise EyasError(
-            f"{steps} steps of {config.batch_rows} rows are more than {_MOST_ROWS} rows; give fewer "
-            "--steps or --epochs"
+            f"{steps} steps of {config.batch_rows} rows are {epochs} epochs of {len(source.train_rows)} "
+            f"train rows, more than {_MOST_ROWS} rows; give fewer --steps or --epochs, or a larger --share"
         )
     if config.patience is not None and not len(source.test_rows):
         raise EyasError(

@@ -14,6 +14,8 @@ from common.codec import arrays_of, decode_states
 from common.errors import EyasError
 from common.store import Store
 
+_LOOKED_AT = 8  # rows at once
+
 
 def whole_teacher(store: Store) -> str:
     """What tells most of the target: its states, or where they are left out the stored logits."""
@@ -55,6 +57,17 @@ def channels_of(store: Store) -> dict[str, np.ndarray]:
     features, hidden = store.features, store.features["target"]["hidden_size"]
     shapes = {"aux_hidden": (len(features["aux_layers"]), hidden), "last_hidden": (hidden,)}
     return decode_channels(features.get("channels", {}), shapes)
+
+
+def not_finite(store: Store, rows: np.ndarray) -> str | None:
+    """The name of an array and the number of the first of these rows in which it is not finite."""
+    for at in range(0, len(rows), _LOOKED_AT):
+        some = rows[at : at + _LOOKED_AT]
+        for name, values in store.read(teaching_arrays(store, whole_teacher(store)), some).items():
+            sound = np.isfinite(values.reshape(len(some), -1).astype(np.float32)).all(1)
+            if not sound.all():
+                return f"{name} of row {some[sound.argmin()]}"
+    return None
 
 
 def decoded(rows: Mapping[str, jax.Array], channels: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

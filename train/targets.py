@@ -82,17 +82,22 @@ def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) ->
 
 
 def round_up(count: int) -> int:
-    """Room for `count` targets: the next multiple of CHUNK, at least one, that divides into parts of half of
-    MOST chunks at least, so that the loss can take so many at once."""
+    """Room for `count` targets: a multiple of CHUNK, at least one, that divides into parts of half of MOST
+    chunks at least, so that the loss can take so many at once."""
+    return _next(count, MOST // 2)
+
+
+def _next(count: int, sizes: int) -> int:
+    """The next multiple of CHUNK, at least one, of which there are so many between a number and its double:
+    counts that differ by some percent, as those of two seeds do, share a program."""
     chunks = max(1, -(-count // CHUNK))
-    while chunks > MOST and all(chunks % n for n in range(MOST // 2, MOST + 1)):
-        chunks += 1
-    return chunks * CHUNK
+    step = max(1, (1 << (chunks - 1).bit_length()) // (2 * sizes))
+    return -(-chunks // step) * step * CHUNK
 
 
 def live_capacity(count: int, positions: int) -> int:
     """Room for `count` live indices of a shard: all of its positions where most are live."""
-    room = max(1, -(-count // CHUNK)) * CHUNK
+    room = _next(count, 16)
     return positions if room > DENSE * positions else room
 
 

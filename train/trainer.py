@@ -32,7 +32,7 @@ from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Saved
 from train.step import Metrics, State, gradient, train_step
-from train.stored import at_most, whole_teacher
+from train.stored import at_most, not_finite, whole_teacher
 
 
 def is_done(plan: Plan) -> bool:
@@ -87,12 +87,13 @@ class Trainer:
         with pod.together():
             self._lines = Lines(plan.config.out, self.step, self.last["step"])
             self._logs = Logs(logs or (), plan.config.out, told, self._lines.before, self.done)
+        # What a killed run measured is measured again: it may have exported that head.
+        self._again = frozenset(pod.told(lambda: self._lines.again))
         self._frozen = plan.source.frozen(plan.draft_ids, plan.view.teacher, plan.dtype)
         whole = whole_teacher(plan.store)  # for evaluations
         self._taught = plan.source.frozen(plan.draft_ids, whole, plan.dtype)
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
-        self._loss = math.nan  # of the last step that was read
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
         self._exporting = ThreadPoolExecutor(1, thread_name_prefix="export")
         self._exported: Future | None = None
@@ -205,7 +206,7 @@ class Trainer:
     @property
     def is_evaluated(self) -> bool:
         """Whether this step is one after which the head is measured, and has not been measured yet."""
-        due = self.step % self._plan.eval_every == 0 or self.done
+        due = self.step % self._plan.eval_every == 0 or self.done or self.step in self._again
         return self.step > self.last["step"] and due
 
     @property
@@ -263,7 +264,7 @@ class Trainer:
         metrics, self._unread = self._unread, None
         if metrics is None:
             return
-        self._loss = loss = float(metrics.loss)
+        loss = float(metrics.loss)
         norm = float(metrics.gradient_norm)
         if in_a_row := int(metrics.skipped_in_a_row):
             self._skipped(in_a_row, loss, norm)
@@ -323,12 +324,10 @@ class Trainer:
         found: dict[str, Any] = {"step": self.step, SINCE_BEST: since} | metrics
         if metrics:
             if not math.isfinite(found[LENGTH] + sum(found["loss"])):
-                raise EyasError(
-                    f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows; use a "
-                    "lower --learning-rate, or --dtype float32, in a new folder; or, if its training loss "
-                    f"({self._loss:.3f}) is sound, dump {self._plan.store.url} anew: states of those rows "
-                    "are not finite"
-                )
+                loss = f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
+                if unsound := pod.told(lambda: not_finite(self._plan.store, self._plan.source.test_rows)):
+                    raise EyasError(f"{loss}: {unsound} is not finite; dump {self._plan.store.url} anew")
+                raise EyasError(f"{loss}; use a lower --learning-rate, or --dtype float32, in a new folder")
             with pod.together():
                 self._tell(self._now() | {"evaluation": found})
                 self._lines.flush()

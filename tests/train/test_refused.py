@@ -96,6 +96,31 @@ def test_a_draft_vocabulary_without_what_the_target_says_is_refused_and_a_poor_o
     refused(config, tmp_path, match, draft_vocab=4)
 
 
+@pytest.mark.parametrize("place", ["", "/head", "/features/run", "/../{}/head"])
+def test_a_store_has_no_place_for_a_head(config, place):
+    out = config.store + place.format(os.path.basename(config.store))
+    before = sorted(os.listdir(config.store))
+    with pytest.raises(EyasError, match=r"is in the store .*name another folder"):
+        run(replace(config, out=out))
+    assert sorted(os.listdir(config.store)) == before
+
+
+def test_held_out_states_that_are_not_finite_are_named(config, tmp_path, monkeypatch):
+    row, reading = int(Store.open(config.store).split_rows("test")[-1]), Store.read
+
+    def damaged(self, names, rows):
+        found = reading(self, names, rows)
+        if "last_hidden" in found:
+            states = found["last_hidden"] = np.array(found["last_hidden"])
+            states[np.asarray(rows) == row, 3] = np.nan
+        return found
+
+    monkeypatch.setattr(Store, "read", damaged)
+    match = rf"a loss of nan on held-out rows: last_hidden of row {row} is not finite; dump .*store anew"
+    with pytest.raises(EyasError, match=match):
+        run(replace(config, out=str(tmp_path / "out")))
+
+
 def test_too_small_a_disk_is_refused(config, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     refused(config, tmp_path, r"heads need 1.*MB, the disk of .*out has 1.00MB left")
@@ -114,6 +139,8 @@ def test_impossible_options_name_the_field():
 
 
 def test_a_run_that_would_never_end_is_refused_before_its_order_is_made(config, tmp_path):
-    refused(config, tmp_path, "rows are more than", steps=2**31 - 1)
+    refused(config, tmp_path, "train rows, more than", steps=2**31 - 1)
+    told = r"steps of 2 rows are \d+ epochs of \d+ train rows, more than .*, or a larger --share"
+    refused(config, tmp_path, told, steps=2**26, share=0.08)
     with pytest.raises(ValueError, match=r"epochs=1e.300 must be a number of at most 1000000"):
         replace(config, steps=None, epochs=1e300)

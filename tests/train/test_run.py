@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
+from train.experiment import claimed
+from train.plan import make_plan
 from train.run import TrainConfig, run
 from train.source import Source
 
@@ -63,6 +66,19 @@ def test_a_run_learns_and_leaves_what_it_says(config, whole):
     assert shlex.split(call["command"])[1:] == sys.argv[1:]
     assert call["config"]["learning_rate"] == 3e-2
     assert kept["identity"]["store"] == Store.open(config.store).hash
+
+
+def test_a_checkout_that_is_not_installed_trains_and_says_so(config, whole, tmp_path, monkeypatch):
+    def of_others(package):
+        if package == "eyas":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("train.experiment.version", of_others)
+    with claimed(make_plan(replace(config, out=str(tmp_path / "out")))):
+        (call,) = storage.read_json(f"{tmp_path}/out/experiment.json")["calls"]
+    assert call["versions"]["eyas"] == "not installed"
+    assert call["versions"]["jax"] == version("jax")
 
 
 def test_a_comparison_reads_what_a_run_writes(config, whole):

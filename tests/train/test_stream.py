@@ -15,7 +15,7 @@ from train import targets
 from train.order import level, listed, order, share_of
 from train.stored import teaching_arrays
 from train.stream import Stream, View, Workload
-from train.targets import live_capacity, live_places
+from train.targets import CHUNK, MOST, live_capacity, live_places, round_up
 
 STEPS = 3
 
@@ -115,6 +115,20 @@ def test_room_is_what_the_fullest_batch_needs_in_whatever_order_rows_come(store)
         needed = max(sum(int(workload.targets[row]) for row in batch if row >= 0) for batch in rows)
         assert needed <= workload.capacity(np.array(rows), 1).targets < needed + 128
     assert workload.capacity(np.full((1, 2), -1), 1).targets == 128
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(round_up, 8), (lambda n: live_capacity(n, 2**30), 16)])
+def test_seeds_have_few_sizes_of_programs_and_little_room_that_is_empty(room, sizes):
+    """What the fullest shard holds differs from seed to seed by some percent."""
+    for count in (150, 1000, 3000, 20_000, 300_000):
+        found = {room(n) for n in range(count, 2 * count)}
+        assert len(found) <= sizes + 1
+        assert all(0 <= room(n) - n < max(CHUNK, n / sizes) for n in range(count, 2 * count, 7))
+
+
+def test_the_loss_can_take_many_targets_at_once():
+    for count in range(16 * CHUNK + 1, 40_000, 50):
+        assert any(round_up(count) % (n * CHUNK) == 0 for n in range(MOST // 2, MOST + 1))
 
 
 def test_a_batch_holds_the_rows_asked_for(store):
