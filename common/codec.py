@@ -2,7 +2,8 @@
 
 The full-vocabulary argmax and logsumexp are always kept. With `last_hidden` and the target's output head they
 are all that a teacher needs. Codecs add: `none` nothing, `topk` the largest k logits and their ids, `draft`
-the logits of a draft vocabulary, `full` all of them. With `topk`, `last_hidden` may be left out.
+the logits of a draft vocabulary, `full` all of them. With `topk`, `last_hidden` may be left out, or be that
+of the first rows alone.
 
 States are stored in float32 or bfloat16, or in 8 bits with a scale a token: float8_e4m3fn, or int8, which has
 a scale a channel too, found once for a store (common/channels.py). Channels of a residual stream differ in
@@ -32,12 +33,13 @@ LARGEST = {FLOAT8: 448.0, INT8: 127.0}  # of a token's stored values; float8_e4m
 
 @dataclass(frozen=True)
 class Codec:
-    """What is stored. `size` is k of `topk`, N of `draft`, V of `full`, 0 of `none`."""
+    """What is stored. `size` is k of `topk`, N of `draft`, V of `full`, 0 of `none`; `last_rows`: of how many
+    rows last_hidden is, None: of all."""
 
     name: str
     size: int
     precision: str
-    last_hidden: bool = True
+    last_rows: int | None = None
 
     @property
     def logits_dtype(self) -> Any:
@@ -46,7 +48,7 @@ class Codec:
 
     def states(self, A: int, H: int) -> dict[str, tuple[int, ...]]:
         """{name: shape at a position} of the states that are stored."""
-        return {"aux_hidden": (A, H)} | ({"last_hidden": (H,)} if self.last_hidden else {})
+        return {"aux_hidden": (A, H)} | ({} if self.last_rows == 0 else {"last_hidden": (H,)})
 
     def channels(self, A: int, H: int) -> dict[str, tuple[int, ...]]:
         """{name: shape} of the states that have a scale a channel."""
@@ -60,9 +62,10 @@ def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tupl
         "logsumexp": ((R, T), np.float32),
     }
     for name, shape in codec.states(A, H).items():
-        found[name] = ((R, T, *shape), jnp.dtype(codec.precision))
+        rows = R if codec.last_rows is None or name == "aux_hidden" else min(R, codec.last_rows)
+        found[name] = ((rows, T, *shape), jnp.dtype(codec.precision))
         if codec.precision in LARGEST:
-            found[_scale_name(name)] = ((R, T, *shape[:-1]), np.float32)
+            found[_scale_name(name)] = ((rows, T, *shape[:-1]), np.float32)
     if codec.name == "topk":
         found |= {
             f"topk_{n}": ((R, T, codec.size), t) for n, t in (("logits", np.float16), ("ids", np.int32))

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 ROW_SUMS = "row_sums.parquet"
 COLUMNS = {"tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "uint8"}  # [R, T]
+_LAST = ("last_hidden", "last_scale")  # which may be of the first blocks alone
 _LARGEST = 2**60  # bytes of an array
 _ITEM = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 _ITEM |= {"uint8": 1}
@@ -141,10 +142,12 @@ def _check_sizes(place: str, manifest: dict[str, Any]) -> None:
         sizes = {"aux_hidden": [len(features["aux_layers"]), target["hidden_size"]]}
         sizes["last_hidden"] = [target["hidden_size"]]
         _check_channels(place, features, {name: sizes[name] for name in stored if name in sizes})
+        first = _first_rows(place, features, R)
         for name, array in stored.items():
             rest = sizes.get(name, array["shape"][2:])
             dtype = features["precision"] if name in sizes else array["dtype"]
-            wanted[f"features.arrays.{name}"] = ([R, T, *rest], dtype)
+            count = first if name in _LAST else R
+            wanted[f"features.arrays.{name}"] = ([count, T, *rest], dtype)
             shard = array["shard"]
             _expect(place, f"features.arrays.{name}.shard's dimensions", len(shard), 2 + len(rest))
             parts = [math.gcd(shard[0], features["block_rows"]), math.gcd(shard[1], T), *rest]
@@ -161,6 +164,18 @@ def _check_sizes(place: str, manifest: dict[str, Any]) -> None:
         if math.prod(shape) * _ITEM[dtype] > _LARGEST:
             raise EyasError(f"{place}: {name} {shape} is larger than any disk; {_RESTORE}")
     _expect(place, "rows.files", sorted(rows["files"]), [INDEX, ROW_SUMS])
+
+
+def _first_rows(place: str, features: dict[str, Any], R: int) -> int:
+    """Of how many rows the last state is. EyasError unless they are whole blocks."""
+    if _LAST[0] not in features["arrays"]:
+        return R
+    found = features["arrays"][_LAST[0]]["shape"][0]
+    if found > R or (found < R and found % features["block_rows"]):
+        raise EyasError(
+            f"{place}: features.arrays.{_LAST[0]} is of {found} rows, no whole blocks; {_RESTORE}"
+        )
+    return found
 
 
 def _check_channels(place: str, features: dict[str, Any], states: dict[str, list[int]]) -> None:

@@ -90,6 +90,15 @@ class Store:
         size = self.features["block_rows"]
         return range(block * size, min((block + 1) * size, self.rows))
 
+    def rows_with(self, name: str) -> int:
+        """Of how many rows, from the first on, the store has a feature array."""
+        return self.features["arrays"][name]["shape"][0] if name in self.features["arrays"] else 0
+
+    def arrays_in(self, block: int) -> list[str]:
+        """The feature arrays that have the rows of a block."""
+        start = self.block_range(block).start
+        return [name for name in self.features["arrays"] if start < self.rows_with(name)]
+
     def marker_place(self, block: int) -> str:
         """Where a block's commit marker is."""
         return f"{self.url}/commits/{block:06d}.json"
@@ -114,7 +123,7 @@ class Store:
 
     def commit(self, block: int) -> dict[str, Any]:
         """A block's commit marker; EyasError if another manifest was in force when it was written."""
-        place, arrays = self.marker_place(block), list(self.features["arrays"])
+        place, arrays = self.marker_place(block), self.arrays_in(block)
         rows = self.block_range(block)
         return self._checked.twice(lambda: read_marker(place, self.hash, block, rows, arrays))
 
@@ -184,7 +193,7 @@ class Store:
         """The rows of "train" or "test", int64 ascending; a row belongs to one split."""
         table = self._table(INDEX, {"split": pa.string(), "row": pa.int64()})
         rows = np.unique(table.filter(pc.equal(table["split"], split))["row"].to_numpy()).astype(np.int64)
-        self._require_rows(rows)
+        self._require_rows(rows, self.rows)
         return rows
 
     def token_counts(self) -> np.ndarray:
@@ -210,10 +219,10 @@ class Store:
         is not committed, and missing or damaged chunks.
         """
         rows = np.asarray(rows, np.int64)
-        self._require_rows(rows)
+        self._require_rows(rows, self.rows)
         features = [name for name in names if name not in COLUMNS]
         for name in names:
-            self._described(name)
+            self._require_rows(rows, self._described(name)[1]["shape"][0], f"{name} of ")
         if len(rows) and features:
             self._require_committed(rows)
         return self._checked.twice(lambda: self._read(names, rows))
@@ -234,10 +243,10 @@ class Store:
             self._require_sums(name, rows, found[name])
         return found
 
-    def _require_rows(self, rows: np.ndarray) -> None:
-        outside = rows[(rows < 0) | (rows >= self.rows)]
+    def _require_rows(self, rows: np.ndarray, count: int, of: str = "") -> None:
+        outside = rows[(rows < 0) | (rows >= count)]
         if len(outside):
-            raise EyasError(f"{self.url} has rows 0 to {self.rows - 1}; row {outside[0]} was asked for")
+            raise EyasError(f"{self.url} has {of}rows 0 to {count - 1}; row {outside[0]} was asked for")
 
     def _require_committed(self, rows: np.ndarray) -> None:
         unknown = set(np.unique(rows // self.features["block_rows"]).tolist()) - self._known

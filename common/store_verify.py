@@ -38,7 +38,7 @@ def verify(url: str) -> dict[str, Any]:
             checks += [partial(_target_file, store, name) for name in store.features["target_files"]]
             checks.append(partial(_draft_ids, store))
         checks += [
-            partial(_block, store, name, block) for block in committed for name in store.features["arrays"]
+            partial(_block, store, name, block) for block in committed for name in store.arrays_in(block)
         ]
     checks.append(partial(_strangers, store, committed))
     damaged: dict[str, None] = {}  # in the order in which they were found

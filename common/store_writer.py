@@ -240,12 +240,13 @@ class FeatureWriter:
         _share_arenas()
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
-        """Queues a block {name: [rows of the block, T, ...]}; its marker also holds the two counts of tokens.
+        """Queues a block {name: [rows of the block, T, ...]} of the arrays that have its rows; its marker
+        also holds the two counts of tokens.
 
         The arrays must not change until the block is written. Raises what kept an earlier block from being
         committed, and Stopped if asked to stop while it waits.
         """
-        assert values.keys() == self._arrays.keys(), (sorted(values), sorted(self._arrays))
+        assert set(values) == set(self.store.arrays_in(block)), (block, sorted(values))
         size = sum(value.nbytes for value in values.values())
         self._pending.append((size, self._pool.submit(self._write, block, values, tokens, counted)))
         while len(self._pending) > 1 and (self._pending[0][1].done() or self._bytes() > self._limit):

@@ -57,8 +57,11 @@ class DumpConfig:
     draft_vocab: int = setting(
         32_000, "Size of the vocabulary of --logits draft: the most frequent tokens learnt from.", least=1
     )
-    last_hidden: bool = setting(
-        True, "Store the last hidden state; with --logits topk the stored logits can teach without it."
+    last_hidden: str = setting(
+        "all",
+        "Of which rows the last hidden state is stored. With --logits topk it need not teach: first keeps as "
+        "many rows as a fitted start needs.",
+        choices=("all", "first", "none"),
     )
     precision: str | None = setting(
         None, "What states are stored in.", choices=PRECISIONS, otherwise="--dtype"
@@ -91,10 +94,10 @@ class DumpConfig:
     def __post_init__(self) -> None:
         check(self)
         self.part()
-        if not self.last_hidden and self.logits != "topk":
+        if self.last_hidden != "all" and self.logits != "topk":
             raise ValueError(
-                f"last_hidden=False leaves logits={self.logits} without a teacher for evaluations; give "
-                "logits=topk, or store last_hidden"
+                f"last_hidden={self.last_hidden} leaves logits={self.logits} without a teacher for "
+                "evaluations; give logits=topk, or last_hidden=all"
             )
 
     def part(self) -> tuple[int, int]:

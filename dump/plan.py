@@ -30,6 +30,7 @@ from dump.tokenizer_files import tokenizer_hash
 
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _SMALL_OBJECT = 2_000_000  # bytes: a request to a bucket takes as long as writing these
+_FIT_POSITIONS = 16  # for each number of the states that a fitted start maps to the last one
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
 _SAVE = "use --precision int8, another --logits, or another disk"
 
@@ -91,7 +92,7 @@ def make_plan(config: DumpConfig) -> Plan:
         dtype = compute_dtype(config.dtype)
         precision = config.precision or dtype
         config = replace(config, precision=precision, dtype=dtype, aux_layers=tuple(aux_layers))
-        codec, draft_ids = _codec(config, store, cfg.vocab_size)
+        codec, draft_ids = _codec(config, store, cfg)
         batch_rows = _batch_rows(config, store.length, mesh)
         described = _describe_target(config.model, cfg)
     _require_same(config, store, described)
@@ -133,7 +134,7 @@ def _begun(
     features = {
         "target": described,
         "aux_layers": list(config.aux_layers),
-        **({"last_hidden": "after_final_norm"} if codec.last_hidden else {}),
+        **({} if codec.last_rows == 0 else {"last_hidden": "after_final_norm"}),
         "codec": {"name": codec.name, "size": codec.size}
         | ({} if draft_ids is None else {"ids_crc32": zarr.crc32(draft_ids)}),
         "precision": codec.precision,
@@ -214,13 +215,17 @@ def positions_limit(text: dict[str, Any]) -> int | None:
     return int(factor * limit) if kind == "linear" else limit
 
 
-def _codec(config: DumpConfig, store: Store, vocab_size: int) -> tuple[Codec, np.ndarray | None]:
+def _codec(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> tuple[Codec, np.ndarray | None]:
+    vocab_size = cfg.vocab_size
     size = {"topk": config.topk, "draft": config.draft_vocab, "full": vocab_size, "none": 0}[config.logits]
     if size > vocab_size:
         field = "topk" if config.logits == "topk" else "draft_vocab"
         raise EyasError(f"{field}={size}, but the target has {vocab_size} tokens; give fewer")
     ids = most_frequent(store.token_counts(), size) if config.logits == "draft" else None
-    return Codec(config.logits, size, config.precision, config.last_hidden), ids
+    features = (len(config.aux_layers) + 1) * cfg.hidden_size
+    blocks = -(-_FIT_POSITIONS * features // (store.length * config.block_rows))
+    last_rows = {"all": None, "first": blocks * config.block_rows, "none": 0}[config.last_hidden]
+    return Codec(config.logits, size, config.precision, last_rows), ids
 
 
 def _describe_target(folder: str, cfg: target.TargetConfig) -> dict[str, Any]:

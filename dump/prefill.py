@@ -125,10 +125,11 @@ class Pending:
                 part.copy_to_host_async()
 
     def into(self, host: dict[str, np.ndarray]) -> None:
-        """Waits for the batch and writes it into {name: [n <= rows, T, ...]}; what is beyond n is dropped."""
-        for name, parts in self._parts.items():
-            start, own = 0, host[name]
-            for part in parts:
+        """Waits for the batch and writes it into {name: [n <= rows, T, ...]}; what is beyond n, or of another
+        name, is dropped."""
+        for name, own in host.items():
+            start = 0
+            for part in self._parts[name]:
                 stop = min(start + part.shape[0], len(own))
                 if stop > start:
                     own[start:stop] = np.asarray(part)[: stop - start]

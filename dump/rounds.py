@@ -129,7 +129,9 @@ class _Block:
         if not self.values:  # only now: of the blocks that are computed, one is filled at a time
             rows = len(self.rows)
             self.values = {
-                n: np.empty((rows, *a["shape"][1:]), a["dtype"]) for n, a in self._described.items()
+                n: np.empty((rows, *a["shape"][1:]), a["dtype"])
+                for n, a in self._described.items()
+                if self.rows.start < a["shape"][0]
             }
         here = slice(batch.start, batch.start + batch.count)
         found.into({name: value[here] for name, value in self.values.items()})

@@ -135,10 +135,10 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             f"{store.url} has the largest; give 1"
             + (", or --teacher recompute" if whole == "recompute" else "")
         )
-    if config.init == "fitted" and whole != "recompute":
+    if teacher == "recompute" and whole != teacher:
         raise EyasError(
-            f"init=fitted is a regression to last_hidden, without which {store.url} was dumped; give --init "
-            "target, normal or the folder of a head, or dump with --last-hidden"
+            f"{store.url} was not dumped with all of last_hidden, which --teacher recompute needs; use "
+            "--teacher stored"
         )
     published = open_published(config.init_folder, store) if config.init_folder else None
     draft_ids = _draft_ids(config, teacher, store, published)
@@ -146,6 +146,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     head.require_fit(store.target_config(), "the head")
     _check_room(config, head)
     rows = source.rows(config.data_seed, config.share)
+    if config.init == "fitted" and not (rows < store.rows_with("last_hidden")).any():
+        raise EyasError(
+            f"init=fitted is a regression to last_hidden, which {store.url} has of no row that is trained "
+            "on; give --init target, normal or the folder of a head, or dump with --last-hidden first"
+        )
     workload = source.workload(config.ttt_steps, config.compat)
     counted = workload.counted(rows)
     if not counted:

@@ -93,14 +93,17 @@ def measure(
     eps: float,
     aux_layers: tuple[int, ...],
 ) -> Sample:
-    """The sample's units, and its fit if there are embeddings. The same store and rows give the same, within
-    rounding on other chips. `aux_layers` are those that the head reads.
+    """The sample's units, and its fit if there are embeddings, of rows that have the last state. The same
+    store and rows give the same, within rounding on other chips. `aux_layers` are those that the head reads.
 
     `eps` is added to mean squares of embeddings and predictions where they are normed. DamagedError for aux
     states that are not finite.
     """
     A, H = len(aux_layers), store.features["target"]["hidden_size"]
-    batches = partial(_batches, store, workload, mesh, aux_layers)
+    if embed_VH is not None:
+        rows = rows[rows < store.rows_with("last_hidden")]
+    teacher = whole_teacher(store) if embed_VH is None else "recompute"
+    batches = partial(_batches, store, workload, mesh, aux_layers, teacher)
     chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else (A + 1) * H)
     if embed_VH is not None and not workload.drafted[chosen].any():
         note("train: no row counts any target, so the head starts without a fit")
@@ -143,14 +146,19 @@ def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) ->
 
 
 def _batches(
-    store: Store, workload: Workload, mesh: Mesh, aux_layers: tuple[int, ...], rows: np.ndarray
+    store: Store,
+    workload: Workload,
+    mesh: Mesh,
+    aux_layers: tuple[int, ...],
+    teacher: str,
+    rows: np.ndarray,
 ) -> Iterator[Batch]:
     size = mesh.size * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // mesh.size))
     filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
     filled[: len(rows)] = rows
     wanted = filled.reshape(-1, size)
     capacity = workload.capacity(wanted, mesh.size)
-    view = View(listed(wanted), workload, capacity, whole_teacher(store), np.arange(0), aux_layers)
+    view = View(listed(wanted), workload, capacity, teacher, np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
 

@@ -18,8 +18,8 @@ _LOOKED_AT = 8  # rows at once
 
 
 def whole_teacher(store: Store) -> str:
-    """What tells most of the target: its states, or where they are left out the stored logits."""
-    return "recompute" if "last_hidden" in store.features["arrays"] else "stored"
+    """What tells most of the target for every row: its states, or where they are left out stored logits."""
+    return "recompute" if store.rows_with("last_hidden") == store.rows else "stored"
 
 
 def at_most(store: Store) -> str:
@@ -37,11 +37,6 @@ def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
     names = ("argmax", "logsumexp", *arrays_of(features["precision"], *states))
     if teacher == "recompute":
-        if whole_teacher(store) != teacher:
-            raise EyasError(
-                f"{store.url} was dumped without last_hidden, which --teacher recompute needs; use --teacher "
-                "stored"
-            )
         return names
     codec = features["codec"]["name"]
     if codec not in ("topk", "draft", "full"):

@@ -24,12 +24,12 @@ from train.config import EvaluateConfig, TrainConfig
 from train.source import Source
 
 STANDARD = "bfloat16"
-_OWN_START, _ANY_START = "fitted", "target"  # the better one needs last_hidden
 _KINDS = ("greedy", "sampled")
 
 
 class Way(NamedTuple):
-    """A way of storing: `topk` logits teach in place of the last state, 0: none."""
+    """A way of storing: `topk` logits teach in place of the last state, which then the first rows alone have;
+    0: it teaches."""
 
     precision: str
     topk: int = 0
@@ -39,18 +39,12 @@ class Way(NamedTuple):
         """Of its store's folder."""
         return f"{self.precision}-topk{self.topk}" if self.topk else self.precision
 
-    @property
-    def starts(self) -> tuple[str, ...]:
-        """How heads of such a store may start."""
-        return (_ANY_START,) if self.topk else (_OWN_START, _ANY_START)
-
 
 @dataclass(frozen=True)
 class Line:
     """A line of the table. `lengths`: {"greedy", "sampled": of every seed}."""
 
     way: Way
-    start: str
     bytes: float  # a token
     share: float  # of the standard's
     lengths: dict[str, list[float]]
@@ -75,7 +69,7 @@ def run(config: CodecsConfig) -> str:
     for way in compared:
         _train(config, way)
     source = Source(_place(config, compared[0]))
-    lines = [_line(config, way, start, source) for way in compared for start in way.starts]
+    lines = [_line(config, way, source) for way in compared]
     about = _about(config, source.store)
     storage.write_json(
         f"{config.out}/figures.json", {"about": about, "lines": [asdict(one) for one in lines]}
@@ -117,48 +111,47 @@ def _store(config: CodecsConfig, way: Way, data: tuple[str, ...]) -> None:
         prepare.run(prepare.PrepareConfig(data, config.model, url, **size))
     how = {"precision": way.precision, "dtype": config.dtype}
     if way.topk:
-        how |= {"logits": "topk", "topk": way.topk, "last_hidden": False}
+        how |= {"logits": "topk", "topk": way.topk, "last_hidden": "first"}
     dump.run(dump.DumpConfig(config.model, url, **how))
 
 
-def _names(config: CodecsConfig, way: Way, start: str) -> list[str]:
-    return [f"{way.name}-{start}-{seed}" for seed in range(config.seeds)]
+def _names(config: CodecsConfig, way: Way) -> list[str]:
+    return [f"{way.name}-{seed}" for seed in range(config.seeds)]
 
 
 def _train(config: CodecsConfig, way: Way) -> None:
     out, heads = f"{config.out}/heads", {}
-    for start in way.starts:
-        for seed, name in enumerate(_names(config, way, start)):
-            heads[name] = TrainConfig(
-                _place(config, way),
-                f"{out}/{name}",
-                seed=seed,
-                init=start,
-                epochs=config.epochs,
-                batch_rows=config.batch_rows,
-                learning_rate=config.learning_rate,
-                draft_vocab=config.draft_vocab,
-                ttt_steps=config.ttt_steps,
-                dtype=config.dtype,
-                warmup=0.1,
-                eval_every=2**31 - 1,  # at the end alone
-            )
+    for seed, name in enumerate(_names(config, way)):
+        heads[name] = TrainConfig(
+            _place(config, way),
+            f"{out}/{name}",
+            seed=seed,
+            epochs=config.epochs,
+            batch_rows=config.batch_rows,
+            learning_rate=config.learning_rate,
+            draft_vocab=config.draft_vocab,
+            ttt_steps=config.ttt_steps,
+            teacher="stored" if way.topk else "recompute",  # a small store has the last state of all rows
+            dtype=config.dtype,
+            warmup=0.1,
+            eval_every=2**31 - 1,  # at the end alone
+        )
     failed = sweep.run(heads, out)["failed"]
     if failed:
         name, reason = next(iter(failed.items()))
         raise EyasError(f"{out}/{name} failed, so there is nothing to compare: {reason}")
 
 
-def _line(config: CodecsConfig, way: Way, start: str, source: Source) -> Line:
+def _line(config: CodecsConfig, way: Way, source: Source) -> Line:
     found = []
-    for name in _names(config, way, start):
+    for name in _names(config, way):
         head = f"{config.out}/heads/{name}/last"
         how = {"ttt_steps": config.ttt_steps, "batch_rows": config.batch_rows, "dtype": config.dtype}
         found.append(evaluate.estimate(source, EvaluateConfig(head, source.store.url, **how)))
     size = bytes_a_token(Store.open(_place(config, way)))
     standard = 8 * source.store.features["target"]["hidden_size"] + 16
     lengths = {kind: [one[f"length_{kind}"] for one in found] for kind in _KINDS}
-    return Line(way, start, size, size / standard, lengths)
+    return Line(way, size, size / standard, lengths)
 
 
 def bytes_a_token(store: Store) -> float:
@@ -176,22 +169,21 @@ def _about(config: CodecsConfig, store: Store) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown: bytes against acceptance length, mean ± standard deviation over the seeds, and the change of
-    greedy length against the standard's heads of the same start and seeds."""
-    titles = ("states", "teacher", "start", "bytes a token", "of 8H + 16", "greedy", "sampled", "change")
+    """Markdown, the standard first: bytes against acceptance length, mean ± standard deviation over seeds,
+    and the change of greedy length against the standard's heads of the same seeds."""
+    titles = ("states", "teacher", "bytes a token", "of 8H + 16", "greedy", "sampled", "change")
     rows = [titles, ["---"] * len(titles)]
     for one in lines:
-        like = next(x for x in lines if x.way == Way(STANDARD) and x.start == one.start)
-        change = [a / b - 1 for a, b in zip(one.lengths["greedy"], like.lengths["greedy"], strict=True)]
+        pairs = zip(one.lengths["greedy"], lines[0].lengths["greedy"], strict=True)
+        change = [found / standard - 1 for found, standard in pairs]
         rows.append(
             (
                 one.way.precision,
                 f"{one.way.topk} logits" if one.way.topk else "last state",
-                one.start,
                 f"{one.bytes:,.0f}",
                 f"{one.share:.1%}",
                 *(_with_spread(one.lengths[kind], "{:.3f}") for kind in _KINDS),
-                "" if one is like else _with_spread(change, "{:+.1%}"),
+                "" if one is lines[0] else _with_spread(change, "{:+.1%}"),
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

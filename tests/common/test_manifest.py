@@ -101,6 +101,8 @@ SIZES = {
     "codec": set_in("features", "codec", {"name": "draft", "size": 5}),
     "precision": set_in("features", "precision", ["float32"]),
     "precision that is not the arrays'": set_in("features", "precision", "bfloat16"),
+    "a last state of no whole blocks": set_in("features", "arrays", "last_hidden", "shape", [R - 2, T, H]),
+    "a last state of more rows": set_in("features", "arrays", "last_hidden", "shape", [2 * R, T, H]),
     "scales without need": set_in("features", "channels", {"aux_hidden": ["AAAA"]}),
     "target": set_in("features", "target", []),
     "features": set_in("features", 5),

@@ -14,6 +14,7 @@ from common.errors import EyasError
 from common.store import Store
 from common.store_verify import verify
 from dump import dump as stage
+from dump import plan as planning
 from dump.dump import run
 from tests.dump import tiny
 from tests.dump.tiny import ROWS, contents
@@ -111,7 +112,7 @@ def test_states_that_are_not_finite_have_no_scales(small):
 
 
 def test_the_last_state_can_be_left_out_beside_the_largest_logits(config):
-    run(replace(config, precision="int8", last_hidden=False))
+    run(replace(config, precision="int8", last_hidden="none"))
     features = Store.open(config.store).features
     assert set(features["arrays"]) == {
         *("aux_hidden", "aux_scale", "argmax", "logsumexp", "topk_logits", "topk_ids")
@@ -121,6 +122,31 @@ def test_the_last_state_can_be_left_out_beside_the_largest_logits(config):
     assert verify(config.store)["damaged"] == []
     with pytest.raises(EyasError, match=r"was dumped otherwise: .*last_hidden"):
         run(replace(config, precision="int8"))
+
+
+def test_the_last_state_of_the_first_blocks_alone(config, monkeypatch):
+    """What is there is what a whole store has; a dump that goes on writes the same, and damage is found."""
+    monkeypatch.setattr(planning, "_FIT_POSITIONS", 1)
+    run(replace(config, precision="int8", last_hidden="first"))
+    store, size = Store.open(config.store), config.block_rows
+    assert verify(config.store)["damaged"] == []
+    assert store.rows_with("last_hidden") == store.rows_with("last_scale") == size < store.rows
+    assert "last_hidden" in store.commit(0)["crc32c"]
+    assert "last_hidden" not in store.commit(1)["crc32c"]
+    store.read(["last_hidden"], [0, size - 1])
+    with pytest.raises(
+        EyasError, match=rf"has last_hidden of rows 0 to {size - 1}; row {size} was asked for"
+    ):
+        store.read(["last_hidden"], [0, size])
+    before = contents(config.store)
+    for name in ("000000.json", "000001.json"):
+        os.unlink(f"{config.store}/commits/{name}")
+    run(replace(config, precision="int8", last_hidden="first"))
+    assert contents(config.store) == before
+    with pytest.raises(EyasError, match=r"was dumped otherwise: .*last_hidden"):
+        run(replace(config, precision="int8"))
+    os.unlink(f"{config.store}/features/last_scale/c/0/0")
+    assert any("last_scale" in line for line in verify(config.store)["damaged"])
 
 
 def test_scales_are_those_of_the_first_rows_on_any_mesh(small, tmp_path):

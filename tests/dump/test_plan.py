@@ -106,8 +106,9 @@ def test_bad_input_writes_nothing(config, tmp_path):
     [
         {"logits": "some"},
         {"precision": "int4"},
-        {"last_hidden": False, "logits": "none"},
-        {"last_hidden": False, "logits": "full"},
+        {"last_hidden": "some"},
+        {"last_hidden": "none", "logits": "none"},
+        {"last_hidden": "first", "logits": "full"},
         {"dtype": "float64"},
         {"topk": 0},
         {"batch_rows": 3},

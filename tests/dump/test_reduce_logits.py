@@ -169,7 +169,7 @@ def test_scales_of_channels_make_channels_alike():
 
 
 def test_a_codec_may_leave_the_last_state_out():
-    codec = Codec("topk", K, "int8", last_hidden=False)
+    codec = Codec("topk", K, "int8", last_rows=0)
     assert set(codec.channels(3, H)) == {"aux_hidden"}
     aux, last = jnp.ones((B, T, 3, H)), jnp.ones((B, T, H))
     assert set(encode_states(codec, aux, last, {"aux_hidden": np.ones((3, H), np.float32)})) == {
@@ -177,6 +177,11 @@ def test_a_codec_may_leave_the_last_state_out():
         "aux_scale",
     }
     assert not [name for name in shapes(codec, B, T, 3, H) if name.startswith("last")]
+    some = shapes(Codec("topk", K, "int8", last_rows=2), B, T, 3, H)
+    assert {name: shape[0] for name, (shape, _) in some.items()} == dict.fromkeys(some, B) | {
+        "last_hidden": 2,
+        "last_scale": 2,
+    }
 
 
 def test_a_mesh_gives_the_same():

@@ -114,7 +114,7 @@ def test_what_the_help_says_of_a_default_is_the_default():
             "dump --store s --precision int4",
             "'int4' is not one of 'float32', 'bfloat16', 'float8_e4m3fn', 'int",
         ),
-        ("dump --store s --no-last-hidden", "last_hidden=False leaves logits=none without a teacher"),
+        ("dump --store s --last-hidden none", "last_hidden=none leaves logits=none without a teacher"),
     ],
 )
 def test_a_value_that_a_field_cannot_have_is_refused(command, message):

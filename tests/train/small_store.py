@@ -39,7 +39,7 @@ def write_store(
     test: bool = True,
     rows: int = ROWS,
     longest: int | None = None,
-    last_hidden: bool = True,
+    last_rows: int | None = None,
 ) -> str:
     """The store at `url`. `blocks` of 4 rows are committed, None: all; `mask` 0: no answers at all.
 
@@ -62,12 +62,13 @@ def write_store(
     embed, lm_head = rng.normal(size=(2, V, H)).astype(np.float32)
     values = _features(rng, embed[tokens], lm_head, counts, codec)
     ids = values.pop("ids")
-    encoding = Codec(codec, 0, precision, last_hidden)
+    encoding = Codec(codec, 0, precision, last_rows)
     squares = {name: np.square(values[name]).sum((0, 1)) for name in encoding.channels(3, H)}
     channels = encode_channels(squares)
     scales = decode_channels(channels, encoding.channels(3, H))
     states = values.pop("aux_hidden"), values.pop("last_hidden")
     values |= {name: np.asarray(x) for name, x in encode_states(encoding, *states, scales).items()}
+    values |= {name: x[:last_rows] for name, x in values.items() if name.startswith("last_")}
     tensors = {"embed_tokens": embed, "lm_head": lm_head}
     files = {tensor_file(name): safetensors.to_bytes({name: tensor}) for name, tensor in tensors.items()}
     files["config.json"] = storage.json_bytes(TARGET)
@@ -86,7 +87,8 @@ def write_store(
     create_features(url, features, ids)
     with FeatureWriter(url) as writer:
         for block in range(writer.store.blocks if blocks is None else blocks):
-            part = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
+            parts = {name: np.ascontiguousarray(x[4 * block : 4 * block + 4]) for name, x in values.items()}
+            part = {name: x for name, x in parts.items() if len(x)}
             writer.write(block, part, 0, 0)
     for name, data in files.items():
         storage.write_bytes(f"{url}/target/{name}", data)

@@ -66,10 +66,13 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
         teacher="stored",
         teacher_temperature=2.0,
     )
-    small = made("small", codec="topk", last_hidden=False)
+    small = made("small", codec="topk", last_rows=0)
     for changed, named in (
-        ({"init": "fitted"}, "init=fitted is a regression to last_hidden, without which .*--init target"),
-        ({"teacher": "recompute"}, "dumped without last_hidden, .* use --teacher stored"),
+        (
+            {"init": "fitted"},
+            "init=fitted is a regression to last_hidden, which .* of no row .*--init target",
+        ),
+        ({"teacher": "recompute"}, "not dumped with all of last_hidden, .* use --teacher stored"),
         ({"teacher_temperature": 2.0}, "has the largest; give 1$"),
     ):
         refused(config, tmp_path, named, store=small, **changed)

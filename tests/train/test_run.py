@@ -255,7 +255,7 @@ def test_features_of_8_bits_train(config, whole, tmp_path, precision, off):
 
 def test_the_largest_logits_teach_and_measure_without_the_last_state(config, whole, tmp_path, capsys):
     """Of all tokens, as many as the target has: then nothing is lost with the state."""
-    url = small_store.write_store(str(tmp_path / "store"), "topk", last_hidden=False)
+    url = small_store.write_store(str(tmp_path / "store"), "topk", last_rows=0)
     assert "last_hidden" not in Store.open(url).features["arrays"]
     out = str(tmp_path / "out")
     run(replace(config, store=url, out=out, steps=3))
@@ -266,6 +266,21 @@ def test_the_largest_logits_teach_and_measure_without_the_last_state(config, who
     assert f"what is sampled is at most: {small_store.V} logits are known" in capsys.readouterr().err
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-3, err_msg=name)
+
+
+def test_a_fitted_start_needs_the_last_state_of_some_rows_alone(config, tmp_path):
+    """It is that of a store of all of them whose run is on those rows."""
+    found = []
+    for name, count in (("some", 8), ("all", None)):
+        url = small_store.write_store(str(tmp_path / name), "topk", last_rows=count)
+        source = Source(url)
+        assert source.store.rows_with("last_hidden") == (count or small_store.ROWS)
+        source.train_rows = source.train_rows[source.train_rows < 8] if count is None else source.train_rows
+        plan = make_plan(replace(config, store=url, out=str(tmp_path / "out"), init="fitted"), source)
+        assert plan.view.teacher == ("stored" if count else "recompute")
+        found.append(plan.sample().fit)
+    for some, every in zip(*found, strict=True):
+        np.testing.assert_allclose(some, every, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_of_other_aux_layers_is_refused(config, whole, tmp_path, store):
