@@ -30,6 +30,7 @@ from common.progress import Progress, note
 from common.store import Store
 from train import placing
 from train.batch import Batch, Frozen, embeddings, pick
+from train.cholesky import solve
 from train.order import listed, permutation
 from train.stored import whole_teacher
 from train.stream import Stream, View, Workload
@@ -232,10 +233,11 @@ def _fit(
     do better. The fit itself is that of the `whole`: where rows are few, each of them tells something.
     """
     judge = jax.jit(_over_rows(mesh, partial(_explained, eps), _ALL, summed=True))
-    solve = jax.jit(jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False))
+    everywhere = jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False)
+    solved = jax.jit(everywhere)
     least, ridge_is, factor = math.inf, None, 1.0
     for ridge in _RIDGES:
-        map_XH, scale_H, _ = solve(total, jnp.float32(ridge))
+        map_XH, scale_H, _ = solved(total, jnp.float32(ridge))
         both, size, want = (float(x) for x in sum(judge((map_XH, scale_H), embed, b) for b in kept_out))
         unexplained = 1 - both**2 / (size * want) if size * want > 0 else math.inf
         if math.isnan(unexplained):  # more than rounding bears: a greater ridge
@@ -246,7 +248,7 @@ def _fit(
     if ridge_is is None:
         note("train: nothing can be told from the sample, so the head starts without a fit")
         return None
-    map_XH, scale_H, aux_size = solve(whole, jnp.float32(ridge_is))
+    map_XH, scale_H, aux_size = solved(whole, jnp.float32(ridge_is))
     return Fit(map_XH, factor * scale_H, aux_size)
 
 
@@ -257,12 +259,8 @@ def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array, ja
     size_X = jnp.sqrt(jnp.diagonal(total.gram)) + 1e-6  # every feature counts alike in the ridge
     gram = total.gram / (size_X[:, None] * size_X[None])
     place = jnp.arange(len(size_X), dtype=jnp.int32)
-    lower = jax.lax.linalg.cholesky(gram.at[place, place].set(1 + ridge), symmetrize_input=False)
-    wanted = found = total.cross / (size_X[:, None] * scale_H[None])
-    for transposed in (False, True):
-        found = jax.lax.linalg.triangular_solve(
-            lower, found, left_side=True, lower=True, transpose_a=transposed
-        )
+    wanted = total.cross / (size_X[:, None] * scale_H[None])
+    found = solve(gram.at[place, place].set(1 + ridge), wanted)
     # (gram + ridge) found = wanted, so the squares of all predictions need no product with gram.
     squares = (found * wanted).sum() - ridge * jnp.square(found).sum()
     count = total.targets * len(scale_H)
