@@ -96,6 +96,13 @@ def gathered(
     return found, frozen
 
 
+def summed(x: jax.Array, names: tuple[str, ...] = RULES["row"]) -> jax.Array:
+    """The sum over all chips, or over those of some mesh axes. To be called inside a shard_map. Over a single
+    chip nothing is summed: XLA for CPU would hold all gradients twice."""
+    several = tuple(name for name in names if jax.lax.axis_size(name) > 1)
+    return jax.lax.psum(x, several) if several else x
+
+
 def _at(axes: tuple[str | None, ...]) -> int | None:
     """Which dimension is divided."""
     return axes.index(AXIS) if AXIS in axes else None
@@ -110,8 +117,8 @@ def _whole(x: jax.Array, at: int | None, dtype: Any) -> jax.Array:
 def _back(at: int | None, dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
     g = g.astype(jnp.float32)
     if at is None:
-        return (jax.lax.psum(g, RULES["row"]),)
-    return (jax.lax.psum(jax.lax.psum_scatter(g, RULES[AXIS], scatter_dimension=at, tiled=True), _OTHERS),)
+        return (summed(g),)
+    return (summed(jax.lax.psum_scatter(g, RULES[AXIS], scatter_dimension=at, tiled=True), _OTHERS),)
 
 
 _whole.defvjp(lambda x, at, dtype: (_whole(x, at, dtype), None), _back)

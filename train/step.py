@@ -104,7 +104,7 @@ def _gradients(
 
 
 def _summed(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.psum(x, _ROW[0]), tree)
+    return jax.tree.map(placing.summed, tree)
 
 
 def gradient(
@@ -126,7 +126,7 @@ def gradient(
     def divisors(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """By what the loss and the counts of right ones are divided [K], over all parts of all chips."""
         own_K = jax.lax.map(lambda part: shard_counts(frozen, part, steps), in_parts(batch)).sum(0)
-        counts_K = jnp.maximum(jax.lax.psum(own_K, _ROW[0]), 1.0)
+        counts_K = jnp.maximum(placing.summed(own_K), 1.0)
         if compat == "specforge":
             return jnp.full((steps,), float(batch.tokens.size * mesh.size)), counts_K
         return counts_K, counts_K

@@ -49,17 +49,17 @@ def _best(plain, kernel, scale, *given):
 
 
 def _read(scale, base_BmNd, lse_BmN, q_BmNd, own, k):
-    base, lse, q, own = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
+    base, lse, q = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
     first, others = _shares(scale, lse, q, own[0], k)
     out = base.astype(jnp.float32) * first[..., None]
-    out = jax.lax.fori_loop(1, k + 1, lambda i, out: out + _weighted(others[i], own[1][i]), out)
+    out = jax.lax.fori_loop(1, k + 1, lambda i, out: out + _weighted(others[i], own[1], i), out)
     return out.reshape(len(base), -1).astype(base.dtype)
 
 
 def _read_back(scale, base_BmNd, lse_BmN, q_BmNd, own, k, g_CY):
     """The cotangents of `base`, `lse`, `q` and `own`."""
     whole = base_BmNd, lse_BmN, q_BmNd, *own
-    base, lse, q, own = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
+    base, lse, q = _grouped(base_BmNd, lse_BmN, q_BmNd, own)
     g = g_CY.reshape(q.shape)
     first, others = _shares(scale, lse, q, own[0], k)
     of_first = einsum("cjgd,cjgd->cjg", g, base)
@@ -70,32 +70,31 @@ def _read_back(scale, base_BmNd, lse_BmN, q_BmNd, own, k, g_CY):
     others = others.astype(g.dtype)
 
     zero = jnp.zeros(q.shape, jnp.float32)
-    dq = jax.lax.fori_loop(1, k + 1, lambda i, dq: dq + _weighted(ds[i], own[0][i]), zero)
-    dk = jnp.stack([_sums(s, q) for s in ds])
-    dv = jnp.stack([_sums(p, g) for p in others])
+    dq = jax.lax.fori_loop(1, k + 1, lambda i, dq: dq + _weighted(ds[i], own[0], i), zero)
+    dk, dv = _sums(ds, q), _sums(others, g)
     found = g.astype(jnp.float32) * first[..., None], d_lse, dq, dk, dv
     found = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(found, whole, strict=True))
     d_base, d_lse, dq, *d_own = found
     return d_base, d_lse, dq, tuple(d_own)
 
 
-def _shares(scale, lse_CJG, q_CJGd, keys_KCJd, k) -> tuple[jax.Array, jax.Array]:
+def _shares(scale, lse_CJG, q_CJGd, keys_KCY, k) -> tuple[jax.Array, jax.Array]:
     """(p of what is summed up [C, J, G], p of the own keys [K, C, J, G])."""
-    s = _products(q_CJGd, keys_KCJd, k, -jnp.inf) * scale
+    s = _products(q_CJGd, keys_KCY, k, -jnp.inf) * scale
     top = jnp.maximum(lse_CJG, s.max(0))
     first, others = jnp.exp(lse_CJG - top), jnp.exp(s - top[None])
     total = first + others.sum(0)
     return first / total, others / total[None]
 
 
-def _products(x_CJGd: jax.Array, own_KCJd: jax.Array, k: jax.Array, otherwise: float) -> jax.Array:
+def _products(x_CJGd: jax.Array, own_KCY: jax.Array, k: jax.Array, otherwise: float) -> jax.Array:
     """float32 [K, C, J, G], of steps 1..k; step by step, or all would be copied at once."""
 
     def of_step(i: jax.Array, found_KCJG: jax.Array) -> jax.Array:
-        return _set(found_KCJG, i, einsum("cjgd,cjd->cjg", x_CJGd, own_KCJd[i]))
+        return _set(found_KCJG, i, einsum("cjgd,cjd->cjg", x_CJGd, _of_step(own_KCY, i, x_CJGd.shape[1])))
 
     return jax.lax.fori_loop(
-        1, k + 1, of_step, jnp.full((len(own_KCJd), *x_CJGd.shape[:3]), otherwise, jnp.float32)
+        1, k + 1, of_step, jnp.full((len(own_KCY), *x_CJGd.shape[:3]), otherwise, jnp.float32)
     )
 
 
@@ -104,16 +103,25 @@ def _set(x_K: jax.Array, i: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _grouped(base_BmNd, lse_BmN, q_BmNd, own: KeysValues) -> tuple:
-    """base and q [C, J, G, d], lse [C, J, G]: heads that share keys beside each other; own [K, C, J, d]."""
-    K, C, d = *own[0].shape[:2], q_BmNd.shape[-1]
-    own = tuple(x.reshape(K, C, -1, d) for x in own)
-    lead = C, own[0].shape[2]
-    return base_BmNd.reshape(*lead, -1, d), lse_BmN.reshape(*lead, -1), q_BmNd.reshape(*lead, -1, d), own
+    """base and q [C, J, G, d], lse [C, J, G]: heads that share keys beside each other."""
+    C, d = own[0].shape[1], q_BmNd.shape[-1]
+    lead = C, own[0].shape[2] // d
+    return base_BmNd.reshape(*lead, -1, d), lse_BmN.reshape(*lead, -1), q_BmNd.reshape(*lead, -1, d)
 
 
-def _weighted(share_CJG: jax.Array, own_CJd: jax.Array) -> jax.Array:
+def _of_step(own_KCY: jax.Array, i: jax.Array, heads: int) -> jax.Array:
+    """[C, J, d]; of all steps in this shape, XLA for CPU would make a copy at every step."""
+    return own_KCY[i].reshape(own_KCY.shape[1], heads, -1)
+
+
+def _weighted(share_CJG: jax.Array, own_KCY: jax.Array, i: jax.Array) -> jax.Array:
+    own_CJd = _of_step(own_KCY, i, share_CJG.shape[1])
     return share_CJG.astype(jnp.float32)[..., None] * own_CJd[:, :, None].astype(jnp.float32)
 
 
-def _sums(share_CJG: jax.Array, x_CJGd: jax.Array) -> jax.Array:
-    return einsum("cjg,cjgd->cjd", share_CJG, x_CJGd).astype(x_CJGd.dtype)
+def _sums(shares_KCJG: jax.Array, x_CJGd: jax.Array) -> jax.Array:
+    """[K, C, J, d]: sums over the queries that share a key. Products and no matmuls, which XLA for CPU takes
+    into what they are added to, so that nothing of all steps is held beside it."""
+    shares, x = shares_KCJG.astype(jnp.float32), x_CJGd[None].astype(jnp.float32)
+    parts = [shares[..., g, None] * x[..., g, :] for g in range(x.shape[3])]
+    return sum(parts[1:], parts[0]).astype(x_CJGd.dtype)
