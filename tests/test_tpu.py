@@ -73,3 +73,8 @@ def test_a_batch_fits_its_slice(recipe, length):
 def test_training_fits_a_v6e_4(of):
     found = compiled("train", *of)
     assert found["arguments_gib"] + found["temporaries_gib"] < HBM
+
+
+def test_the_system_of_a_fitted_start_leaves_most_of_the_memory_to_the_sample():
+    found = compiled("fit", "qwen3-32b")
+    assert found["arguments_gib"] + found["temporaries_gib"] + found["outputs_gib"] < 0.3 * HBM

@@ -4,6 +4,7 @@ moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a 
 layer RECIPE                a target's first layer, a batch as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
 train RECIPE [LENGTH]       a training step, every position counted, as the recipe lays it out
+fit RECIPE                  the system of a head's fitted start
 delta RECIPE                instructions of DeltaNet's kernel for a chunk of a key head
 """
 
@@ -34,6 +35,7 @@ from dump.target.spec import Context
 from pipelines import recipes
 from pipelines.bench.tpu import CHIPS_A_HOST, compile_dump, config_of, mesh_of
 from pipelines.bench.tpu_training import compile_step
+from train import sample
 from train.config import TrainConfig
 
 LENGTH = 2048
@@ -116,6 +118,23 @@ def train(recipe: str, length: int = LENGTH) -> dict[str, float]:
     return memory(compiled) | {"parameters": sum(math.prod(p.shape) for p in head.parameters().values())}
 
 
+def fit(recipe: str) -> dict[str, float]:
+    """Memory of a chip for solving the system that the fitted start is."""
+    known = recipes.load(recipe)
+    H, A = known.hidden_size, len(target.default_aux_layers(known.layers)) * known.hidden_size
+    everywhere = spec(())
+
+    def sums(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding(mesh, ()))
+
+    mesh = mesh_of(recipes.chips(known.train_slice), 1, known.train_slice.split("-")[0])
+    total = sample._Moments(sums(), sums(A), sums(), sums(A + H, A + H), sums(A + H, H), sums(H))
+    solved = jax.shard_map(
+        sample._solved, mesh=mesh, in_specs=(everywhere, everywhere), out_specs=everywhere, check_vma=False
+    )
+    return memory(jax.jit(solved).lower(total, sums()).compile())
+
+
 def delta(recipe: str) -> dict[str, float]:
     """Instructions that the kernel's loop is compiled to: a cycle each, where nothing waits for memory."""
     part = next(la.attention for la in config_of(recipe, None).layers if isinstance(la.attention, DeltaNet))
@@ -158,5 +177,5 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 if __name__ == "__main__":
     verb, recipe, *rest = sys.argv[1:]
-    run = {"moe": moe, "layer": layer, "prefill": prefill, "train": train, "delta": delta}[verb]
+    run = {"moe": moe, "layer": layer, "prefill": prefill, "train": train, "fit": fit, "delta": delta}[verb]
     print(json.dumps(run(recipe, *(int(value) if value.isdigit() else value for value in rest))))
