@@ -61,10 +61,15 @@ class TrainConfig:
         otherwise="32000, or a smaller target's all; that of a head to begin with, or of stored draft logits",
     )
     optimizer: str = setting(
-        "adamw", "What moves the weights; muon takes the block's matrices.", choices=("adamw", "muon")
+        "muon", "What moves the weights; muon takes the block's matrices.", choices=("adamw", "muon")
     )
-    learning_rate: float = setting(1e-4, "Peak learning rate.", above=0)
-    warmup: float = setting(0.02, "Share of the steps that warms up.", least=0, below=1)
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate.",
+        above=0,
+        otherwise="4e-3 for muon, times 576 / hidden size for wider heads; 1e-4 for adamw",
+    )
+    warmup: float = setting(0.1, "Share of the steps that warms up.", least=0, below=1)
     schedule: str = setting(
         "cosine",
         "The rate after the warm-up; wsd: constant, and linear to 0 at the end.",

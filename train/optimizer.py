@@ -16,6 +16,18 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 MOST_SKIPPED = 10  # steps in a row that may be skipped before a run ends
 _MUON_RMS = 0.2  # of a Muon update's entries, which is about AdamW's (arXiv 2502.16982): one rate suits both
 
+_PEAKS = {"muon": 4e-3, "adamw": 1e-4}  # pipelines/EXPERIMENTS.md; the field's
+_MEASURED = 576  # the hidden size at which Muon's was found
+
+
+def peak(kind: str, hidden_size: int) -> float:
+    """The learning rate of heads for which none is given.
+
+    Muon's falls with the width of heads that are wider than those it was measured on: what a step of Adam,
+    which moves the output head, changes of a logit grows with as many entries (arXiv 2203.03466).
+    """
+    return _PEAKS[kind] * (min(1, _MEASURED / hidden_size) if kind == "muon" else 1)
+
 
 class Rates:
     """The learning rate of every step, which stays as it is after the last. Numbers and no formula, so that

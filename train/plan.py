@@ -144,6 +144,8 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     draft_ids = _draft_ids(config, teacher, store, published)
     head = _head(config, store, len(draft_ids), published)
     head.require_fit(store.target_config(), "the head")
+    rate = config.learning_rate or optimizer.peak(config.optimizer, head.hidden_size)
+    config = replace(config, learning_rate=rate)
     _check_room(config, head)
     rows = source.rows(config.data_seed, config.share)
     if config.init == "fitted" and not (rows < store.rows_with("last_hidden")).any():

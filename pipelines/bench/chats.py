@@ -32,7 +32,14 @@ def figures(store: str, place: str) -> dict[str, dict[str, Any]]:
     """train.tokens_per_s and train.pace_share, of a dumped store with held-out rows."""
     note(f"bench: {1 + _TIMED} of {_STEPS} steps on real chats")
     plan = make_plan(
-        TrainConfig(store=store, out=f"{place}/chats", steps=_STEPS, draft_vocab=_DRAFT, batch_rows=2)
+        TrainConfig(
+            store=store,
+            out=f"{place}/chats",
+            steps=_STEPS,
+            draft_vocab=_DRAFT,
+            batch_rows=2,
+            optimizer="adamw",  # as the steps of pipelines/bench/training.py
+        )
     )
     with claimed(plan), Trainer(plan) as trainer:
         batches = [batch for dealt in _some(plan) for _, batch in dealt]

@@ -128,6 +128,7 @@ def _train(config: CodecsConfig, way: Way) -> None:
             seed=seed,
             epochs=config.epochs,
             batch_rows=config.batch_rows,
+            optimizer="adamw",
             learning_rate=config.learning_rate,
             draft_vocab=config.draft_vocab,
             ttt_steps=config.ttt_steps,

@@ -90,7 +90,7 @@ def test_every_field_of_a_configuration_is_an_option_or_a_required_place(verb):
 
 def test_what_the_help_says_of_a_default_is_the_default():
     helps = {o.name: o.help for o in cli.main.commands["train"].params}
-    assert helps["learning_rate"].endswith("(default: the recipe's, else 0.0001)")
+    assert helps["warmup"].endswith("(default: the recipe's, else 0.1)")
     assert helps["betas"].endswith("else 0.9,0.95)")
     assert helps["steps"].endswith("else from --epochs)")
     assert "(default: 7)" in {o.name: o.help for o in cli.main.commands["eval"].params}["ttt_steps"]

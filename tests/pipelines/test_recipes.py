@@ -36,6 +36,7 @@ def test_every_recipe_makes_the_configurations_of_its_stages(name):
         recipe.train["batch_rows" if "dp" in recipe.train else "draft_vocab"] % recipe.train.get("dp", 1) == 0
     )
     assert recipe.train["draft_vocab"] <= recipe.vocab_size
+    assert {"optimizer", "learning_rate", "warmup"} <= recipe.train.keys(), "not what a default becomes"
 
 
 @pytest.mark.parametrize(

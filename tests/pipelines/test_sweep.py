@@ -8,9 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from common.errors import EyasError
+from pipelines import recipes
 from pipelines.cli import main
 from pipelines.sweep import default_out, read
 from tests.train import small_store
+
+SWEEPS = Path(__file__).parents[2] / "pipelines" / "sweeps"
 
 
 @pytest.fixture
@@ -51,6 +54,12 @@ def test_settings_experiments_and_a_grid(file):
     last = found["learning_rate=0.0002,seed=1"]
     assert (last.learning_rate, last.seed, last.ttt_steps) == (2e-4, 1, 7)
     assert default_out(url) == "runs/rates"
+
+
+@pytest.mark.parametrize("url", sorted(SWEEPS.glob("*.toml")), ids=lambda url: url.name)
+def test_every_sweep_that_is_here_goes_with_every_recipe(url):
+    for name in recipes.names():
+        assert read(str(url), "stores/x", "runs/x", recipes.load(name).train)
 
 
 ONE = '[[experiments]]\nname = "a"\n'

@@ -17,6 +17,7 @@ def config(store, out):
         batch_rows=2,
         ttt_steps=3,
         draft_vocab=32,
+        optimizer="adamw",
         learning_rate=3e-2,
         log_every=1,
         eval_every=4,

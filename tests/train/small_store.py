@@ -26,7 +26,7 @@ AUX_LAYERS = (2, 4, 5)
 def short_run(store: str, out: str, **changes: Any) -> TrainConfig:
     """Of a run of some steps that is measured and saved on its way."""
     settings = {"steps": 7, "batch_rows": 4, "ttt_steps": 2, "draft_vocab": 32, "learning_rate": 3e-2}
-    settings |= {"log_every": 2, "eval_every": 3, "save_every": 3, "init": "normal"}
+    settings |= {"optimizer": "adamw", "log_every": 2, "eval_every": 3, "save_every": 3, "init": "normal"}
     return TrainConfig(store, out, **settings | changes)
 
 

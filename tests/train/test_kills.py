@@ -42,6 +42,7 @@ SETTINGS = {
     "batch_rows": 2,
     "ttt_steps": 2,
     "draft_vocab": 32,
+    "optimizer": "adamw",
     "learning_rate": 3e-2,
     "log_every": 7,
     "eval_every": 60,

@@ -33,6 +33,7 @@ def config(tmp_path_factory):
         batch_rows=4,
         ttt_steps=2,
         draft_vocab=32,
+        optimizer="adamw",
         learning_rate=1e-2,
         log_every=1,
         init="target",

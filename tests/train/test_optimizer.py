@@ -57,6 +57,11 @@ def test_schedules_rise_stay_and_fall_as_their_names_say():
         assert float(optimizer.schedule(1e-3, 0.02, 1, kind)(0)) > 0
 
 
+def test_muons_rate_falls_with_the_width_of_wide_heads_and_adamws_stays():
+    assert [optimizer.peak("muon", size) for size in (64, 576, 5760)] == pytest.approx([4e-3, 4e-3, 4e-4])
+    assert optimizer.peak("adamw", 64) == optimizer.peak("adamw", 5760)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 12])
 def test_shares_that_both_round_up_give_each_step_one_rate(steps):
     """The last step of the warm-up is on its line, and nothing jumps."""

@@ -12,7 +12,7 @@ from common.store import Store
 from pipelines.compare import runs
 from tests.train import small_store
 from tests.train.small_run import assert_same_run, weights_of
-from train import evaluate
+from train import evaluate, optimizer
 from train.config import EvaluateConfig
 from train.plan import make_plan
 from train.run import run
@@ -44,6 +44,15 @@ def config(tmp_path_factory):
         loss="lk-lambda",
         lk_decay=1.0,
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_rate_that_is_not_given_is_the_optimisers_and_is_written_down(config, kind):
+    plan = make_plan(replace(config, optimizer=kind, learning_rate=None))
+    rate = optimizer.peak(kind, plan.head.hidden_size)
+    assert plan.config.learning_rate == plan.identity["config"]["learning_rate"] == rate
+    given = make_plan(replace(config, optimizer=kind, learning_rate=0.5))
+    assert given.config.learning_rate == 0.5
 
 
 @pytest.fixture(scope="module")

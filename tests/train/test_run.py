@@ -128,6 +128,7 @@ def start(config, out):
         "batch-rows": 2,
         "ttt-steps": 3,
         "draft-vocab": 32,
+        "optimizer": config.optimizer,
         "learning-rate": 3e-2,
         "eval-every": config.eval_every,
         "save-every": config.save_every,

@@ -204,7 +204,7 @@ ENDS = {
 def test_a_bucket_that_refuses_a_run_is_one_line(tmp_path, place, fault):
     config = config_of(str(tmp_path))
     small_store.write_store(config.store)
-    names = ("steps", "batch_rows", "ttt_steps", "learning_rate", "eval_every", "save_every")
+    names = ("steps", "batch_rows", "ttt_steps", "optimizer", "learning_rate", "eval_every", "save_every")
     options = [x for n in names for x in (f"--{n.replace('_', '-')}", str(getattr(config, n)))]
     command = (
         "pipelines",
