@@ -34,6 +34,7 @@ def test_the_standard_comes_first_and_every_way_has_a_store_of_its_own():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_whole_comparison_continues_where_it_was(tmp_path):
     write_target(tmp_path / "model")
     out = tmp_path / "out"
