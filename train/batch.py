@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     topk_logits: jax.Array | None = None  # [B, T, k], the target's largest
     topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
     row: jax.Array | None = None  # int32 [B], of the store
+    later: Params | None = None  # live, targets and count of the steps behind step 0, where they differ
 
 
 class Frozen(NamedTuple):
@@ -46,6 +47,13 @@ def in_parts(batch: Batch) -> Batch:
     rows."""
     count = len(batch.count)
     return jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), batch)
+
+
+def by_steps(batch: Batch, steps: int) -> list[tuple[range, Batch]]:
+    """What is computed of a batch at which steps: the same at all, or something else behind step 0."""
+    if batch.later is None:
+        return [(range(steps), batch)]
+    return [(range(1), batch), (range(1, steps), batch._replace(**batch.later, later=None))]
 
 
 def pick(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -47,6 +47,12 @@ class TrainConfig:
         0.0, "Standard deviation of noise on the aux states, as a share of each value.", least=0, most=1
     )
     ttt_steps: int = setting(7, "Steps K of the rollout.", least=1, most=64)
+    anchors: float = setting(
+        1.0,
+        "Share of the counted positions, drawn anew at every step, that train steps 1 to K-1 of the rollout.",
+        above=0,
+        most=1,
+    )
     decay: float = setting(0.8, "Step k's loss weighs decay^k.", above=0, most=2)
     loss: str = setting(
         "cross-entropy", "What the head's distribution loses against the target's.", choices=LOSSES

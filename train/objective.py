@@ -9,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.batch import Batch, Frozen, Params, pick
+from train.batch import Batch, Frozen, Params, by_steps, pick
 from train.heads import Head
 from train.loss import Reads, Scores, Teacher, score, weighted_loss
 from train.losses import Loss
 from train.targets import ahead, drafting_index, slots, valid_targets
 
 
-def reads(batch: Batch, valid_MK: jax.Array) -> Reads:
-    """Each target reads at each step the state of the index that predicts it, where that is valid."""
+def reads(batch: Batch, valid_MK: jax.Array, first: int = 0) -> Reads:
+    """Each target reads at each step, from `first` on, the state of the index that predicts it, where that is
+    valid."""
     (M, K), C, n = valid_MK.shape, len(batch.live), batch.tokens.size
     step_K = np.arange(K, dtype=np.int32)
-    index_MK = slots(batch.live, n).at[drafting_index(batch.targets, K)].get(mode="clip")
-    target_KC = batch.live[None] + ahead(step_K)[:, None]
+    drafting_MK = drafting_index(batch.targets, first + K)[:, first:]
+    index_MK = slots(batch.live, n).at[drafting_MK].get(mode="clip")
+    target_KC = batch.live[None] + ahead(first + step_K)[:, None]
     reader_KC = slots(batch.targets, n).at[target_KC].get(mode="fill", fill_value=M)
     is_read = valid_MK.T.at[step_K[:, None], reader_KC].get(mode="fill", fill_value=False)
     return Reads(
@@ -62,22 +64,27 @@ def shard_loss(
 ) -> tuple[jax.Array, StepSums]:
     """(sum over this shard of weight_k * loss, sums): the loss is the shard's part of the batch's.
 
-    `weight_K` float32 is decay^k over the number of counted targets of step k in the whole batch.
+    `weight_K` float32 is decay^k over the number of counted targets of step k in the whole batch, or over how
+    many of them a sample is expected to have.
     """
-    K = len(weight_K)
-    valid_MK = valid_targets(batch, K)
-    taught = teacher(frozen, batch, dtype)
-    counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
-    total, per_MK, correct_MK = weighted_loss(
-        loss,
-        head.rollout(params, frozen, batch, K, dtype),
-        reads(batch, valid_MK),
-        head.output(params).astype(dtype),
-        counts_MK * weight_K[None],
-        taught,
-        batch.count[0],
-    )
-    return total, StepSums((per_MK * counts_MK).sum(0), (correct_MK * counts_MK).sum(0), counts_MK.sum(0))
+    K, output, totals, sums = len(weight_K), head.output(params).astype(dtype), [], []
+    states = head.rollout(params, frozen, batch, K, dtype)
+    for (which, part), z_KCH in zip(by_steps(batch, K), states, strict=True):
+        valid_MK = valid_targets(part, which.stop)[:, which.start :]
+        taught = teacher(frozen, part, dtype)
+        counts_MK = (valid_MK & (taught.argmax_M >= 0)[:, None]).astype(jnp.float32)
+        total, per_MK, correct_MK = weighted_loss(
+            loss,
+            z_KCH,
+            reads(part, valid_MK, which.start),
+            output,
+            counts_MK * weight_K[None, which.start : which.stop],
+            taught,
+            part.count[0],
+        )
+        totals.append(total)
+        sums.append([(per_MK * counts_MK).sum(0), (correct_MK * counts_MK).sum(0), counts_MK.sum(0)])
+    return sum(totals[1:], totals[0]), StepSums(*map(jnp.concatenate, zip(*sums, strict=True)))
 
 
 def shard_counts(frozen: Frozen, batch: Batch, steps: int) -> jax.Array:
@@ -91,7 +98,7 @@ def shard_scores(
 ) -> tuple[Scores, jax.Array, jax.Array]:
     """(Scores [M, K], valid [M, K], known [M]) of a shard's targets; `known`: in the draft vocabulary."""
     valid_MK = valid_targets(batch, steps)
-    z_KCH = head.rollout(params, frozen, batch, steps, dtype)
+    (z_KCH,) = head.rollout(params, frozen, batch, steps, dtype)
     taught = teacher(frozen, batch, dtype)
     text_M = frozen.draft_index[pick(jnp.roll(batch.tokens, -1, 1), batch.targets)]
     output = head.output(params).astype(dtype)

@@ -185,8 +185,9 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     dtype = compute_dtype(config.dtype)
     held_out = len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
-    capacity = workload.capacity(wanted.rows, shards)
-    view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers, config.accumulate)
+    capacity = workload.capacity(wanted.rows, shards, config.anchors)
+    parts = config.accumulate, config.anchors, config.data_seed
+    view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers, *parts)
     for one in (teacher, whole):  # of training, and of evaluations
         Stream(store, source.mesh, [replace(view, teacher=one)], source.memory)  # if there is memory
     return Plan(

@@ -115,20 +115,23 @@ def gradient(
     dtype: Any,
     compat: str | None = None,
     loss_of: Loss = cross_entropy,
+    anchors: float = 1.0,
 ) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, Metrics, Params]]:
     """A function that gives (loss, L_k [K], acc_k [K]), gradients of a batch.
 
     The loss is sum_k decay^k L_k, L_k the mean of `loss_of` over the batch's counted positions of step k;
-    `compat="specforge"` divides by all B * T positions instead, counted or not.
+    `compat="specforge"` divides by all B * T positions instead, counted or not. The steps behind step 0
+    have a share `anchors` of the targets (train/anchors.py), and are divided by so many fewer.
     """
     decays_K = decay ** jnp.arange(steps, dtype=jnp.float32)
+    shares_K = np.where(np.arange(steps) > 0, np.float32(anchors), np.float32(1))
 
     def divisors(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """By what the loss and the counts of right ones are divided [K], over all parts of all chips."""
         own_K = jax.lax.map(lambda part: shard_counts(frozen, part, steps), in_parts(batch)).sum(0)
-        counts_K = jnp.maximum(placing.summed(own_K), 1.0)
+        counts_K = jnp.maximum(placing.summed(own_K), 1.0) * shares_K
         if compat == "specforge":
-            return jnp.full((steps,), float(batch.tokens.size * mesh.size)), counts_K
+            return float(batch.tokens.size * mesh.size) * shares_K, counts_K
         return counts_K, counts_K
 
     def loss(params: Params, frozen: Frozen, batch: Batch, by: tuple[jax.Array, jax.Array]) -> Any:

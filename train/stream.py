@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from common.errors import EyasError
 from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
+from train.anchors import begins, most_live, most_sampled, sampled, stretch_starts
 from train.batch import Batch
 from train.order import Order, Part, Reading
 from train.stored import channels_of, decoded, teaching_arrays
@@ -51,20 +52,20 @@ class Workload:
 
     def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
         self.ttt_steps, self.compat, self._length = ttt_steps, compat, store.length
-        self._live, self.targets, self.drafted = np.zeros((3, store.rows), np.int64)
+        self._live, self.targets, self.drafted, self._stretches = np.zeros((4, store.rows), np.int64)
         shares = np.array_split(rows, pod.size())
         with pod.together():
             counts = self._counts(store, shares[pod.index()])
         for share, found in zip(shares, pod.exchange(counts), strict=True):
-            self._live[share], self.targets[share], self.drafted[share] = found
+            self._live[share], self.targets[share], self.drafted[share], self._stretches[share] = found
 
-    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], list[int], list[int]]:
-        """(live indices, targets, those that are predicted) of each of these rows."""
-        counts: tuple[list[int], list[int], list[int]] = [], [], []
+    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], ...]:
+        """(live indices, targets, those that are predicted, stretches of targets) of each of these rows."""
+        counts: tuple[list[int], ...] = [], [], [], []
         for start in range(0, len(rows), _MASKS):
             found = store.read(_MASKING, rows[start : start + _MASKS])
             live, targets = self.masks(**found)
-            masks = live, targets, drafted_targets(targets, found["segment_ids"])
+            masks = live, targets, drafted_targets(targets, found["segment_ids"]), stretch_starts(targets)
             for known, mask in zip(counts, masks, strict=True):
                 known.extend(mask.sum(1).tolist())
         return counts
@@ -78,14 +79,21 @@ class Workload:
         targets = counted_targets(segment_ids, loss_mask, self.compat)
         return live_queries(segment_ids, targets, self.ttt_steps), targets
 
-    def capacity(self, batches: np.ndarray, shards: int) -> Capacity:
-        """What the fullest shard of `batches` int64 [n, B] needs; a row of -1 is empty."""
+    def capacity(self, batches: np.ndarray, shards: int, anchors: float = 1.0) -> Capacity:
+        """What the fullest shard of `batches` int64 [n, B] needs; a row of -1 is empty. `anchors`: the share
+        of the targets that the steps behind step 0 compute."""
         parts = batches.reshape(len(batches) * shards, -1)
-        live, targets = (
-            np.where(parts < 0, 0, counts[parts]).sum(1).max() for counts in (self._live, self.targets)
-        )
-        positions = parts.shape[1] * self._length
-        return Capacity(live_capacity(int(live), positions), round_up(int(targets)))
+
+        def room(*counts: np.ndarray) -> Capacity:
+            live, targets = (int(np.where(parts < 0, 0, x[parts]).sum(1).max()) for x in counts)
+            return Capacity(live_capacity(live, parts.shape[1] * self._length), round_up(targets))
+
+        whole = room(self._live, self.targets)
+        if anchors == 1 or self.ttt_steps == 1:
+            return whole
+        sample = most_sampled(self.targets, anchors)
+        live = np.minimum(self._live, most_live(sample, self._stretches, self.ttt_steps))
+        return replace(whole, later=room(live, sample))
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class View:
     draft_ids: np.ndarray
     aux_layers: tuple[int, ...] | None = None  # those of the store that the head reads; None: all
     parts: int = 1  # of a chip's rows, each of that capacity
+    anchors: float = 1.0  # the share of the targets that the steps behind step 0 compute
+    seed: int = 0  # of which they are
 
 
 class _Read(NamedTuple):
@@ -230,27 +240,27 @@ class Stream:
 
     def _all_counts(self, parts: list[Part], masks: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """What of each complete batch counts; `masks` are those of the rows that were just read."""
-        known: dict[Hashable, np.ndarray] = {}  # of the batch that was read, which many may have
+        known: dict[Hashable, Any] = {}  # of the batch that was read, which many may have
         found = []
         for part in parts:
             view = self._views[part.order]
             if not part.complete:
                 found.append({})
             elif part.whole:
-                found.append(self._counts(view, masks, known))
+                found.append(self._counts(view, part.step, masks, known))
             else:
                 own = self._rows.own(view.order.rows[part.step])
-                found.append(self._counts(view, self._read(own, _MASKING), {}))
+                found.append(self._counts(view, part.step, self._read(own, _MASKING), {}))
         return found
 
     def _counts(
-        self, view: View, masks: dict[str, np.ndarray], known: dict[Hashable, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Of a batch with these masks; `known` keeps each array by what it depends on."""
+        self, view: View, step: int, masks: dict[str, np.ndarray], known: dict[Hashable, Any]
+    ) -> dict[str, Any]:
+        """Of the batch of a step, with these masks; `known` keeps what is found by what it depends on."""
         shards, room = self._rows.chips * view.parts, view.capacity
         kind = view.workload.compat, view.workload.ttt_steps
 
-        def once(key: Hashable, make: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+        def once(key: Hashable, make: Callable[..., Any], *given: Any) -> Any:
             if key not in known:
                 known[key] = make(*given)
             return known[key]
@@ -258,10 +268,27 @@ class Stream:
         segments = masks["segment_ids"]
         targets = once(kind[:1], counted_targets, segments, masks["loss_mask"], kind[0])
         live = once(kind, live_queries, segments, targets, kind[1])
-        return {
+        found = {
             "live": once((*kind, shards, room.live), live_places, live, shards, room.live),
             "targets": once((kind[0], shards, room.targets, "at"), compact, targets, shards, room.targets),
             "count": once((kind[0], shards, "count"), _summed, targets, shards),
+        }
+        if room.later is not None:
+            key = *kind, shards, room.later, view.anchors, view.seed, step
+            found["later"] = once(key, self._later, view, step, segments, targets, shards)
+        return found
+
+    def _later(
+        self, view: View, step: int, segments: np.ndarray, targets: np.ndarray, shards: int
+    ) -> dict[str, np.ndarray]:
+        """What the steps behind step 0 compute of the batch of a step."""
+        room, own = view.capacity.later, self._rows.own(view.order.rows[step])
+        sample = sampled(targets, view.anchors, begins(own, view.seed, step))
+        live = live_queries(segments, sample, view.workload.ttt_steps, first=1)
+        return {
+            "live": live_places(live, shards, room.live),
+            "targets": compact(sample, shards, room.targets),
+            "count": _summed(sample, shards),
         }
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ Dimensions: R and B rows, T positions, n = B * T, C live indices, M targets, K s
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import jax
@@ -37,10 +38,12 @@ def ahead(step: Any) -> Any:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Static sizes of one data shard's compacted work: live indices and targets."""
+    """Static sizes of one data shard's compacted work: live indices and targets, and those of the steps
+    behind step 0 where they compute a sample."""
 
     live: int
     targets: int
+    later: "Capacity | None" = None
 
 
 def counted_targets(
@@ -76,9 +79,9 @@ def at_indices(flags_RT: np.ndarray, segments_RT: np.ndarray, steps: int) -> Ite
         yield found
 
 
-def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int) -> np.ndarray:
-    """bool [R, T]: live indices, those with a counted target at one of the steps."""
-    return reduce(np.logical_or, at_indices(counted_RT, segments_RT, steps))
+def live_queries(segments_RT: np.ndarray, counted_RT: np.ndarray, steps: int, first: int = 0) -> np.ndarray:
+    """bool [R, T]: live indices, those with a counted target at one of the steps from `first` on."""
+    return reduce(np.logical_or, islice(at_indices(counted_RT, segments_RT, steps), first, None))
 
 
 def round_up(count: int) -> int:

@@ -195,7 +195,8 @@ class Trainer:
     def _program(self) -> Any:
         plan, c = self._plan, self._plan.config
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
-        gradients = gradient(plan.head, plan.mesh, c.ttt_steps, c.decay, plan.dtype, c.compat, loss)
+        weights = c.ttt_steps, c.decay, plan.dtype, c.compat, loss, c.anchors
+        gradients = gradient(plan.head, plan.mesh, *weights)
         rule = plan.optimizer(self._rate, self.no_sample())
 
         def changed(batch: Batch, state: State) -> Batch:

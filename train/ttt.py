@@ -27,12 +27,13 @@ class Step(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def rolled(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Array) -> jax.Array:
-    """The states [K, ...] after each step; differentiable in `shared` and `state`."""
+def rolled(step: Step, steps: range, places: Tree, shared: Tree, state: jax.Array) -> jax.Array:
+    """The states [K, ...] after each of these steps; differentiable in `shared` and `state`. The buffer is of
+    all steps from 0 on, zeros for those before the first."""
     return _forward(step, steps, places, shared, state)[0]
 
 
-def _forward(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Array):
+def _forward(step: Step, steps: range, places: Tree, shared: Tree, state: jax.Array):
     kept = jax.checkpoint_policies.save_only_these_names(*step.kept)
     make, advance = (jax.checkpoint(fn, policy=kept) for fn in (step.make, step.advance))
 
@@ -45,20 +46,20 @@ def _forward(step: Step, steps: int, places: Tree, shared: Tree, state: jax.Arra
             pullback.args_res = None  # `_backward` has them
         return (state, seen), (state, of_make, of_advance)
 
-    first = jnp.zeros((), jnp.int32)
+    first = jnp.int32(steps.start)
     made = jax.eval_shape(step.make, places, first, shared, state)
-    seen = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), made)
-    (_, seen), (states, *pullbacks) = jax.lax.scan(body, (state, seen), jnp.arange(steps, dtype=jnp.int32))
+    seen = jax.tree.map(lambda x: jnp.zeros((steps.stop, *x.shape), x.dtype), made)
+    (_, seen), (states, *pullbacks) = jax.lax.scan(body, (state, seen), _numbers(steps))
     return states, (places, shared, state, states, seen, pullbacks)
 
 
-def _backward(step: Step, steps: int, saved: Tree, d_states: jax.Array):
+def _backward(step: Step, steps: range, saved: Tree, d_states: jax.Array):
     places, shared, first, states, seen, pullbacks = saved
 
     def body(carry, given):
         d_shared, d_state, d_seen = carry
         k, d_out, (of_make, of_advance) = given
-        state = jnp.where(k > 0, states[k - 1], first)
+        state = jnp.where(k > steps.start, states[k - 1 - steps.start], first)
         of_make.args_res = [places, k, shared, state]
         of_advance.args_res = [places, k, shared, state, seen]
         _, _, of_shared, of_state, of_seen = of_advance(d_state + d_out)
@@ -67,9 +68,13 @@ def _backward(step: Step, steps: int, saved: Tree, d_states: jax.Array):
         return (_sum(d_shared, of_shared, more_shared), of_state + more_state, d_seen), None
 
     zeros = jax.tree.map(jnp.zeros_like, (shared, first, seen))
-    given = jnp.arange(steps, dtype=jnp.int32), d_states, pullbacks
+    given = _numbers(steps), d_states, pullbacks
     (d_shared, d_state, _), _ = jax.lax.scan(body, zeros, given, reverse=True)
     return None, d_shared, d_state
+
+
+def _numbers(steps: range) -> jax.Array:
+    return jnp.arange(steps.start, steps.stop, dtype=jnp.int32)
 
 
 def _sum(*trees: Tree) -> Tree:

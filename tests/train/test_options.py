@@ -35,6 +35,7 @@ def config(tmp_path_factory):
         cooldown=0.5,
         accumulate=2,
         noise=0.05,
+        anchors=0.5,
         aux_layers=(2, 5),
         layers=2,
         fc_norm=True,

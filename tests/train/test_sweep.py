@@ -41,7 +41,10 @@ def configs_of(common, out, **different):
     return {name: replace(common, out=f"{out}/{name}", **own) for name, own in different.items()}
 
 
-TWO = {"slow": {"learning_rate": 1e-3, "seed": 5}, "half": {"share": 0.5, "steps": 4, "draft_vocab": 40}}
+TWO = {
+    "slow": {"learning_rate": 1e-3, "seed": 5, "anchors": 0.5},
+    "half": {"share": 0.5, "steps": 4, "draft_vocab": 40},
+}
 
 
 @pytest.fixture(scope="module")

@@ -85,8 +85,10 @@ class Head(Protocol):
         """The parameters [out, in] from hidden states to hidden states: what Muon may train."""
         ...
 
-    def rollout(self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
-        """The states [K, C, H] of the live indices that `output` turns into logits."""
+    def rollout(
+        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+    ) -> list[jax.Array]:
+        """The live indices' states [K, C, H] that `output` turns into logits, for each of `by_steps`."""
         ...
 
     def ready(self, params: Params, dtype: Any) -> Any:

@@ -13,6 +13,7 @@ from common.params import Param, initialise
 from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import problem
 from train import optimizer
+from train.batch import by_steps
 from train.config import TrainConfig
 from train.heads import HEADS
 from train.metrics import add, summarise
@@ -34,8 +35,12 @@ class Linear:
 
     def rollout(self, params, frozen, batch, steps, dtype):
         aux = batch.aux_hidden.reshape(batch.tokens.size, -1)
-        x = aux.at[batch.live].get(mode="fill", fill_value=0).astype(dtype)
-        return jnp.stack([linear(x, params[f"steps.{k}"].astype(dtype)) for k in range(steps)])
+
+        def states(at_steps, part):
+            x = aux.at[part.live].get(mode="fill", fill_value=0).astype(dtype)
+            return jnp.stack([linear(x, params[f"steps.{k}"].astype(dtype)) for k in at_steps])
+
+        return [states(*part) for part in by_steps(batch, steps)]
 
     def output(self, params):
         return jnp.eye(self.draft_vocab_size)

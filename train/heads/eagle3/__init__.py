@@ -64,7 +64,9 @@ class Eagle3(sizes.Sizes):
     def matrices(self) -> frozenset[str]:
         return sizes.matrices(self)
 
-    def rollout(self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
+    def rollout(
+        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+    ) -> list[jax.Array]:
         return rollout.rollout(self, params, frozen, batch, steps, dtype)
 
     def ready(self, params: Params, dtype: Any) -> tuple[Params, Params]:

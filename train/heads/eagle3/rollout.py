@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from common.attention import KEPT, attend
 from common.layers import linear, rms_norm
-from train.batch import Batch, Frozen, Params, embeddings
+from train.batch import Batch, Frozen, Params, by_steps, embeddings
 from train.heads.eagle3.block import (
     MATMULS,
     Layer,
@@ -60,8 +60,10 @@ class _Shared(NamedTuple):
     first: KeysValues
 
 
-def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any) -> jax.Array:
-    """The final-normed states [K, C, H], in `dtype`, of every live index."""
+def rollout(
+    c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
+) -> list[jax.Array]:
+    """The final-normed states [K, C, H], in `dtype`, of every live index, for each of `by_steps`."""
     n = batch.tokens.size
     outside, layers = weights(c, params, dtype)
     embedded = embeddings(frozen, batch).astype(dtype)
@@ -69,20 +71,26 @@ def rollout(c: Sizes, params: Params, frozen: Frozen, batch: Batch, steps: int, 
     queries, keys = (linear(token_nH, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
     aux = batch.aux_hidden.astype(dtype)
     state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
-    at = _places(c, batch, steps)
-    first = _first_keys(c, layers, at, (queries, keys), state_nH)
+    parts = by_steps(batch, steps)
+    places = [_places(c, part, which.stop) for which, part in parts]
+    first = _first_keys(c, layers, places[0], (queries, keys), state_nH)
     shared = _Shared(layers, outside["norm"], queries, keys, first)
-    ttt = Step(partial(_make, c), partial(_advance, c), _kept(c, len(batch.live), steps, dtype))
-    states = rolled(ttt, steps * c.layers, at, shared, _of_live(at, state_nH))
-    states_KCH = states[c.layers - 1 :: c.layers]
-    return states_KCH if c.norm_output else rms_norm(states_KCH, outside["norm"], c.rms_eps)
+    kept = _kept(c, sum(len(which) * len(part.live) for which, part in parts), dtype)
+    ttt = Step(partial(_make, c), partial(_advance, c), kept)
+    found = []
+    for (which, _), at in zip(parts, places, strict=True):
+        scanned = range(which.start * c.layers, which.stop * c.layers)
+        states = rolled(ttt, scanned, at, shared, _of_live(at, state_nH))
+        state_nH = _everywhere(at, states[-1])
+        found.append(states[c.layers - 1 :: c.layers])
+    return found if c.norm_output else [rms_norm(x, outside["norm"], c.rms_eps) for x in found]
 
 
-def _kept(c: Sizes, indices: int, steps: int, dtype: Any) -> tuple[str, ...]:
-    """What is kept for the backward pass: of many indices, and in float32 on CPUs, memory is scarcer than
-    matmuls, which are done again."""
+def _kept(c: Sizes, indices: int, dtype: Any) -> tuple[str, ...]:
+    """What is kept for the backward pass, where all steps have so many indices: of many, and in float32 on
+    CPUs, memory is scarcer than matmuls, which are done again."""
     width = 2 * c.ffn + c.num_heads * c.head_dim + c.hidden_size
-    size = steps * c.layers * indices * width * jnp.dtype(dtype).itemsize
+    size = c.layers * indices * width * jnp.dtype(dtype).itemsize
     return (KEPT,) if dtype == jnp.float32 or size > _MATMULS else (KEPT, MATMULS)
 
 
