@@ -11,6 +11,7 @@ from pipelines.cli import main
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("common", "dump", "train", "pipelines")
 READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))]
+READMES.append(ROOT / "pipelines/EXPERIMENTS.md")
 OF_OTHERS = {
     "--worker",
     "--command",
