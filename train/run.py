@@ -22,7 +22,7 @@ from train.trainer import Trainer
 
 __all__ = ["TrainConfig", "run"]
 
-SMALLER = "give a larger --dp or --accumulate, or fewer --batch-rows"
+SMALLER = "give a larger --dp or --accumulate, fewer --batch-rows, or shorter rows (prepare --length)"
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
