@@ -186,8 +186,10 @@ def find_features(url: str, features: dict[str, Any]) -> dict[str, Any] | None:
 
 def _claim_features(url: str, features: dict[str, Any]) -> None:
     place = f"{url}/{MANIFEST}"
-    while find_features(url, features) is None:
-        rows = storage.read_bytes(place)
+    while True:
+        rows = storage.read_bytes(place)  # before the look: what is replaced must have no features either
+        if find_features(url, features) is not None:
+            return
         claimed = storage.json_bytes(read_manifest(url) | {"features": features})
         if kvstore.replace_file(place, rows, claimed):
             return

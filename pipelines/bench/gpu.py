@@ -70,7 +70,7 @@ def dump_rate(recipe: str) -> tuple[float, float]:
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=whole).astype(np.int32)
     places = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1))
     batch = [jax.device_put(x, where) for x in (tokens, np.ones(whole, np.int32), places)]
-    seconds = min(times(lambda: program(weights, *batch), _REPEATS))
+    seconds = min(times(lambda: program(weights, {}, *batch), _REPEATS))
     return needed_flops(cfg, LENGTH) * rows * LENGTH, seconds
 
 

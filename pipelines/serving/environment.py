@@ -39,7 +39,7 @@ def ready(folder: str) -> str:
             f"vLLM {VLLM} needs Linux and Python 3.11 to 3.14, here is {sys.platform} with "
             f"{sys.version_info[0]}.{sys.version_info[1]}; run this check there"
         )
-    os.makedirs(folder, exist_ok=True)
+    storage.require_folder(folder)
     with locked(folder):
         if not _holds(done):
             storage.require_room(folder, _ROOM, "vLLM for CPUs", "name another place by --environment")

@@ -231,6 +231,23 @@ def test_of_two_dumps_at_once_one_wins_and_the_same_continue(tmp_path, monkeypat
         assert result == kept if mine == kept else "was dumped otherwise: compute_dtype" in result
 
 
+def test_who_comes_between_the_look_and_the_claim_is_not_replaced(tmp_path, monkeypatch):
+    url, values = f"{tmp_path}/store", features()
+    make_rows(url)
+    find, others = store_writer.find_features, described(values) | {"compute_dtype": "bfloat16"}
+
+    def look(*arguments):
+        result = find(*arguments)
+        monkeypatch.setattr(store_writer, "find_features", find)
+        store_writer.create_features(url, others)
+        return result
+
+    monkeypatch.setattr(store_writer, "find_features", look)
+    with pytest.raises(EyasError, match="was dumped otherwise: compute_dtype"):
+        store_writer.create_features(url, described(values) | {"compute_dtype": "float32"})
+    assert Store.open(url).features["compute_dtype"] == "bfloat16"
+
+
 def test_committed_blocks_are_never_written_again(full):
     before = contents(f"{full}/features") | contents(f"{full}/commits")
     others = {name: value[::-1] for name, value in features().items()}

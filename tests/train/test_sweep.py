@@ -255,7 +255,7 @@ def test_chips_without_room_end_all_with_what_needs_less(common, tmp_path, monke
     with pytest.raises(EyasError, match=r"the chips .*5 bytes\); give an --at-once below 2, or a"):
         sweep.run(configs, out)
     assert not os.path.exists(f"{out}/a/{FAILED}")
-    with pytest.raises(EyasError, match=r"the chips .*; give a larger --dp or --accumulate, or"):
+    with pytest.raises(EyasError, match=r"the chips .*; give a larger --dp or --accumulate, fewer"):
         run(replace(configs["a"], out=f"{out}/alone"))
 
 
