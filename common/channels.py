@@ -15,12 +15,13 @@ _LINE = 96  # characters: people read manifests
 
 def encode_channels(squares: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
     """The scales by the names of states, of the sums of each channel's squares over one sample, all finite: a
-    channel's root mean square over that of the state's largest channel [..., H]."""
+    channel's root mean square over that of the state's largest channel [..., H]; 1 of a channel that is 0
+    there, for if it is ever more, in small units it would drown all others of its token."""
     found = {}
     for name, square in squares.items():
         square = np.asarray(square, np.float64)
         largest = square.max(-1, keepdims=True)
-        share = np.divide(square, largest, out=np.ones_like(square), where=largest > 0)
+        share = np.divide(square, largest, out=np.ones_like(square), where=square > 0)
         exponent = np.rint(np.log2(np.maximum(share, 4.0**_LEAST)) / 2)
         text = base64.b64encode(exponent.astype(np.int8).tobytes()).decode()
         found[name] = [text[start : start + _LINE] for start in range(0, len(text), _LINE)]

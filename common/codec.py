@@ -86,11 +86,11 @@ def _scale_name(states: str) -> str:
 
 def quantise(x: jax.Array, precision: str, channel: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """(8 bits [..., H], f32 scale [...]): x = stored * scale * channel, the largest of a token's |stored| at
-    the precision's largest."""
+    the precision's largest. A token that is not finite has a scale that is not; int8 would hide it."""
     x = x.astype(jnp.float32)
     x = x if channel is None else x / _like(x, channel)
-    largest = jnp.abs(x).max(-1)
-    scale = jnp.where(largest > 0, largest / LARGEST[precision], 1.0)
+    scale = jnp.abs(x).max(-1) / LARGEST[precision]
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)  # what is smaller is 0 on a device
     x = x / scale[..., None]
     return (jnp.rint(x) if precision == INT8 else x).astype(jnp.dtype(precision)), scale
 

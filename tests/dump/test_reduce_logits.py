@@ -14,6 +14,7 @@ from common.codec import (
     _summed,
     _summed_by_block,
     arrays_of,
+    decode,
     decode_states,
     encode_logits,
     encode_states,
@@ -207,6 +208,27 @@ def test_declared_shapes_are_those_made():
             made = jax.eval_shape(lambda codec=codec: everything(codec))
             declared = shapes(codec, B, T, 3, H)
             assert {n: (x.shape, x.dtype) for n, x in made.items()} == declared
+
+
+@pytest.mark.parametrize("precision", [FLOAT8, "int8"])
+def test_tokens_that_are_not_finite_stay_so_and_the_least_of_all_are_nothing(precision):
+    """Also of values of which a device keeps the size, but not that of the scale."""
+    x = np.ones((4, H), np.float32)
+    x[0, 3], x[1, 3], x[2], x[3] = np.nan, -np.inf, 2e-38, 1e-40
+    back = np.asarray(decode(*quantise(jnp.asarray(x), precision)))
+    assert np.isnan(back[:2]).any(-1).all()
+    np.testing.assert_array_equal(back[2:], 0)
+
+
+def test_a_channel_that_was_silent_in_the_sample_does_not_drown_the_others():
+    rng = np.random.default_rng(0)
+    seen = rng.standard_normal((200, H)).astype(np.float32)
+    seen[:, 4] = 0
+    text = encode_channels({"last_hidden": np.square(seen).sum(0)})
+    channel = decode_channels(text, {"last_hidden": (H,)})["last_hidden"]
+    later = rng.standard_normal((50, H)).astype(np.float32)
+    back = np.asarray(decode(*quantise(jnp.asarray(later), "int8", channel), channel))
+    assert np.abs(back - later).max() < 0.05
 
 
 def test_float8_has_a_scale_a_token():
