@@ -32,9 +32,10 @@ from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
 from train.stored import teaching_arrays, whole_teacher
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
 from train.targets import drafted_targets
 from train.warm_start import Published, open_published
+from train.workload import Workload
 
 FILE = "experiment.json"
 _DRAFT_VOCAB = 32_000

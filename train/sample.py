@@ -33,8 +33,9 @@ from train.batch import Batch, Frozen, embeddings, pick
 from train.cholesky import solve
 from train.order import listed, permutation
 from train.stored import whole_teacher
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
 from train.targets import drafting_index, valid_targets
+from train.workload import Workload
 
 _POSITIONS = 65_536  # for units, counted or not
 # Targets for a fit. Of what the best linear map explains, 3 a feature keep 70 to 90%, 16 keep 94 to 98%: for

@@ -16,7 +16,8 @@ from train import placing
 from train.batch import Frozen
 from train.order import share_of
 from train.sample import Sample, measure
-from train.stream import MEMORY, Workload
+from train.stream import MEMORY
+from train.workload import Workload
 
 Value = TypeVar("Value")
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,79 +21,16 @@ from common.errors import EyasError
 from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
-from train.anchors import begins, most_live, most_sampled, sampled, stretch_starts
+from train.anchors import begins, sampled
 from train.batch import Batch
 from train.order import Order, Part, Reading
 from train.stored import channels_of, decoded, teaching_arrays
-from train.targets import (
-    Capacity,
-    compact,
-    counted_targets,
-    drafted_targets,
-    live_capacity,
-    live_places,
-    live_queries,
-    round_up,
-)
+from train.targets import Capacity, compact, counted_targets, live_places, live_queries
+from train.workload import MASKING, Workload
 
 MEMORY = 4.0  # GiB of a host for what is read ahead
 _MOST_AHEAD, _READERS = 8, 4  # batches on a host, and those that are read at once
-_MASKS = 4096  # rows whose masks are looked at together
 _INPUTS = ("tokens", "segment_ids", "positions", "loss_mask")
-_MASKING = ("segment_ids", "loss_mask")
-
-
-class Workload:
-    """Which positions of every row are computed (see train/targets.py), from the store's masks alone. Of
-    several processes each reads a part of them.
-
-    `targets` int64 [R]: how many of each row are targets; `drafted`: how many of them are predicted.
-    """
-
-    def __init__(self, store: Store, rows: np.ndarray, ttt_steps: int, compat: str | None = None):
-        self.ttt_steps, self.compat, self._length = ttt_steps, compat, store.length
-        self._live, self.targets, self.drafted, self._stretches = np.zeros((4, store.rows), np.int64)
-        shares = np.array_split(rows, pod.size())
-        with pod.together():
-            counts = self._counts(store, shares[pod.index()])
-        for share, found in zip(shares, pod.exchange(counts), strict=True):
-            self._live[share], self.targets[share], self.drafted[share], self._stretches[share] = found
-
-    def _counts(self, store: Store, rows: np.ndarray) -> tuple[list[int], ...]:
-        """(live indices, targets, those that are predicted, stretches of targets) of each of these rows."""
-        counts: tuple[list[int], ...] = [], [], [], []
-        for start in range(0, len(rows), _MASKS):
-            found = store.read(_MASKING, rows[start : start + _MASKS])
-            live, targets = self.masks(**found)
-            masks = live, targets, drafted_targets(targets, found["segment_ids"]), stretch_starts(targets)
-            for known, mask in zip(counts, masks, strict=True):
-                known.extend(mask.sum(1).tolist())
-        return counts
-
-    def counted(self, rows: np.ndarray) -> int:
-        """The targets of these rows that are predicted, at the first step at least."""
-        return int(self.drafted[rows].sum())
-
-    def masks(self, segment_ids: np.ndarray, loss_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """bool [B, T] each: live queries, counted targets."""
-        targets = counted_targets(segment_ids, loss_mask, self.compat)
-        return live_queries(segment_ids, targets, self.ttt_steps), targets
-
-    def capacity(self, batches: np.ndarray, shards: int, anchors: float = 1.0) -> Capacity:
-        """What the fullest shard of `batches` int64 [n, B] needs; a row of -1 is empty. `anchors`: the share
-        of the targets that the steps behind step 0 compute."""
-        parts = batches.reshape(len(batches) * shards, -1)
-
-        def room(*counts: np.ndarray) -> Capacity:
-            live, targets = (int(np.where(parts < 0, 0, x[parts]).sum(1).max()) for x in counts)
-            return Capacity(live_capacity(live, parts.shape[1] * self._length), round_up(targets))
-
-        whole = room(self._live, self.targets)
-        if anchors == 1 or self.ttt_steps == 1:
-            return whole
-        sample = most_sampled(self.targets, anchors)
-        live = np.minimum(self._live, most_live(sample, self._stretches, self.ttt_steps))
-        return replace(whole, later=room(live, sample))
 
 
 @dataclass(frozen=True)
@@ -229,7 +166,7 @@ class Stream:
         """On several processes each reads its own rows only."""
         own = self._rows.own(rows)
         found = self._read(own) | {"row": own.astype(np.int32)}
-        masks = {name: found[name] for name in _MASKING}
+        masks = {name: found[name] for name in MASKING}
         logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
         drafts = {}
         for key, ids in self._vocabularies.items():
@@ -250,7 +187,7 @@ class Stream:
                 found.append(self._counts(view, part.step, masks, known))
             else:
                 own = self._rows.own(view.order.rows[part.step])
-                found.append(self._counts(view, part.step, self._read(own, _MASKING), {}))
+                found.append(self._counts(view, part.step, self._read(own, MASKING), {}))
         return found
 
     def _counts(

@@ -29,7 +29,8 @@ from dump.target_files import target_files, with_sums, write_target
 from pipelines.bench import bucket, made
 from train import run as train
 from train.order import order
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
+from train.workload import Workload
 
 _CONVERSATIONS = 1_500
 _DUMPED = 24  # rows of 512 tokens: a minute of forward passes on two cores

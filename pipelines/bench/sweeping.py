@@ -15,7 +15,8 @@ from pipelines.bench.training import DECAY, Size, make_problem
 from train import optimizer
 from train.order import order
 from train.step import State, gradient, train_step
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
+from train.workload import Workload
 
 HEADS, _ROUNDS = 8, 3
 

@@ -24,7 +24,8 @@ from tests import tiny_llama
 from tests.dump import chats
 from tests.faulty_proxy import FAULTS, Sometimes, faulty
 from train.order import listed
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
+from train.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")

@@ -17,8 +17,9 @@ from train.anchors import begins, most_live, most_sampled, sampled, stretch_star
 from train.batch import Batch
 from train.order import listed
 from train.step import gradient
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
 from train.targets import compact, counted_targets, live_places, live_queries, round_up
+from train.workload import Workload
 
 SHARE, TAUGHT = 0.4, 10  # of every row: a sample is 4 targets, and there are 10 samples
 DECAY = 0.8

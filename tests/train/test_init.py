@@ -19,8 +19,8 @@ from train.heads.eagle3.start import halves
 from train.init import start
 from train.sample import measure
 from train.source import Source
-from train.stream import Workload
 from train.targets import counted_targets
+from train.workload import Workload
 
 IDS = np.arange(small_store.V, dtype=np.int32)
 

@@ -14,8 +14,9 @@ from tests.train import small_store
 from train import targets
 from train.order import level, listed, order, share_of
 from train.stored import teaching_arrays
-from train.stream import Stream, View, Workload
+from train.stream import Stream, View
 from train.targets import CHUNK, MOST, live_capacity, live_places, round_up
+from train.workload import Workload
 
 STEPS = 3
 

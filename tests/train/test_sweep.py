@@ -25,9 +25,9 @@ from train.order import order
 from train.plan import Plan
 from train.run import run
 from train.source import Source
-from train.stream import Workload
 from train.sweep import FAILED
 from train.trainer import Trainer
+from train.workload import Workload
 
 
 @pytest.fixture(scope="module")
