@@ -1,13 +1,19 @@
 """The exceptions for what a user can put right."""
 
+from common.texts import without_secrets
+
 
 class EyasError(ValueError):
     """A mistake in what the user gave: says what was found, what was expected and what to do.
 
-    The command line prints its text as one line and exits with 2; a library caller sees a ValueError.
+    The command line prints its text as one line and exits with 2; a library caller sees a ValueError. Secrets
+    in web addresses are left out of it.
     """
 
     exit_code = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__(without_secrets(text))
 
 
 class DamagedError(EyasError):

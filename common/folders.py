@@ -126,7 +126,7 @@ def _refuse_foreign(
 def _marked(data: bytes, mark: str) -> Any:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value.get(mark) if isinstance(value, dict) else None
 

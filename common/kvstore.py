@@ -16,6 +16,7 @@ import tensorstore as ts
 from common import stopping, storage
 from common.errors import EyasError
 from common.library_errors import library_errors
+from common.texts import is_unicode
 
 _QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
 INDICES = "cache_pool#indices"  # what of arrays is kept in memory: the indices of shards, never chunks
@@ -66,6 +67,8 @@ def folder(url: str) -> dict:
     # Mapped files save one of three copies: 1.5 times the rate of pread, measured on 2 cores with the files
     # in the page cache. Shards appear by rename and never change, so a mapping cannot lose its file's end.
     path = f"{storage.local_path(url).rstrip('/')}/"
+    if not is_unicode(path):
+        raise EyasError(f"{path!a} is not UTF-8, so no arrays can be kept there; rename it")
     return {"driver": "file", "path": path, "file_io_mode": {"mode": "memmap"}}
 
 

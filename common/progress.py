@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from tqdm import tqdm
 
 from common import stopping
+from common.texts import without_secrets
 
 _LINE_SECONDS = 5.0
 _shown = True
@@ -19,9 +20,9 @@ def silence() -> None:
 
 
 def note(text: str) -> None:
-    """Prints one line to stderr at once, above a bar if one is shown."""
+    """Prints one line to stderr at once, above a bar if one is shown, without secrets in web addresses."""
     if _shown:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(without_secrets(text), file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -260,6 +260,16 @@ def require_folder(url: str) -> None:
         raise EyasError(f"{url} cannot be written: {path} is read-only for you; name another place")
 
 
+def require_file(url: str) -> None:
+    """EyasError if a local `url` cannot be a file to write: it is a folder, or there can be none for it."""
+    if is_remote(url):
+        return
+    path = os.path.abspath(local_path(url))
+    if os.path.isdir(path):
+        raise EyasError(f"{url} is a folder where a file is to be written; name a file")
+    require_folder(os.path.dirname(path))
+
+
 def list_names(url: str) -> list[str]:
     """Sorted names (not paths) in a folder; [] if there is no such folder. EyasError if it is a file."""
     if not is_remote(url) and os.path.isfile(local_path(url)):

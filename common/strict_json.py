@@ -16,8 +16,9 @@ def parse(data: bytes, where: str) -> Any:
     values nested deeper than any that Eyas knows.
     """
     try:
+        text = data.decode("utf-8-sig")  # given bytes, json takes other encodings, and halves of characters
         value = json.loads(
-            data, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_no_name_twice
+            text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_no_name_twice
         )
         if data.count(b"[") + data.count(b"{") > _LEVELS:
             _require_shallow(value)

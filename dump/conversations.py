@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import EyasError
+from common.texts import is_unicode
 from dump.data_files import JSON_KINDS, Advance, kind_of, name_of, opened
 from dump.json_records import is_lines, read_lines, read_values
 from dump.table_records import read_arrow, read_parquet
@@ -39,8 +40,11 @@ class DataFile:
 
     @classmethod
     def open(cls, url: str, advance: Advance = _silent) -> "DataFile":
-        """Reads the file once for its sha256. EyasError if it is missing, empty or of an unknown kind."""
+        """Reads the file once for its sha256. EyasError if it is missing, empty, of an unknown kind, or has a
+        name that is no text."""
         kind_of(url)
+        if not is_unicode(url):
+            raise EyasError(f"the name of the data file {url!a} is not UTF-8; rename it")
         digest, size = hashlib.sha256(), 0
         with opened(url) as file:
             while piece := file.read(_PIECE):

@@ -38,6 +38,7 @@ from common.store_writer import write_rows
 from dump.chat import Chat
 from dump.clean import Cleaner, Conversation, base_of
 from dump.config import PrepareConfig
+from dump.data_files import name_of
 from dump.encode import RUNAWAYS
 from dump.pack import Packed, draw, pack, split
 from dump.prepare_report import nonzero, report
@@ -148,7 +149,7 @@ def _require_spill_room(config: PrepareConfig, folder: str, size: int) -> None:
 def _portable(config: PrepareConfig) -> dict[str, Any]:
     """The configuration without folders: the same data elsewhere gives the same manifest."""
     names = {
-        "data": [path.rstrip("/").rpartition("/")[2] for path in config.data],
+        "data": [name_of(path.rstrip("/")) for path in config.data],
         "model": config.model.rstrip("/").rpartition("/")[2],
     }
     return {name: value for name, value in (to_json(config) | names).items() if name != "store"}

@@ -1,16 +1,16 @@
 """A head's folder, checked against its target, is written to another place, in a layout that servers load."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from safetensors import safe_open
 
-from common import storage
+from common import schema, storage, strict_json
 from common.errors import EyasError
 from common.folders import read_as_one, write_folder
 from common.safetensors import Checkpoint
+from common.schema import NotRequired, TypedDict
 from common.store import Store
 from pipelines.compare.runs import require_not_in_a_run
 from train import launch
@@ -20,6 +20,7 @@ from train.export import MADE, TRAINED_FOR, export
 from train.heads import read_serving_config
 from train.servers import SPECULATORS, require, verdicts
 
+_Described = TypedDict("_Described", {TRAINED_FOR: NotRequired[dict[str, str]]})
 _FILES = (WEIGHTS, "README.md", "config.json")  # the last one makes the folder whole
 
 
@@ -67,7 +68,9 @@ def _converted(
         )
     config, tensors = store.target_config(), Checkpoint.open(folder)
     head = read_serving_config(folder, described, config["num_hidden_layers"])
-    sources, origin = head.sources(tensors.tensors, folder), described.get(TRAINED_FOR)
+    sources = head.sources(tensors.tensors, folder)
+    place = storage.join(folder, "config.json")
+    origin = schema.check(_Described, described, place, "export the head anew").get(TRAINED_FOR)
     return partial(
         export,
         out,
@@ -88,4 +91,6 @@ def _made(folder: str) -> dict[str, Any]:
     """What an export says of how its head was made."""
     with storage.as_local(storage.join(folder, WEIGHTS)) as path, safe_open(path, framework="np") as file:
         made = (file.metadata() or {}).get(MADE)
-    return json.loads(made) if made else {}
+    where = f"{storage.join(folder, WEIGHTS)}, {MADE} of its header"
+    found = strict_json.parse((made or "{}").encode(), where)
+    return schema.check(dict[str, Any], found, where, "export the head anew")

@@ -15,6 +15,7 @@ from common import pod
 from common.errors import EyasError
 from common.library_errors import explained, is_librarys
 from common.stopping import STOPPED, Stop, stopped
+from common.texts import is_unicode
 
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
@@ -28,6 +29,13 @@ _NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 
 class Group(click.Group):
     """Commands whose errors, as far as a user can put them right, become one line and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Words that are no Unicode text are refused: no array and no JSON file can be named by them."""
+        for word in args:
+            if not is_unicode(word):
+                raise _failure(f"{word!a} is not UTF-8; rename what it names", EyasError.exit_code)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -1,11 +1,9 @@
 """Speed and memory of every stage, measured in one run, each beside what it is compared with."""
 
-import os
 import tempfile
 from typing import Any
 
 from common import storage
-from common.errors import EyasError
 from common.progress import note
 from pipelines import embedded
 
@@ -18,9 +16,7 @@ def run(out: str, cache: str) -> dict[str, Any]:
     """
     from pipelines.bench import chats, data, forward, gpu, sweeping, tpu, tpu_training, training, writing
 
-    storage.require_folder(os.path.dirname(out) or ".")
-    if os.path.isdir(out):
-        raise EyasError(f"{out} is a folder; name a file")
+    storage.require_file(out)
     model, conversations = embedded.fetch_model(cache), embedded.fetch_conversations(cache)
     with tempfile.TemporaryDirectory(prefix="eyas-bench-") as place:
         parts = (

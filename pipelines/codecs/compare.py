@@ -13,7 +13,7 @@ from common import storage
 from common.config import FLOAT8, INT8
 from common.errors import EyasError
 from common.progress import note
-from common.store import Store, has_rows
+from common.store import Store
 from common.store_writer import raw_bytes
 from dump import dump, prepare
 from pipelines.codecs.config import CodecsConfig
@@ -106,9 +106,8 @@ def _place(config: CodecsConfig, way: Way) -> str:
 def _store(config: CodecsConfig, way: Way, data: tuple[str, ...]) -> None:
     url = _place(config, way)
     note(f"bench-codecs: the store {way.name}")
-    if not has_rows(url):
-        size = {"length": config.length, "holdout": config.holdout, "max_conversations": config.conversations}
-        prepare.run(prepare.PrepareConfig(data, config.model, url, **size))
+    size = {"length": config.length, "holdout": config.holdout, "max_conversations": config.conversations}
+    prepare.run(prepare.PrepareConfig(data, config.model, url, **size))  # which leaves the same rows alone
     how = {"precision": way.precision, "dtype": config.dtype}
     if way.topk:
         how |= {"logits": "topk", "topk": way.topk, "last_hidden": "first"}

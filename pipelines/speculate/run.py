@@ -1,6 +1,6 @@
 """The whole of speculate: prompts are answered by the target alone and with drafts, set by set."""
 
-import os
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from common.config import to_json
 from common.errors import EyasError
 from common.layers import compute_dtype
 from common.progress import Progress, note
+from common.texts import without_secrets
 from dump import target
 from dump.chat import Chat
 from dump.target import decoding
@@ -43,13 +44,12 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     head = evaluate.load_head(config.head, cfg.text)
     if config.topk > (words := head[0].draft_vocab_size):
         raise EyasError(f"topk={config.topk}, but the draft vocabulary of {config.head} has {words} tokens")
-    out = os.path.abspath(storage.local_path(config.out))
-    storage.require_folder(os.path.dirname(out))
+    storage.require_file(config.out)
     source = Source(config.store) if config.store else None
     sets = [] if source is None else [_held_out(config, source)]
     most = config.max_tokens, config.length, config.each
     sets += [of_file(path, chat, *most) for path in config.prompts or ()]
-    found: dict[str, Any] = {"settings": to_json(config) | {"nodes": config.nodes}}
+    found: dict[str, Any] = {"settings": _settings(config)}
     if source is not None:
         found["estimate"] = _estimate(config, source)
     drafting, plain = engines(config, cfg, head)
@@ -58,8 +58,13 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
         name = one.name if one.name not in found["sets"] else f"{one.name} ({len(found['sets'])})"
         found["sets"][name] = _of_set(config, drafting, plain, chat.stops, one)
     found["compiling_s"] = round(sum(engine.compiling for engine in (drafting, plain) if engine), 1)
-    storage.write_json(out, found)
+    storage.write_json(config.out, found)
     return found
+
+
+def _settings(config: SpeculateConfig) -> dict[str, Any]:
+    prompts = config.prompts and tuple(map(without_secrets, config.prompts))
+    return to_json(replace(config, prompts=prompts)) | {"nodes": config.nodes}
 
 
 def _held_out(config: SpeculateConfig, source: Source) -> PromptSet:

@@ -174,6 +174,13 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, base, there):
     assert {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_names(place)} == there
 
 
+def test_a_strangers_file_of_any_depth_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(EyasError, match="already holds config"):
+        write_folder(str(tmp_path), head(b"1"))
+    assert (tmp_path / "config.json").read_bytes() == b"[" * 100_000
+
+
 def test_a_file_is_no_folder_to_replace(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(EyasError, match="is a file; name a folder"):

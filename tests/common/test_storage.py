@@ -68,6 +68,8 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
         (b'{"a":' * 100 + b"1" + b"}" * 100, "nested too deeply"),
         (b'"\\ud800"', "surrogates not allowed"),
+        (b'"\xed\xa0\x80"', "can't decode"),  # half a character, without an escape
+        ('"\\ud800"'.encode("utf-16"), "can't decode"),
         (b'{"a": "\xff"}', "is not JSON"),
         (b"", "is not JSON"),
     ],

@@ -17,7 +17,7 @@ from common import storage
 from common.errors import EyasError
 from common.store import Store
 from dump.chat import Chat
-from dump.prepare import PrepareConfig, read_vocab_size, run
+from dump.prepare import PrepareConfig, _portable, read_vocab_size, run
 from pipelines.bench.published import PUBLISHED
 from tests.dump.chats import CHATML, write_model
 
@@ -113,6 +113,8 @@ def test_nothing_of_the_conversations_or_of_this_machine_is_in_the_manifest(conf
     manifest = (Path(config.store) / "manifest.json").read_text()
     assert str(tmp_path) not in manifest
     assert "carrot" not in manifest
+    signed = PrepareConfig(("https://me:secret@host/chats.jsonl?sig=secret",), config.model, config.store)
+    assert _portable(signed)["data"] == ["chats.jsonl"]
 
 
 def test_a_prepared_store_is_left_alone_and_another_configuration_is_refused(config, tmp_path, capfd):

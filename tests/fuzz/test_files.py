@@ -182,7 +182,9 @@ def test_what_the_store_keeps_of_the_target(world):
 def test_a_head(world):
     weights = binary_file(world, "run/best/model.safetensors", mutations.safetensors)
     files = json_file(world, "run/best/config.json") | weights
-    search(world, files, [(EXPORT, ["new"])] * 4 + [(EVAL, [])], 200)
+    converted = [*EXPORT, "--layout", "speculators", "--target", "org/target"]
+    ways = [(EXPORT, ["new"])] * 3 + [(converted, ["new"])] * 3 + [(EVAL, [])]
+    search(world, files, ways, 250)
 
 
 def test_an_experiment(world):

@@ -323,6 +323,26 @@ def test_a_store_of_another_model_is_refused(dumped, place):
     require_same_target(dumped, str(place / "model"), None)
 
 
+@pytest.mark.parametrize("verb", ["prepare", "dump", "train", "export", "regenerate", "compare", "verify"])
+def test_a_name_that_is_not_utf_8_is_refused(verb, tmp_path):
+    """As a JSON file, a message or TensorStore cannot have it."""
+    assert r"a\udcffb' is not UTF-8; rename" in refused(invoke(verb, "--store", f"{tmp_path}/a\udcffb"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_lies_at_a_name_that_is_not_utf_8_is_refused(place, tmp_path):
+    here = tmp_path / "a\udcffb"
+    here.mkdir()
+    (here / "\udcff.jsonl").write_bytes(Path(CHATS).read_bytes())
+    (tmp_path / "link").symlink_to(here)
+    how = ("prepare", "--model", place / "chat", "--data")
+    named = refused(invoke(*how, tmp_path / "link", "--store", tmp_path / "store"))
+    assert r"\udcff.jsonl' is not UTF-8; rename it" in named
+    assert "no arrays can be kept there" in refused(invoke(*how, CHATS, "--store", tmp_path / "link/x/../s"))
+    assert os.listdir(here) == ["\udcff.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["a\udcffb", "link"]
+
+
 def test_targets_are_listed_for_people_and_programs():
     found = json.loads(invoke("targets", "--json").stdout)
     assert "LlamaForCausalLM" in found["families"]

@@ -1,15 +1,19 @@
 """Codecs are compared by heads of the same rows and seeds, on the same held-out rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from common import storage
+from common.errors import EyasError
 from common.store import Store
 from pipelines import cli
+from pipelines.codecs import compare
 from pipelines.codecs.compare import Line, Way, bytes_a_token, table, ways
+from pipelines.codecs.config import CodecsConfig
 from tests.pipelines.test_whole_way import CHATS, write_target
 
 
@@ -31,6 +35,18 @@ def test_the_standard_comes_first_and_every_way_has_a_store_of_its_own():
     assert found[0] == Way("bfloat16")
     assert len({way.name for way in found}) == len(found)
     assert Way("bfloat16", 64) in found
+
+
+def test_stores_of_other_rows_are_refused(tmp_path, monkeypatch):
+    """What was begun with other options would be compared with what comes."""
+    monkeypatch.setattr(compare.dump, "run", lambda config: None)
+    write_target(tmp_path / "model")
+    first = CodecsConfig(str(tmp_path / "model"), (CHATS,), str(tmp_path / "out"), length=128, holdout=0.4)
+    for config in (first, first, replace(first, epochs=1.0)):
+        compare._store(config, Way("int8"), config.data)
+    for changed in ({"length": 64}, {"holdout": 0.3}, {"conversations": 9}):
+        with pytest.raises(EyasError, match="stores/int8 was prepared in another way"):
+            compare._store(replace(first, **changed), Way("int8"), first.data)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from common import safetensors
+from common import safetensors, storage
 from common.errors import EyasError
 from common.params import initialise
 from common.store import Store
@@ -184,6 +184,27 @@ def test_a_head_goes_from_layout_to_layout_and_back_unchanged(tmp_path):
     np.testing.assert_array_equal(
         tensors_of(places[0])["embed_tokens.weight"], opened.target_tensor("embed_tokens")
     )
+
+
+def test_what_a_damaged_head_says_of_its_making_is_refused(tmp_path):
+    opened = Store.open(small_store.write_store(str(tmp_path / "store")))
+    head = Eagle3.for_target(opened.target_config(), 20, small_store.AUX_LAYERS)
+    params = initialise(head.parameters(), jax.random.key(0))
+    how = params, head, np.arange(20) * 2, opened.target_config(), "float32"
+    folder = export(str(tmp_path / "a"), *how)
+    config, tensors = config_of(folder), tensors_of(folder)
+
+    def refuse(message):
+        with pytest.raises(EyasError, match=message):
+            copy_head(folder, opened, str(tmp_path / "none"), layout="speculators", target="org/target")
+
+    for origin in (["x"], {"target": 7}, 7):
+        storage.write_json(f"{folder}/config.json", config | {"trained_for": origin})
+        refuse("config.json: trained_for.*export the head anew")
+    storage.write_json(f"{folder}/config.json", config)
+    for text in ("{", "[1]", "7", "[" * 10_000):
+        safetensors.write(f"{folder}/model.safetensors", tensors, {"made": text})
+        refuse("model.safetensors, made of its header")
 
 
 def test_an_exported_layer_that_servers_would_read_differently_is_refused(tmp_path):

@@ -35,7 +35,7 @@ def now_and_then(faults, seed=0, share=0.3):
 def test_whatever_a_server_does_now_and_then_nothing_is_lost_or_doubled(
     config, expected, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(endpoint, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(endpoint, "LARGEST", 1 << 20)
     choose = now_and_then(FAULTS, share=0.6)
     with chat_server(choose) as server, chat_server(now_and_then(FAULTS[::-1], 1)) as other:
         found = ask(config, server, other, timeout=0.8)
@@ -48,7 +48,7 @@ def test_whatever_a_server_does_now_and_then_nothing_is_lost_or_doubled(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("way", FAULTS)
 def test_each_fault_alone_is_tried_again(config, way, stream, monkeypatch):
-    monkeypatch.setattr(endpoint, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(endpoint, "LARGEST", 1 << 20)
     count = Counter()
 
     def choose(request):
@@ -188,7 +188,7 @@ def test_a_server_without_https(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_many_faults_of_many_servers_in_any_order(config, expected, monkeypatch, seed):
-    monkeypatch.setattr(endpoint, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(endpoint, "LARGEST", 1 << 20)
     faults = [fault for fault in FAULTS if fault != "hang"] * 2
     chosen = [now_and_then(faults, seed + n, share=0.5) for n in range(3)]
     with chat_server(chosen[0]) as one, chat_server(chosen[1]) as two, chat_server(chosen[2]) as three:

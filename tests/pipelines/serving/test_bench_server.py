@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from common.errors import EyasError, MachineError
+from pipelines.serving import bench
 from pipelines.serving.bench import run
 from pipelines.serving.bench_table import table
 from pipelines.serving.config import BenchServerConfig
@@ -95,6 +97,100 @@ def test_a_server_that_fails_ends_it_in_one_line(way, error, message):
         with pytest.raises(error, match=message) as caught:
             run(config)
     assert "\n" not in str(caught.value)
+
+
+def talking(events=None, page="", told=None):
+    """A server that streams these events, with this page of metrics, or one page after the other."""
+    usage = {"choices": [], "usage": {"completion_tokens": 2}, **(told or {})}
+    said = {"choices": [{"delta": {"content": "ab"}, "finish_reason": "length"}]}
+    pages = iter([page] * 9 if isinstance(page, str) else page)
+    body = events or b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in (said, usage))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(next(pages).encode() if self.path == "/metrics" else b"")
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self._send(body)
+
+        def _send(self, data):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+    return listening(Handler)
+
+
+def measured(port, **changed):
+    how = {"served_model": "x", "concurrency": (1,), "requests": 2, "max_tokens": 4, "timeout": 5.0} | changed
+    return run(BenchServerConfig(f"http://127.0.0.1:{port}", **how))["levels"][0]["with"]
+
+
+COUNTER = "vllm:spec_decode_num_"
+
+
+@pytest.mark.parametrize(
+    ("page", "length"),
+    [
+        (f"{COUNTER}drafts_total x\n{COUNTER}accepted_tokens_total 7", None),
+        (f"{COUNTER}drafts_total nan\n{COUNTER}accepted_tokens_total inf", None),
+        (f"{COUNTER}drafts_total -3\n{COUNTER}accepted_tokens_total 1e300", None),
+        ([f"{COUNTER}drafts_total 9\n{COUNTER}accepted_tokens_total 9", f"{COUNTER}drafts_total 1"], None),
+        (
+            ["", f'{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_per_pos_total{{position="{9**30}"}} 1'],
+            1.0,
+        ),
+        (["", f"{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_total 3"], 2.5),
+        ("\0\n\ud7ff" * 99, None),
+    ],
+)
+def test_of_rubbish_among_the_metrics_no_figure_is_made(page, length):
+    with talking(page=page) as port:
+        assert measured(port)["acceptance_length"] == length
+
+
+@pytest.mark.parametrize("told", [[], 7, {"spec_tokens_details": 7}, {"spec_tokens_details": {}}, "x"])
+@pytest.mark.parametrize(
+    "counts", [{}, {"spec_verify_ct": "2"}, {"spec_verify_ct": -1}, {"spec_verify_ct": [1]}]
+)
+def test_of_rubbish_about_drafts_no_figure_is_made(told, counts):
+    if isinstance(told, dict) and told.get("spec_tokens_details") == {}:
+        told = {"spec_tokens_details": counts}
+    with talking(told={"sglext": told}) as port:
+        assert measured(port)["acceptance_length"] is None
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        *(b"data: %s\n\n" % (b"[" * n) for n in (1, 100_000)),
+        *(
+            b'data: {"choices": %s}\n\n' % x
+            for x in (b"7", b'{"a": 1}', b'"abc"', b"[[1]]", b'[{"delta": 7}]')
+        ),
+        b"data: " + b"9" * 200_000,
+        b" " * (3 << 20),
+        b"data: \xff\n\n",
+    ],
+)
+def test_rubbish_for_an_answer_ends_it_in_one_line(events, monkeypatch):
+    monkeypatch.setattr(bench, "LARGEST", 1 << 20)
+    with talking(events) as port, pytest.raises(EyasError, match="must stream chat completions"):
+        measured(port)
+
+
+def test_a_place_that_cannot_be_a_file_is_refused_before_anybody_is_asked(tmp_path):
+    with pytest.raises(EyasError, match="is a folder where a file is to be written"):
+        measured(9, out=str(tmp_path))
+    (tmp_path / "a").touch()
+    with pytest.raises(EyasError, match="is a file; name another place"):
+        measured(9, out=f"{tmp_path}/a/b.json")
 
 
 def test_who_serves_several_models_or_nothing_is_asked_for_a_name():

@@ -1,0 +1,24 @@
+"""What web addresses hold of secrets is told nowhere."""
+
+import pytest
+
+from common.errors import EyasError, RestartError
+from common.progress import note
+from common.texts import without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://me:pw@host/a.jsonl is missing", "https://...@host/a.jsonl is missing"),
+        ("url='https://h/a?sig=pw&b=1'); check it", "url='https://h/a?...'); check it"),
+        ("s3://key:pw@b/a and https://h/b.json?pw: 404", "s3://...@b/a and https://h/b.json?... 404"),
+        ("hf://datasets/o/n@main/a.jsonl, gs://b/c?d", "hf://datasets/o/n@main/a.jsonl, gs://b/c?d"),
+        ("what? me@host, http://h:80/v1", "what? me@host, http://h:80/v1"),
+    ],
+)
+def test_errors_and_notes_have_no_secrets(text, told, capfd):
+    assert without_secrets(text) == told
+    assert str(EyasError(text)) == str(RestartError(text)) == told
+    note(text)
+    assert capfd.readouterr().err == f"{told}\n"
