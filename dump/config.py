@@ -44,6 +44,11 @@ class PrepareConfig:
             given = getattr(self, name)
             if given is not None and len(given) != len(self.data):
                 raise ValueError(f"{name}={given!r} must be {len(self.data)} numbers, one for each --data")
+        if self.mix and self.max_conversations and self.max_conversations < len(self.mix):
+            raise ValueError(
+                f"max_conversations={self.max_conversations} is less than one of each of the {len(self.mix)} "
+                "--data that are mixed; give more, or leave some --data out"
+            )
 
 
 @dataclass(frozen=True)

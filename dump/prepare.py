@@ -97,7 +97,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     with Spill(config.store) as spill:
         _require_spill_room(config, spill.folder, sources.bytes)
         counts = _read(config, chat, sources, spill)
-        chosen = sources.mixed(spill.sources, config.mix) if config.mix else np.arange(len(spill))
+        most = config.max_conversations or math.inf
+        chosen = sources.mixed(spill.sources, config.mix, most) if config.mix else np.arange(len(spill))
         _write(config, identity, spill, counts, chosen)
     return read_manifest(config.store)["rows"]
 

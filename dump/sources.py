@@ -40,9 +40,10 @@ class Sources:
             if not total:
                 return
 
-    def mixed(self, file: np.ndarray, mix: tuple[float, ...]) -> np.ndarray:
+    def mixed(self, file: np.ndarray, mix: tuple[float, ...], total: float) -> np.ndarray:
         """Which of n conversations are used, int64, ascending: the first ones of each source, as many as
-        `mix` gives it where nothing is left of the scarcest. `file` int [n]: which each was read from.
+        `mix` gives it where nothing is left of the scarcest, or `total` are reached; one of each at least.
+        `file` int [n]: which each was read from.
 
         EyasError for a source without conversations.
         """
@@ -51,7 +52,10 @@ class Sources:
         if not found.all():
             empty = self._paths[int(np.argmin(found))]
             raise EyasError(f"{empty} has no conversation that can be used: nothing to mix; leave it out")
-        most = np.maximum(1, np.floor((found / parts).min() * parts + 1e-6).astype(np.int64))
+        scale = min((found / parts).min(), total / parts.sum())
+        most = np.maximum(1, np.floor(scale * parts + 1e-6).astype(np.int64))
+        while most.sum() > total:
+            most[most.argmax()] -= 1
         return np.sort(np.concatenate([np.flatnonzero(source == i)[:n] for i, n in enumerate(most)]))
 
 

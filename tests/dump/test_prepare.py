@@ -178,6 +178,7 @@ def two(tmp_path):
         ({"mix": (0.5, 5)}, [1, 15], 29),
         ({"take": (12, 4), "mix": (2, 1)}, [8, 4], 4),
         ({"max_conversations": 12, "mix": (2, 1)}, [8, 4], 0),
+        ({"max_conversations": 11, "mix": (1, 1)}, [5, 5], 2),
         ({"max_conversations": 12, "take": (10, 9)}, [10, 2], 0),
     ],
 )
@@ -196,6 +197,15 @@ def test_of_each_source_as_much_is_used_as_is_wanted_and_the_index_names_it(
     np.testing.assert_array_equal(store.token_counts(), counted)
     lost = sum(n for name, n in rows["counts"].items() if name.startswith("dropped_"))
     assert rows["counts"]["read"] == rows["counts"]["kept"] + lost
+
+
+def test_a_mix_has_one_of_each_source_and_no_more_than_is_wanted(config, two, tmp_path):
+    third = tmp_path / "c.jsonl"
+    third.write_text(chat(("human", "Which?"), ("gpt", "That.")))
+    mixed = replace(config, data=(*two, str(third)), mix=(1000, 1, 1), max_conversations=10)
+    assert run(mixed)["counts"]["kept"] == 10
+    with pytest.raises(ValueError, match=r"^max_conversations=2 is less than one of each of the 3 --data"):
+        replace(mixed, max_conversations=2)
 
 
 def test_a_source_with_nothing_to_mix_and_another_mix_are_refused(config, two, tmp_path):
