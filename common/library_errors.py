@@ -26,7 +26,8 @@ _BUCKET = re.compile(r"\b(?:gs|gcs|s3)://([^/\s]+)")
 _HTTP_CODE = re.compile(r"\[http_response_code='(\d{3})'\]")  # in TensorStore's texts
 _OS_CODE = re.compile(r"os_error_code='(\d+)'")
 # What the system says of a path that leads to nothing, or to something else: that is no failure of its own.
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_OTHER_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+_NO_FILE = (errno.ENOENT, *_OTHER_FILE)
 _PERMISSION = {
     "read": "storage.objects.get",
     "list": "storage.objects.list",
@@ -119,6 +120,8 @@ def explained(error: Exception, what: str, doing: str = "read") -> EyasError:
         advice = f"check the network and the address, and {_AGAIN}"
         return RestartError(f"{what}: no answer from {bucket} ({status}{text}); {advice}")
     past = {"read": "reading", "list": "listing", "write": "writing"}[doing]
+    if _system_code(error) in _OTHER_FILE:
+        return EyasError(f"{what}: {past} failed ({text}); check the path, or name another place")
     return MachineError(f"{what}: {past} failed ({text}); mend that and {_AGAIN}")
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.texts import is_unicode
-from dump.data_files import JSON_KINDS, Advance, kind_of, name_of, opened
+from dump.data_files import JSON_KINDS, Advance, kind_of, name_of, opened, version
 from dump.json_records import is_lines, read_lines, read_values
 from dump.table_records import read_arrow, read_parquet
 
@@ -33,6 +33,7 @@ class DataFile:
     name: str
     bytes: int
     sha256: str
+    version: dict[str, Any]
     lines: int = 0
     bad_lines: int = 0
     first_bad_line: int = 0
@@ -45,7 +46,7 @@ class DataFile:
         kind_of(url)
         if not is_unicode(url):
             raise EyasError(f"the name of the data file {url!a} is not UTF-8; rename it")
-        digest, size = hashlib.sha256(), 0
+        digest, size, found = hashlib.sha256(), 0, version(url)
         with opened(url) as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
@@ -53,7 +54,7 @@ class DataFile:
                 advance(len(piece))
         if size == 0:
             raise EyasError(f"{url} is empty; expected conversations")
-        return cls(url, name_of(url), size, digest.hexdigest())
+        return cls(url, name_of(url), size, digest.hexdigest(), found)
 
     def identity(self) -> dict[str, Any]:
         """What the manifest says of the file: no folder, so that the same data gives the same manifest."""
@@ -77,6 +78,13 @@ class DataFile:
             for rows, share in (read_parquet if kind == ".parquet" else read_arrow)(self.url, file):
                 yield from rows
                 advance(int(self.bytes * share))
+
+    def require_same(self) -> None:
+        """RestartError if the file is no longer the one whose sha256 is known."""
+        if version(self.url) != self.version:
+            raise RestartError(
+                f"{self.url} was changed while it was read; run the same command again when nobody writes it"
+            )
 
     def require_json(self) -> None:
         """EyasError if 1% or more of the lines read so far were not JSON."""

@@ -11,15 +11,19 @@
 import bz2
 import gzip
 import io
+import itertools
 import lzma
+import os
 import posixpath
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
+from fsspec.utils import glob_translate
 
 from common import storage
 from common.errors import EyasError
@@ -32,6 +36,7 @@ _DESCRIPTIONS = (
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
     ".settings.json",  # beside regenerated answers
 )
+_FACTS = ("size", "mtime", "ino", "generation", "ETag")  # of disks and buckets
 _BUFFER = 1 << 18
 
 Advance = Callable[[int], None]  # told how many more bytes have been read
@@ -86,6 +91,30 @@ def _find(path: str) -> list[str]:
     return [fs.unstrip_protocol(f) if storage.is_remote(path) else f for f in sorted(found)]
 
 
+def require_apart(paths: Iterable[str], files: Iterable[str]) -> None:
+    """EyasError if one of `files`, which are to be written, would be found as data of `paths` from then on:
+    the same command would read other data."""
+    for path, file in itertools.product(paths, files):
+        if _would_find(path, file):
+            raise EyasError(f"{file} would be data of {path} itself; name another place for what is written")
+
+
+def _would_find(path: str, file: str) -> bool:
+    if storage.is_remote(path) or storage.is_remote(file):
+        if path.partition("://")[0] != file.partition("://")[0] or _is_web(path):
+            return False
+        real: Callable[[str], str] = str
+    else:
+        real = os.path.realpath
+    with readable(path):
+        fs, root = storage.filesystem(path)
+        place = storage.filesystem(file)[1]
+        if fs.isdir(root):
+            place, root = real(place), real(root).rstrip("/")
+            return place.startswith(f"{root}/") and _is_data(place, root)
+        return place == root or bool(re.fullmatch(glob_translate(real(root)), real(place)))
+
+
 def _is_data(path: str, root: str) -> bool:
     parts = path[len(root) :].strip("/").split("/")
     if any(part.startswith(".") for part in parts) or parts[-1].endswith(_DESCRIPTIONS):
@@ -94,6 +123,16 @@ def _is_data(path: str, root: str) -> bool:
         return bool(kind_of(path))
     except EyasError:
         return False
+
+
+def version(url: str) -> dict[str, Any]:
+    """What tells a file from the one that replaces it, or that it has become; {} of what a web server has."""
+    if _is_web(url):
+        return {}
+    with readable(url):
+        fs, path = storage.filesystem(url)
+        about = fs.info(path)
+    return {name: about[name] for name in _FACTS if name in about}
 
 
 def _is_web(url: str) -> bool:

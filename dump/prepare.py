@@ -38,7 +38,7 @@ from common.store_writer import write_rows
 from dump.chat import Chat
 from dump.clean import Cleaner, Conversation, base_of
 from dump.config import PrepareConfig
-from dump.data_files import name_of
+from dump.data_files import name_of, require_apart
 from dump.encode import RUNAWAYS
 from dump.pack import Packed, draw, pack, split
 from dump.prepare_report import nonzero, report
@@ -78,6 +78,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     kvstore.folder(config.store)  # refused at once where arrays are not kept
     vocab_size = read_vocab_size(config.model)
     chat = Chat.load(config.model)
+    require_apart(config.data, [f"{config.store.rstrip('/')}/{name}" for name in (MANIFEST, INDEX)])
     sources = Sources(config.data)
     identity = {
         "length": config.length,

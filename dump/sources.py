@@ -85,5 +85,6 @@ def _read(
                 if taken == most:
                     break
         file.require_json()
+        file.require_same()
         if taken == most:
             return

@@ -31,6 +31,8 @@ class _Line(TypedDict):
     number: Count
     outcome: Annotated[str, Field(pattern="^[a-z]{1,20}$")]
     tokens: Count
+    id: str
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class Answers:

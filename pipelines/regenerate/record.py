@@ -12,6 +12,11 @@ SUFFIX = ".settings.json"
 _ADVICE = "restore it, or name another --out"
 
 
+def place(out: str) -> str:
+    """Where the record of the file of answers `out` is."""
+    return out.removesuffix(".jsonl") + SUFFIX
+
+
 class _Record(TypedDict):
     """`settings`: all that decides about the answers; `endpoints` have no part in that."""
 
@@ -26,7 +31,7 @@ class Record:
 
     def __init__(self, out: str, settings: dict[str, Any], endpoints: tuple[str, ...]) -> None:
         """EyasError if there are answers of other settings, or of none that are known."""
-        self._place = os.path.splitext(out)[0] + SUFFIX
+        self._place = place(out)
         self._value = {"schema": 1, "settings": settings, "endpoints": list(endpoints), "complete": False}
         if not storage.exists(out) or not storage.size(out):
             return

@@ -13,13 +13,14 @@ from common.config import to_json
 from common.errors import EyasError, RestartError
 from common.lock import locked_file
 from common.progress import Progress, note
+from dump.data_files import require_apart
 from dump.sources import Sources
 from pipelines.regenerate.answers import Answers
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.endpoint import Endpoint, key_of
 from pipelines.regenerate.local import Local
 from pipelines.regenerate.questions import Questions
-from pipelines.regenerate.record import Record
+from pipelines.regenerate.record import Record, place
 from pipelines.regenerate.talk import REJECTED, Talk
 from pipelines.regenerate.work import Work
 
@@ -38,6 +39,7 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     out = os.path.abspath(storage.local_path(config.out))
     answerers = [Local(config)] if config.model else _endpoints(config)
     storage.require_file(out)
+    require_apart(config.data, (out, place(out)))
     with locked_file(out):
         storage.remove_partial(os.path.dirname(out))
         sources = Sources(config.data)

@@ -134,6 +134,21 @@ Server.__module__ = "gcsfs.retry"
         (ValueError("DATA_LOSS: bad checksum"), MachineError, "writing failed (DATA_LOSS: bad checksum)"),
         (OSError(28, "No space left on device"), MachineError, "the disk is full"),
         (PermissionError(13, "Permission denied"), MachineError, "writing failed ([Errno 13] Permission"),
+        (
+            IsADirectoryError(21, "Is a directory"),
+            EyasError,
+            "Is a directory); check the path, or name another",
+        ),
+        (
+            OSError(36, "File name too long"),
+            EyasError,
+            "File name too long); check the path, or name another",
+        ),
+        (
+            ValueError("UNKNOWN: Too many [os_error_code='40']"),
+            EyasError,
+            "(UNKNOWN: Too many); check the path",
+        ),
         (ConnectionResetError("reset"), RestartError, "no answer from the bucket b (reset)"),
         (EyasError("of our own"), EyasError, "of our own"),
     ],

@@ -15,7 +15,7 @@ from common.errors import EyasError, MachineError, RestartError
 from dump import data_files
 from dump.clean import Cleaner
 from dump.conversations import DataFile
-from dump.data_files import find_files, opened
+from dump.data_files import find_files, opened, require_apart
 
 
 def talk(number):
@@ -105,6 +105,45 @@ def test_arrow_files_are_read(tmp_path, form):
         writer.write_table(table, max_chunksize=70)
     (tmp_path / "state.json").write_text("{}")
     assert read(tmp_path) == TALKS
+
+
+@pytest.mark.parametrize("place", ["", "memory://"])
+@pytest.mark.parametrize(
+    ("path", "file", "found"),
+    [
+        ("data", "data/answers.jsonl", True),
+        ("data", "data/inner/a.json", True),
+        ("data", "data/.hidden/a.json", False),
+        ("data", "data/a.settings.json", False),
+        ("data", "data2/a.jsonl", False),
+        ("data/chats.jsonl", "data/chats.jsonl", True),
+        ("data/chats.jsonl", "data/answers.jsonl", False),
+        ("data/*.json", "data/a.settings.json", True),
+        ("data/*.json", "data/inner/a.json", False),
+        ("**/*.json", "data/inner/a.json", True),
+        ("data/[ab].json", "data/a.json", True),
+    ],
+)
+def test_what_would_be_data_itself_is_not_written(tmp_path, place, path, file, found):
+    """Else the same command would read other data when it goes on."""
+    with fsspec.open(f"{place}{tmp_path}/data/chats.jsonl", "wb", auto_mkdir=True) as chats:
+        chats.write(LINES)
+    asked = [f"{place}{tmp_path}/{path}"], [f"{place}{tmp_path}/{file}"]
+    require_apart(["https://host/a.jsonl", "hf://datasets/a/b", "gs://bucket/a"], asked[1])
+    if not found:
+        return require_apart(*asked)
+    with pytest.raises(EyasError, match=r"would be data of .* itself; name another place"):
+        require_apart(*asked)
+
+
+def test_what_would_be_data_by_another_way_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chats.jsonl").write_bytes(LINES)
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    for path, file in (("link", "data/a.json"), ("data", "link/a.json"), ("data/*", f"{tmp_path}/link/a")):
+        with pytest.raises(EyasError, match="would be data of"):
+            require_apart([path], [file])
 
 
 def test_the_hub_is_a_folder_of_files(monkeypatch):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from common import storage
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from common.store import Store
+from dump import prepare
 from dump.chat import Chat
 from dump.prepare import PrepareConfig, _portable, read_vocab_size, run
 from pipelines.bench.published import PUBLISHED
@@ -147,6 +148,26 @@ def test_max_conversations_counts_usable_ones(config):
     rows = run(replace(config, max_conversations=20))
     assert rows["counts"]["read"] == 23
     assert rows["counts"]["kept"] == 20
+
+
+def test_data_that_grow_while_they_are_read_are_told_of(config, tmp_path, monkeypatch):
+    """Of answers that are still being made, say: the manifest would have the sum of a part of them."""
+    data = tmp_path / "chats.jsonl"
+    data.write_bytes(CHATS.read_bytes())
+    real = prepare._require_spill_room
+
+    def grown(*args):
+        with data.open("ab") as file:
+            file.write(CHATS.read_bytes().splitlines(keepends=True)[0])
+        real(*args)
+
+    config = replace(config, data=(str(data),))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_require_spill_room", grown)
+        with pytest.raises(RestartError, match=r"chats.jsonl was changed while it was read; run the same"):
+            run(config)
+    assert storage.list_names(config.store) == []
+    assert run(config)["data"][0]["bytes"] == data.stat().st_size
 
 
 def test_several_files_are_one_data_set(config, tmp_path):
@@ -290,6 +311,14 @@ def test_data_without_anything_to_learn_is_refused_before_a_store_is_made(
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
     assert not os.path.exists(config.store)
+
+
+def test_a_store_among_its_own_data_is_refused(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chats.jsonl").write_bytes(CHATS.read_bytes())
+    with pytest.raises(EyasError, match=r"store/manifest.json would be data of .*data itself"):
+        run(replace(config, data=(f"{tmp_path}/data",), store=f"{tmp_path}/data/store"))
+    assert os.listdir(tmp_path / "data") == ["chats.jsonl"]
 
 
 def test_a_folder_that_is_no_store_is_not_written_into(config, tmp_path):

@@ -24,12 +24,18 @@ from tests import tiny_llama
 from tests.dump import chats
 from tests.faulty_proxy import FAULTS, Sometimes, faulty
 from train.order import listed
+from train.stored import whole_teacher
 from train.stream import Stream, View
 from train.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
 URL = "gs://bucket/store"
+KINDS = {
+    "states": {},
+    "int8": {"precision": "int8"},
+    "topk": {"precision": "int8", "logits": "topk", "topk": 4, "last_hidden": "first"},
+}  # of stores
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +46,9 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def make(model: str, url: str) -> None:
+def make(model: str, url: str, kind: str) -> None:
     prepare.run(prepare.PrepareConfig((CHATS,), model, url, length=256, holdout=0.2))
-    dump.run(dump.DumpConfig(model, url, block_rows=1))
+    dump.run(dump.DumpConfig(model, url, block_rows=1, **KINDS[kind]))
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -56,15 +62,15 @@ def batch(url: str) -> list[np.ndarray]:
     store.require_complete()
     rows = np.arange(store.rows)
     workload, wanted = Workload(store, rows, ttt_steps=3), listed(rows[None])
-    view = View(wanted, workload, workload.capacity(wanted.rows, 1), "recompute", np.arange(8))
+    view = View(wanted, workload, workload.capacity(wanted.rows, 1), whole_teacher(store), np.arange(8))
     (((_, found),),) = Stream(store, make_mesh(), [view]).batches()
     return [np.asarray(x) for x in found if x is not None]
 
 
-def round_trip(model: str, folder: str) -> None:
+def round_trip(model: str, folder: str, kind: str) -> None:
     local = f"{folder}/store"
     for url in (local, URL):
-        make(model, url)
+        make(model, url, kind)
         found = verify(url)
         assert (found["damaged"], found["missing_blocks"]) == ([], 0)
     assert contents(URL) == contents(local)
@@ -90,15 +96,15 @@ def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[st
 
 def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
     with bucket.served("bucket") as server:
-        code, said = ended(run(server, "tests.pipelines.test_bucket", model, str(tmp_path)))
+        code, said = ended(run(server, "tests.pipelines.test_bucket", model, str(tmp_path), "states"))
     assert code == 0, "\n".join(said[-20:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_the_same_bytes_when_every_tenth_request_fails(model, tmp_path, seed):
-    with bucket.served("bucket") as server, faulty(server, choose := Sometimes(0.1, seed)) as proxy:
-        code, said = ended(run(proxy, "tests.pipelines.test_bucket", model, str(tmp_path)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bytes_when_every_tenth_request_fails(model, tmp_path, kind):
+    with bucket.served("bucket") as server, faulty(server, choose := Sometimes(0.1, len(kind))) as proxy:
+        code, said = ended(run(proxy, "tests.pipelines.test_bucket", model, str(tmp_path), kind))
     assert code == 0, "\n".join(said[-20:])
     assert set(FAULTS) <= choose.seen.keys(), choose.seen
     assert 0.05 < 1 - choose.seen[None] / choose.seen.total() < 0.15, choose.seen
@@ -133,6 +139,7 @@ ENDS = {
 def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
     with bucket.served("bucket") as server, faulty(server, choose := After(9, fault)) as proxy:
         command = ("pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
+        command += ("--precision", "int8")
         prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
         start = time.monotonic()

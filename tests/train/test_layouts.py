@@ -177,6 +177,8 @@ def test_a_head_goes_from_layout_to_layout_and_back_unchanged(tmp_path):
     (tmp_path / "run/experiment.json").touch()
     with pytest.raises(EyasError, match="lies in best/ of a run, which training writes; name another place"):
         copy_head(first, opened, str(tmp_path / "run/best"))
+    with pytest.raises(EyasError, match=r"store/head is in the store .*, which is read only"):
+        copy_head(first, opened, str(tmp_path / "store/head"))
     last = tensors_of(places[-1])
     for name, value in tensors_of(first).items():
         np.testing.assert_array_equal(value, last[name], err_msg=name)

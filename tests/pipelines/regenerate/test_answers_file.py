@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,22 @@ from pipelines.regenerate import answers
 from pipelines.regenerate.run import run
 from tests.pipelines.regenerate.asking import ask, lines, record, write_data
 from tests.pipelines.regenerate.chat_server import chat_server
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "chats.jsonl", "inner/answers.ndjson"])
+def test_answers_among_their_own_questions_are_refused(config, tmp_path, name):
+    out = tmp_path / "data" / name
+    out.parent.mkdir(parents=True)
+    Path(config.data[0]).rename(tmp_path / "data" / "chats.jsonl")
+    with pytest.raises(EyasError, match=r"would be data of .*; name another place"):
+        run(replace(config, data=(f"{tmp_path}/data",), out=str(out)))
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["chats.jsonl"]
+
+
+def test_each_file_of_answers_has_a_record_of_its_own(config):
+    with chat_server() as server:
+        for seed, name in enumerate(("answers.jsonl", "answers.ndjson") * 2):
+            ask(config, server, out=str(Path(config.out).parent / name), seed=seed % 2)
 
 
 @pytest.mark.parametrize("left", range(5))
@@ -117,8 +134,19 @@ def test_a_file_that_is_not_of_a_run_is_left_alone(config):
         ("years of work", "line 2 is not JSON"),
         ("{}", "line 2 has no number"),
         ('{"number": "0", "outcome": "answered", "tokens": 0}', 'line 2: number is "0"'),
-        ('{"number": 99, "outcome": "answered", "tokens": 0}', "there is no conversation 99 in the data"),
-        ('{"number": 0, "outcome": "answered", "tokens": 0}', "conversation 0 is there already"),
+        ('{"number": 1, "outcome": "answered", "tokens": 0}', "line 2 has no id"),
+        (
+            '{"number": 1, "outcome": "answered", "tokens": 0, "id": "a", "messages": []}',
+            "line 2: messages is",
+        ),
+        (
+            '{"number": 99, "outcome": "answered", "tokens": 0, "id": "a", "messages": [{}]}',
+            "no conversation 99",
+        ),
+        (
+            '{"number": 0, "outcome": "answered", "tokens": 0, "id": "a", "messages": [{}]}',
+            "is there already",
+        ),
         ('{"number": 1, "outcome": "SECRET text", "tokens": 0}', "line 2: outcome is"),
     ],
 )
