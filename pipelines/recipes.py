@@ -109,6 +109,17 @@ def find(model: str | None) -> Recipe | None:
     return load(model)
 
 
+def beneath(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stage: what was given, over the recipe's.
+
+    A learning rate is one optimiser's. With another one, its own default holds where no rate is given.
+    """
+    rest = dict(recipe)
+    if given.get("optimizer", recipe.get("optimizer")) != recipe.get("optimizer"):
+        rest.pop("learning_rate", None)
+    return rest | given
+
+
 def folder(model: str, cache: str, weights: bool = True) -> str:
     """The model folder (or URL) of MODEL: a recipe, a folder, a URL or a Hub id, fetched into `cache`.
 

@@ -21,6 +21,7 @@ from typing import Any
 from common import storage
 from common.config import knobs
 from common.errors import EyasError
+from pipelines.recipes import beneath
 from train.config import TrainConfig
 
 ONE_STREAM = ("batch_rows", "data_seed", "dp", "cache", "memory")  # what is the stream's, and so common
@@ -56,7 +57,7 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
                 raise EyasError(f"{where}: {key} is of the stream that all share; move it to [settings]")
         place = {"store": store, "out": f"{out.rstrip('/')}/{name}"}
         try:
-            found[name] = TrainConfig(**recipe | settings | own | place)
+            found[name] = TrainConfig(**beneath(recipe, settings | own | place))
         except ValueError as error:
             raise EyasError(f"{where}: {error}") from None
     if not found:

@@ -59,9 +59,11 @@ def ways(topk: Sequence[int]) -> list[Way]:
 def run(config: CodecsConfig) -> str:
     """Goes the whole way; writes OUT/figures.json and OUT/table.md, and returns the table.
 
-    EyasError as the stages raise it, and for a head that comes to nothing.
+    EyasError as the stages raise it, for more tokens than the target has, and for a head that comes to
+    nothing.
     """
     storage.require_folder(config.out)
+    _require_tokens(config)
     data = (_answers(config),) if config.answer else config.data
     compared = ways(config.topk)
     for way in compared:
@@ -77,6 +79,14 @@ def run(config: CodecsConfig) -> str:
     text = "\n\n".join([about, table(lines)])
     storage.write_bytes(f"{config.out}/table.md", f"{text}\n".encode())
     return text
+
+
+def _require_tokens(config: CodecsConfig) -> None:
+    """EyasError before the first answer, and not only where the stage that takes the number begins."""
+    words = prepare.read_vocab_size(config.model)
+    for name, wanted in (("topk", max(config.topk)), ("draft_vocab", config.draft_vocab)):
+        if wanted > words:
+            raise EyasError(f"{name}={wanted}, but {config.model} has {words} tokens; give fewer")
 
 
 def _answers(config: CodecsConfig) -> str:

@@ -38,7 +38,7 @@ def configure(kind: type, recipe: recipes.Recipe | None, stage: str, given: dict
     """The stage's configuration: what was given, over the recipe's fields, over the defaults."""
     part = getattr(recipe, stage) if recipe else {}
     try:
-        return kind(**{**part, **{name: value for name, value in given.items() if value is not None}})
+        return kind(**recipes.beneath(part, {n: value for n, value in given.items() if value is not None}))
     except ValueError as error:
         raise EyasError(str(error)) from None
 

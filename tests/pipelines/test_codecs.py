@@ -37,6 +37,16 @@ def test_the_standard_comes_first_and_every_way_has_a_store_of_its_own():
     assert Way("bfloat16", 64) in found
 
 
+@pytest.mark.parametrize("wanted", [{"topk": (8, 100_000)}, {"draft_vocab": 100_000}])
+def test_more_tokens_than_the_target_has_are_refused_before_anything_is_made(tmp_path, wanted):
+    write_target(tmp_path / "model")
+    config = CodecsConfig(str(tmp_path / "model"), (CHATS,), str(tmp_path / "out"))
+    config = replace(config, **{"topk": (8,), "draft_vocab": 64} | wanted)
+    with pytest.raises(EyasError, match=rf"{next(iter(wanted))}=100000, but .* tokens; give fewer"):
+        compare.run(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_stores_of_other_rows_are_refused(tmp_path, monkeypatch):
     """What was begun with other options would be compared with what comes."""
     monkeypatch.setattr(compare.dump, "run", lambda config: None)

@@ -58,6 +58,15 @@ def test_a_wrong_recipe_is_refused_with_the_field_that_is_wrong(wrong, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_recipes_learning_rate_is_that_of_its_own_optimiser_alone():
+    recipe = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup": 0.1}
+    assert recipes.beneath(recipe, {"warmup": 0.2}) == recipe | {"warmup": 0.2}
+    assert recipes.beneath(recipe, {"optimizer": "adamw"}) == recipe
+    assert recipes.beneath(recipe, {"optimizer": "muon"}) == {"optimizer": "muon", "warmup": 0.1}
+    both = {"optimizer": "muon", "learning_rate": 2e-3}
+    assert recipes.beneath(recipe, both) == recipe | both
+
+
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
     with pytest.raises(EyasError, match=r"'smollm3' is no folder and no recipe.* or one of .*smollm2-135m"):
         recipes.find("smollm3")

@@ -56,6 +56,12 @@ def test_settings_experiments_and_a_grid(file):
     assert default_out(url) == "runs/rates"
 
 
+def test_another_optimiser_than_the_recipes_has_a_rate_of_its_own(file):
+    url = file('[grid]\noptimizer = ["adamw", "muon"]')
+    found = read(url, "stores/x", "runs/rates", {"optimizer": "adamw", "learning_rate": 1e-4})
+    assert [found[f"optimizer={name}"].learning_rate for name in ("adamw", "muon")] == [1e-4, None]
+
+
 @pytest.mark.parametrize("url", sorted(SWEEPS.glob("*.toml")), ids=lambda url: url.name)
 def test_every_sweep_that_is_here_goes_with_every_recipe(url):
     for name in recipes.names():
