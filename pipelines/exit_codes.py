@@ -20,6 +20,7 @@ from common.texts import is_unicode
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.EFBIG: "the file is larger than may be written here (ulimit -f); allow more",
     errno.EIO: "the disk failed; mend that and run the same command again",
     errno.EACCES: "permission denied; choose a place that you may read and write",
     errno.EROFS: "the file system is read-only; choose another place",

@@ -7,6 +7,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -82,4 +83,5 @@ class Questions:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what the disk had no room for, which was told
+            self._file.close()

@@ -208,6 +208,11 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
     ("raised", "code", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "store/x"), 1, "Error: store/x: the disk is full"),
+        (
+            OSError(errno.EFBIG, "File too large", "store/x"),
+            1,
+            "Error: store/x: the file is larger than may be",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "store"), 1, "Error: store: permission denied"),
         (MachineError("store/x: the disk is full"), 1, "Error: store/x: the disk is full"),
         (

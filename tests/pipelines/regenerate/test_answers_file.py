@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import EyasError, MachineError
 from common.lock import locked_file
-from pipelines.regenerate import answers
+from pipelines.regenerate import answers, questions
 from pipelines.regenerate.run import run
 from tests.pipelines.regenerate.asking import ask, lines, record, write_data
 from tests.pipelines.regenerate.chat_server import chat_server
@@ -82,6 +82,15 @@ rename = os.replace
 
 def raise_full():
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_without_room_for_the_questions_is_one_line(config, monkeypatch):
+    def full(dir, buffering):
+        return open("/dev/full", "wb", buffering)
+
+    monkeypatch.setattr(questions.tempfile, "TemporaryFile", full)
+    with pytest.raises(MachineError, match="the disk is full"):
+        run(config)
 
 
 def test_an_answered_file_is_left_as_it_is(config, capfd):
