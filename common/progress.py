@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from tqdm import tqdm
 
 from common import stopping
-from common.texts import without_secrets
+from common.texts import printable, without_secrets
 
 _LINE_SECONDS = 5.0
 _shown = True
@@ -20,9 +20,10 @@ def silence() -> None:
 
 
 def note(text: str) -> None:
-    """Prints one line to stderr at once, above a bar if one is shown, without secrets in web addresses."""
+    """Prints to stderr at once, above a bar if one is shown, without secrets and what a terminal obeys."""
     if _shown:
-        tqdm.write(without_secrets(text), file=sys.stderr)
+        lines = (printable(line) for line in without_secrets(text).split("\n"))
+        tqdm.write("\n".join(lines), file=sys.stderr)
         sys.stderr.flush()
 
 

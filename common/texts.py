@@ -1,4 +1,4 @@
-"""What may be said, and what can be: secrets in web addresses, and names that are no Unicode."""
+"""What may be said, and what can be: secrets, what a terminal obeys, and names that are no Unicode."""
 
 import re
 
@@ -18,3 +18,8 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def printable(text: str) -> str:
+    """The text on one line, what a terminal would obey or not show (\\x1b, say) written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

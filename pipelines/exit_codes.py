@@ -15,7 +15,7 @@ from common import pod
 from common.errors import EyasError
 from common.library_errors import explained, is_librarys
 from common.stopping import STOPPED, Stop, stopped
-from common.texts import is_unicode
+from common.texts import is_unicode, printable
 
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and run the same command again",
@@ -58,6 +58,6 @@ class Group(click.Group):
 
 
 def _failure(text: str, code: int) -> click.ClickException:
-    failure = click.ClickException(" ".join(text.splitlines()))
+    failure = click.ClickException(printable(" ".join(text.splitlines())))
     failure.exit_code = code
     return failure

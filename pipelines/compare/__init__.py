@@ -9,9 +9,9 @@ from typing import Any
 from common import storage
 from common.errors import EyasError
 from common.progress import Progress, note
+from common.texts import printable
 from pipelines.compare import page, runs
 from pipelines.compare.ranking import Group, group
-from pipelines.compare.readable import printable
 from pipelines.compare.runs import Run
 
 _POINTS = 6000  # of all runs' curves together, and at most so many of one:

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
+from common.texts import printable
 from pipelines.compare.curves import Curve, means
 from pipelines.compare.ranking import Group
-from pipelines.compare.readable import printable
 from pipelines.compare.runs import GREEDY, SAMPLED, Run
 from pipelines.compare.tables import store_name
 

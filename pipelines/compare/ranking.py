@@ -12,7 +12,7 @@ from typing import Any
 
 from common import storage
 from common.errors import EyasError
-from pipelines.compare.readable import printable
+from common.texts import printable
 from pipelines.compare.runs import GREEDY, SAMPLED, Run
 
 

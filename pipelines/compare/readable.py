@@ -1,4 +1,4 @@
-"""Numbers, durations and names as people read them; "-" is what is not known."""
+"""Numbers and durations as people read them; "-" is what is not known."""
 
 import math
 
@@ -42,8 +42,3 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24:02d} h"
-
-
-def printable(text: str) -> str:
-    """The text on one line, what a terminal would obey or not show (\\x1b, say) written out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from common.texts import printable
 from pipelines.compare.ranking import Group, Row, text
-from pipelines.compare.readable import duration, number, printable, tokens
+from pipelines.compare.readable import duration, number, tokens
 from pipelines.compare.runs import GREEDY, SAMPLED, Evaluation
 from pipelines.report import columns
 

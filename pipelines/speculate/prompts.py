@@ -22,8 +22,9 @@ import numpy as np
 from common.errors import EyasError
 from common.progress import Progress
 from common.store import Store
+from common.texts import printable
 from dump.chat import Chat
-from dump.clean import Cleaner
+from dump.clean import Cleaner, repaired
 from dump.conversations import DataFile
 from dump.data_files import find_files, name_of
 from dump.record_shapes import EXPECTED
@@ -132,11 +133,11 @@ def _questions(path: str, cleaner: Cleaner, left_out: Counter[str]) -> Iterator[
             for number, record in enumerate(file.records(bar.update)):
                 fields = record if isinstance(record, dict) else {}
                 texts = next((fields[key] for key in _LISTS if _is_texts(fields.get(key))), None)
-                category = fields.get("category") if isinstance(fields.get("category"), str) else ALL
+                category = printable(fields["category"]) if isinstance(fields.get("category"), str) else ALL
                 if texts is not None and any(_UNRESOLVED in text for text in texts):
                     left_out["unresolved"] += 1
                 elif texts is not None and ("category" in fields or "question_id" in fields):
-                    yield category, tuple((({"role": "user", "content": text}),) for text in texts)
+                    yield category, tuple(({"role": "user", "content": repaired(text)},) for text in texts)
                 elif conversation := cleaner.clean(record, number, file.name):
                     if conversation.tools:
                         left_out["with_tools"] += 1

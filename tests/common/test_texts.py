@@ -1,4 +1,4 @@
-"""What web addresses hold of secrets is told nowhere."""
+"""What web addresses hold of secrets is told nowhere, and nothing that a terminal obeys."""
 
 import pytest
 
@@ -22,3 +22,8 @@ def test_errors_and_notes_have_no_secrets(text, told, capfd):
     assert str(EyasError(text)) == str(RestartError(text)) == told
     note(text)
     assert capfd.readouterr().err == f"{told}\n"
+
+
+def test_no_note_moves_a_cursor(capfd):
+    note("\na\x1b[2J\rb\u202ec — é")
+    assert capfd.readouterr().err == "\na\\x1b[2J\\rb\\u202ec — é\n"

@@ -213,6 +213,7 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
             1,
             "Error: store/x: the file is larger than may be",
         ),
+        (EyasError("a\x1b[2Jb\r\nc"), 2, r"Error: a\x1b[2Jb c"),
         (PermissionError(errno.EACCES, "Permission denied", "store"), 1, "Error: store: permission denied"),
         (MachineError("store/x: the disk is full"), 1, "Error: store/x: the disk is full"),
         (

@@ -89,6 +89,14 @@ def test_what_cannot_be_asked_is_left_out_and_counted(chat, tmp_path):
         read(chat, tmp_path / "b.jsonl", unresolved)
 
 
+def test_what_is_no_text_is_asked_and_named_as_it_can_be(chat, tmp_path):
+    """Else the figures of hours could not be written, as JSON holds no half of a character."""
+    half = TURNS | {"category": "a\ud800\x1b[2J", "turns": ["b\ud800"]}
+    (prompt,) = read(chat, tmp_path / "a.jsonl", half).prompts
+    assert prompt.category == r"a\ud800\x1b[2J"
+    assert prompt.turns == (({"role": "user", "content": "b\ufffd"},),)
+
+
 def test_so_many_of_each_category(chat, tmp_path):
     records = [TURNS | {"question_id": n, "category": "ab"[n % 2]} for n in range(7)]
     found = read(chat, tmp_path / "a.jsonl", *records, each=2)
