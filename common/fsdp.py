@@ -17,8 +17,8 @@ from common.params import Param
 AXIS = "fsdp"  # logical; see common/mesh.py
 
 
-def divided(param: Param, lead: int, chips: int) -> Param:
-    """The parameter with one dimension divided over `chips`, where there is one that they divide.
+def divided(param: Param, lead: int, chips: int, axis: str = AXIS) -> Param:
+    """The parameter with one dimension divided over the `chips` of an axis, where they divide one.
 
     The first `lead` dimensions stay whole: the scan of layers goes over them. So do vectors, which are tiny.
     """
@@ -26,7 +26,7 @@ def divided(param: Param, lead: int, chips: int) -> Param:
         return param
     for i in range(lead, len(param.shape)):
         if param.axes[i] is None and param.shape[i] % chips == 0:
-            return replace(param, axes=(*param.axes[:i], AXIS, *param.axes[i + 1 :]))
+            return replace(param, axes=(*param.axes[:i], axis, *param.axes[i + 1 :]))
     return param
 
 

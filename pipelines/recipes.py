@@ -50,10 +50,11 @@ class Recipe:
                 raise ValueError(f"{name}={value!r} must be a {kind.__name__}, and not empty")
         for stage in ("dump", "train"):
             part, slice_name = getattr(self, stage), getattr(self, f"{stage}_slice")
-            used = part.get("dp", 1) * part.get("tp", 1)
+            other = "tp" if stage == "dump" else "sp"
+            used = part.get("dp", 1) * part.get(other, 1)
             if used != chips(slice_name):
                 raise ValueError(
-                    f"[{stage}] dp*tp={used} must be the number of chips of slice={slice_name!r}"
+                    f"[{stage}] dp*{other}={used} must be the number of chips of slice={slice_name!r}"
                 )
 
 

@@ -24,7 +24,7 @@ from common.errors import EyasError
 from pipelines.recipes import beneath
 from train.config import TrainConfig
 
-ONE_STREAM = ("batch_rows", "data_seed", "dp", "cache", "memory")  # what is the stream's, and so common
+ONE_STREAM = ("batch_rows", "data_seed", "dp", "sp", "cache", "memory")  # what is the stream's, and so common
 _PARTS = ("settings", "experiments", "grid")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,99}")
 _FILES = ("experiment.json", "compare.html", "compare.png", "compare.svg")  # which lie beside the heads

@@ -1,16 +1,17 @@
 """What a training step is given: one shard of rows, and what of the target stays as it is.
 
 Dimensions: B rows, T positions, n = B * T, A aux states, H hidden size, C live indices, M targets, V the
-target's vocabulary, D the draft's, k of the logits that are kept.
+target's vocabulary, D the draft's, k of the logits that are kept. Of rows in pieces (train/pieces.py) T is
+what a chip has of them.
 """
 
 from typing import NamedTuple
 
 import jax
 
-from common.fsdp import AXIS
 from common.mesh import RULES
 
+AXIS = "chip"  # over which the head's weights, and the frozen ones, lie divided; see common/mesh.py
 Params = dict[str, jax.Array]
 
 
@@ -20,7 +21,7 @@ class Batch(NamedTuple):
     tokens: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]; 0 is padding
     positions: jax.Array  # int32 [B, T]
-    aux_hidden: jax.Array  # [B, T, A, H]
+    aux_hidden: jax.Array  # [B, T, A, H]; [B, t, A, H] of a piece, whose own positions are t of T
     last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
     draft_logits: jax.Array | None  # [B, T, D]
     argmax: jax.Array  # int32 [B, T], target ids

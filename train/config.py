@@ -17,6 +17,13 @@ def _cache() -> Any:
     return setting(None, text, otherwise="nothing is kept")
 
 
+def _sp() -> Any:
+    """The setting of both stages."""
+    return setting(
+        1, "Chips along a row, for rows too long for one: --dp times --sp chips take part.", least=1
+    )
+
+
 def _check_batch(batch_rows: int, dp: int, accumulate: int = 1) -> None:
     if batch_rows % dp:
         raise ValueError(f"batch_rows={batch_rows} must be a multiple of dp={dp}")
@@ -146,6 +153,7 @@ class TrainConfig:
     cache: str | None = _cache()
     memory: float = setting(4.0, "GiB of each host's memory for batches that are read ahead.", above=0)
     dp: int = setting(1, "Chips along the batch.", least=1)
+    sp: int = _sp()
 
     @property
     def init_folder(self) -> str | None:
@@ -195,6 +203,7 @@ class EvaluateConfig:
     dtype: str | None = setting(None, "What to compute in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
     cache: str | None = _cache()
     dp: int = setting(1, "Chips along the batch.", least=1)
+    sp: int = _sp()
 
     def __post_init__(self) -> None:
         check(self)

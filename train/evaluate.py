@@ -16,7 +16,7 @@ from common.folders import read_as_one
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
-from train import check_export, ngram, placing
+from train import check_export, ngram, pieces, placing
 from train.batch import Frozen, Params
 from train.config import EvaluateConfig
 from train.heads import Head, read_serving_config
@@ -49,14 +49,14 @@ class Evaluator:
         count: int | None = None,
     ):
         """`count`: so many of the rows are scored, the same of every head; None: all, in their own order."""
-        rows, chips = source.test_rows, source.mesh.size
-        size = max(chips, min(batch_rows, -(-len(rows) // chips) * chips))
+        rows, groups = source.test_rows, source.groups
+        size = max(groups, min(batch_rows, -(-len(rows) // groups) * groups))
         rows = some(rows, count)
         wanted = each_once(rows, size)
         # The default mask, whatever the training's was: figures of different runs compare.
         workload = source.workload(ttt_steps, test=True)
         self.source, self.rows, self.counted = source, len(rows), workload.counted(rows)
-        capacity = workload.capacity(wanted.rows, chips)
+        capacity = workload.capacity(wanted.rows, groups)
         # The whole teacher, whatever the training's was.
         teacher = whole_teacher(source.store)
         self.view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers)
@@ -96,7 +96,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     EyasError for a head that is not sound or not this store's target's, a store that is partial, and one
     without test rows.
     """
-    source = Source(config.store, config.dp, config.cache)
+    source = Source(config.store, config.dp, config.cache, sp=config.sp)
     found = {"head": estimate(source, config)}
     if config.ngrams:
         found |= ngram.evaluate(source.store, config.ttt_steps, config.answer_tokens)
@@ -114,6 +114,8 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
             f"{config.head} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
             f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
         )
+    pieces.require(store.length, source.pieces, config.ttt_steps, store.url)
+    head.require_pieces(source.pieces, config.head)
     dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
     if bound := at_most(store):

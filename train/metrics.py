@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train import pieces
 from train.loss import Scores
 from train.targets import drafting_index
 from train.walk import Walk, answers, by_position, lengths, walk
@@ -56,32 +57,36 @@ class Sums(NamedTuple):
 def shard_sums(
     scores: Scores, valid_MK: jax.Array, known_M: jax.Array, batch: Any, answer_tokens: int | None = None
 ) -> Sums:
-    """The sums of one shard. `known_M`: the target's argmax has a place in the draft vocabulary."""
-    (B, T), K = batch.tokens.shape, valid_MK.shape[1]
+    """The sums of one shard; of rows in pieces the first piece's chip has those of whole rows. `known_M`: the
+    target's argmax has a place in the draft vocabulary."""
+    (B, T), K, own = batch.tokens.shape, valid_MK.shape[1], batch.aux_hidden.shape[1]
     taught_MK = valid_MK & known_M[:, None]
-    counted_BT = jnp.zeros(B * T, bool).at[batch.targets].set(True, mode="drop").reshape(B, T)
-    says = batch.tokens[:, 2:] == batch.argmax[:, 1:-1]  # what index i drafts first is in the text
     place = _places(batch.targets, valid_MK, B * T)
+
+    def whole(x_BTX: jax.Array) -> jax.Array:
+        return x_BTX if own == T else pieces.whole_rows(x_BTX[:, :own])
 
     def by_index(x_MK: jax.Array) -> jax.Array:
         flat = jnp.zeros(B * T * K, x_MK.dtype).at[place].set(x_MK, mode="drop")
-        return flat.reshape(B, T, K)
+        return whole(flat.reshape(B, T, K))
 
+    counted = jnp.zeros(B * T, bool).at[batch.targets].set(True, mode="drop").reshape(B, T)
+    tokens, argmax = whole(batch.tokens), whole(batch.argmax)
+    says = tokens[:, 2:] == argmax[:, 1:-1]  # what index i drafts first is in the text
     valid_BTK = by_index(valid_MK)
     sums = index_sums(
         valid_BTK,
         by_index(valid_MK & (scores.correct > 0)),
         by_index(jnp.where(valid_MK, scores.alpha, 0.0)),
-        counted_BT,
-        batch.segment_ids,
+        whole(counted),
+        whole(batch.segment_ids),
         answer_tokens,
         by_index(jnp.where(valid_MK, scores.drawn, 0.0)),
     )
-    return sums._replace(
-        covered=_total(taught_MK),
-        loss=_total(jnp.where(taught_MK, scores.loss, 0.0)),
-        own_text=(valid_BTK[:, :-2, 0] & says).astype(jnp.float32).sum(),
-    )
+    sums = sums._replace(own_text=(valid_BTK[:, :-2, 0] & says).astype(jnp.float32).sum())
+    if own < T:
+        sums = jax.tree.map(lambda x: jnp.where(pieces.is_first(), x, 0.0), sums)
+    return sums._replace(covered=_total(taught_MK), loss=_total(jnp.where(taught_MK, scores.loss, 0.0)))
 
 
 def _places(targets_M: jax.Array, valid_MK: jax.Array, n: int) -> jax.Array:

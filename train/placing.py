@@ -1,4 +1,4 @@
-"""Where the arrays of training lie: rows over every chip, weights and moments divided over the same chips.
+"""Where the arrays of training lie: rows over the chips, weights and moments divided over the same chips.
 
 A chip gathers a weight in the type that it computes in when it is used, and gives the sum of all chips'
 gradients back in float32, each chip its part. Sources: ZeRO-3, arXiv 1910.02054, and PyTorch's FSDP, arXiv
@@ -16,17 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from common import pod
-from common.fsdp import AXIS, divided
+from common.fsdp import divided
 from common.mesh import RULES, sharding, spec, ways
 from common.params import Declaration, Param
-from train.batch import Frozen, Params
+from train.batch import AXIS, Batch, Frozen, Params
 
-_OTHERS = tuple(name for name in RULES["row"] if name != RULES[AXIS])  # chips with the same part of a weight
+_BY_CHIP = ("live", "targets", "count", "later")
 
 
 def layout(declared: Declaration, mesh: Mesh) -> Declaration:
     """The parameters with the axes by which they lie on a mesh."""
-    return {name: divided(p, 0, ways(mesh, AXIS)) for name, p in declared.items()}
+    return {name: divided(p, 0, ways(mesh, AXIS), AXIS) for name, p in declared.items()}
 
 
 def _shardings(laid: Declaration, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -49,10 +49,10 @@ def along(tree: Any, declared: Declaration, mesh: Mesh) -> Any:
 def frozen_axes(frozen: Frozen, mesh: Mesh) -> Frozen:
     """The logical axes of every array of `frozen`, of which only the shapes are looked at."""
     chips = ways(mesh, AXIS)
-    rows = divided(Param((1, frozen.embed.shape[1]), ("vocab", None)), 0, chips).axes
+    rows = divided(Param((1, frozen.embed.shape[1]), (None, None)), 0, chips, AXIS).axes
     if frozen.lm_head is None:
         return Frozen(rows, None, (None,))
-    return Frozen(rows, divided(Param(frozen.lm_head.shape, (None, None)), 0, chips).axes, (None,))
+    return Frozen(rows, divided(Param(frozen.lm_head.shape, (None, None)), 0, chips, AXIS).axes, (None,))
 
 
 def place(value: np.ndarray, where: NamedSharding, dtype: Any = None) -> jax.Array:
@@ -79,6 +79,16 @@ def in_specs(declared: Declaration, frozen: Frozen, mesh: Mesh) -> tuple[Any, An
     return params, Frozen(*(None if a is None else spec(a) for a in axes))
 
 
+def batch_specs(batch: Batch) -> Batch:
+    """What a shard_map is told of a batch, of which only what is there is looked at."""
+
+    def of(name: str) -> Any:
+        axes = ("chip",) if name in _BY_CHIP else ("batch",) if name == "row" else ("batch", "position")
+        return None if getattr(batch, name) is None else spec(axes)
+
+    return Batch(**{name: of(name) for name in Batch._fields})
+
+
 def gathered(
     params: Params, frozen: Frozen, declared: Declaration, axes: Frozen, dtype: Any
 ) -> tuple[Params, Frozen]:
@@ -96,10 +106,10 @@ def gathered(
     return found, frozen
 
 
-def summed(x: jax.Array, names: tuple[str, ...] = RULES["row"]) -> jax.Array:
-    """The sum over all chips, or over those of some mesh axes. To be called inside a shard_map. Over a single
-    chip nothing is summed: XLA for CPU would hold all gradients twice."""
-    several = tuple(name for name in names if jax.lax.axis_size(name) > 1)
+def summed(x: jax.Array) -> jax.Array:
+    """The sum over all chips. To be called inside a shard_map. Over a single chip nothing is summed: XLA for
+    CPU would hold all gradients twice."""
+    several = tuple(name for name in RULES[AXIS] if jax.lax.axis_size(name) > 1)
     return jax.lax.psum(x, several) if several else x
 
 
@@ -118,7 +128,7 @@ def _back(at: int | None, dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]
     g = g.astype(jnp.float32)
     if at is None:
         return (summed(g),)
-    return (summed(jax.lax.psum_scatter(g, RULES[AXIS], scatter_dimension=at, tiled=True), _OTHERS),)
+    return (jax.lax.psum_scatter(g, RULES[AXIS], scatter_dimension=at, tiled=True),)
 
 
 _whole.defvjp(lambda x, at, dtype: (_whole(x, at, dtype), None), _back)

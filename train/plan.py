@@ -22,7 +22,7 @@ from common.params import shapes
 from common.progress import note
 from common.storage import require_room
 from common.store import Store
-from train import logs, optimizer, placing
+from train import logs, optimizer, pieces, placing
 from train.batch import Params
 from train.config import TrainConfig
 from train.heads import HEADS, Head
@@ -44,7 +44,7 @@ _FEW = 0.5  # of what the target would say
 _MOST_ROWS = 2**28  # of all epochs, those outside of a share too: they are put in order, and held in memory
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
 _FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
-_FREE += ("accumulate", "dp")
+_FREE += ("accumulate", "dp", "sp")
 # or decide on something else that the identity holds.
 _RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store", "teacher")
 
@@ -122,8 +122,9 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
     storage.require_folder(config.out)
     logs.require(config.log_to or (), config.out)
-    source = source or Source(config.store, config.dp, config.cache, config.memory)
+    source = source or Source(config.store, config.dp, config.cache, config.memory, config.sp)
     store = source.store
+    pieces.require(store.length, source.pieces, config.ttt_steps, store.url)
     if storage.is_inside(config.out, store.url):
         raise EyasError(
             f"out={config.out} is in the store {store.url}, which is read only; name another folder"
@@ -145,6 +146,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     draft_ids = _draft_ids(config, teacher, store, published)
     head = _head(config, store, len(draft_ids), published)
     head.require_fit(store.target_config(), "the head")
+    head.require_pieces(source.pieces, "the head")
     rate = config.learning_rate or optimizer.peak(config.optimizer, head.hidden_size)
     config = replace(config, learning_rate=rate)
     _check_room(config, head)
@@ -177,7 +179,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             f"{config.store} has no held-out rows, by which patience={config.patience} could tell a better "
             "head; leave it out, or prepare a store with holdout above 0"
         )
-    shards = source.mesh.size * config.accumulate
+    shards = source.groups * config.accumulate
     work = source.workload(config.ttt_steps).targets  # whatever the mask: the order is that of all of a sweep
     wanted = order(
         source.train_rows, config.data_seed, steps, config.batch_rows, config.share, work[source.train_rows]

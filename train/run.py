@@ -22,7 +22,10 @@ from train.trainer import Trainer
 
 __all__ = ["TrainConfig", "run"]
 
-SMALLER = "give a larger --dp or --accumulate, fewer --batch-rows, or shorter rows (prepare --length)"
+SMALLER = (
+    "give a larger --dp or --accumulate, fewer --batch-rows, more chips to a row (--sp), or shorter rows "
+    "(prepare --length)"
+)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:

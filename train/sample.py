@@ -25,10 +25,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from common.errors import DamagedError
 from common.layers import einsum
-from common.mesh import spec
+from common.mesh import spec, ways
 from common.progress import Progress, note
 from common.store import Store
-from train import placing
+from train import pieces, placing
 from train.batch import Batch, Frozen, embeddings, pick
 from train.cholesky import solve
 from train.order import listed, permutation
@@ -48,7 +48,7 @@ _RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
 _SEED = 2**32  # of no run: its first rows would be those that are kept out
 _LEAST_FACTOR = 0.1  # of the last state's size, should nothing be predictable
 
-_ROW, _ALL = spec(("row",)), spec(())
+_CHIP, _ALL = spec(("chip",)), spec(())
 
 
 class Fit(NamedTuple):
@@ -114,7 +114,7 @@ def measure(
     kept = chosen[: max(1, min(len(chosen) // 8, _KEPT_OUT // store.length))] if fitted else chosen[:0]
     seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
     kept_out = list(batches(kept)) if fitted else []
-    add = _adding(mesh, eps)
+    add = _adding(mesh, workload.ttt_steps, eps)
 
     def summed(found: Iterable[Batch]) -> _Moments:
         moments = _zeros(mesh, A * H, H if fitted else 0)
@@ -135,7 +135,7 @@ def measure(
     units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
     if not fitted:
         return Sample(units, None)
-    return Sample(units, _fit(mesh, eps, embed_VH, total, kept_out, whole))
+    return Sample(units, _fit(mesh, workload.ttt_steps, eps, embed_VH, total, kept_out, whole))
 
 
 def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
@@ -155,11 +155,12 @@ def _batches(
     teacher: str,
     rows: np.ndarray,
 ) -> Iterator[Batch]:
-    size = mesh.size * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // mesh.size))
+    groups = ways(mesh, "batch")
+    size = groups * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // groups))
     filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
     filled[: len(rows)] = rows
     wanted = filled.reshape(-1, size)
-    capacity = workload.capacity(wanted, mesh.size)
+    capacity = workload.capacity(wanted, groups)
     view = View(listed(wanted), workload, capacity, teacher, np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
@@ -167,16 +168,17 @@ def _batches(
 def _zeros(mesh: Mesh, aux: int, hidden: int) -> _Moments:
     c, X = mesh.size, aux + hidden
     shapes = [(c,), (c, aux)] + ([(c,), (c, X, X), (c, X, hidden), (c, hidden)] if hidden else [])
-    where = NamedSharding(mesh, _ROW)
+    where = NamedSharding(mesh, _CHIP)
     found = jax.jit(lambda: [jnp.zeros(shape, jnp.float32) for shape in shapes], out_shardings=where)()
     return _Moments(*found, *[None] * (6 - len(found)))
 
 
-def _adding(mesh: Mesh, eps: float) -> Callable[[_Moments, jax.Array | None, Batch], _Moments]:
+def _adding(mesh: Mesh, steps: int, eps: float) -> Callable[[_Moments, jax.Array | None, Batch], _Moments]:
     """A function that adds a batch to the moments, each chip its own rows to its own sums."""
 
     def add(moments: _Moments, embed: jax.Array | None, batch: Batch) -> _Moments:
-        inside = (batch.segment_ids.reshape(-1) > 0).astype(jnp.float32)
+        inside = batch.segment_ids[:, : batch.aux_hidden.shape[1]] > 0
+        inside = inside.reshape(-1).astype(jnp.float32)
         aux = batch.aux_hidden.astype(jnp.float32).reshape(inside.size, -1)
         new = _Moments(inside.sum(), (jnp.square(aux) * inside[:, None]).sum(0), *[None] * 4)
         if embed is not None:
@@ -185,19 +187,24 @@ def _adding(mesh: Mesh, eps: float) -> Callable[[_Moments, jax.Array | None, Bat
             new = _Moments(*new[:2], there.sum(), *products, jnp.square(last).sum(0))
         return jax.tree.map(lambda total, part: total + part[None], moments, new)
 
-    return jax.jit(_over_rows(mesh, add, _ROW, summed=False), donate_argnums=0)
+    return jax.jit(_over_rows(mesh, steps, add, _CHIP, summed=False), donate_argnums=0)
 
 
-def _over_rows(mesh: Mesh, fn: Callable, first: Any, summed: bool) -> Callable:
-    """`fn(first, embed, batch)` on every chip's own rows."""
+def _over_rows(mesh: Mesh, steps: int, fn: Callable, first: Any, summed: bool) -> Callable:
+    """`fn(first, embed, batch)` on every chip's own rows, of which a rollout of so many steps is to be
+    known."""
+
+    def on_chip(given: Any, embed: jax.Array | None, batch: Batch) -> Any:
+        found = fn(given, embed, pieces.with_halo(batch, steps))
+        return jax.lax.psum(found, _CHIP[0]) if summed else found
 
     def over_rows(given: Any, embed: jax.Array | None, batch: Batch) -> Any:
         columns = _ALL if embed is None else spec(placing.frozen_axes(Frozen(embed, None, embed), mesh).embed)
         own = jax.shard_map(
-            (lambda *args: jax.lax.psum(fn(*args), _ROW[0])) if summed else fn,
+            on_chip,
             mesh=mesh,
-            in_specs=(first, columns, _ROW),
-            out_specs=_ALL if summed else _ROW,
+            in_specs=(first, columns, placing.batch_specs(batch)),
+            out_specs=_ALL if summed else _CHIP,
             check_vma=False,
         )
         return own(given, embed, batch)
@@ -219,12 +226,19 @@ def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, ja
     token = embeddings(Frozen(embed, None, embed), batch)
     token = token.at[target].get(mode="fill", fill_value=0).astype(jnp.float32)
     token *= jax.lax.rsqrt(jnp.square(token).mean(1, keepdims=True) + eps)
-    aux, last = states(batch.aux_hidden, index), states(batch.last_hidden, target)
+    aux = pieces.widened(batch.aux_hidden, batch.tokens.shape[1])
+    aux, last = states(aux, index), states(batch.last_hidden, target)
     return jnp.concatenate([aux, token], 1), last, there.astype(jnp.float32)
 
 
 def _fit(
-    mesh: Mesh, eps: float, embed: jax.Array, total: _Moments, kept_out: list[Batch], whole: _Moments
+    mesh: Mesh,
+    steps: int,
+    eps: float,
+    embed: jax.Array,
+    total: _Moments,
+    kept_out: list[Batch],
+    whole: _Moments,
 ) -> Fit | None:
     """A ridge regression to the last hidden state in units of its root mean square; None if there is none.
 
@@ -233,7 +247,7 @@ def _fit(
     most of the rows that are kept out, by the others' `total`. The greater ridges are tried as long as they
     do better. The fit itself is that of the `whole`: where rows are few, each of them tells something.
     """
-    judge = jax.jit(_over_rows(mesh, partial(_explained, eps), _ALL, summed=True))
+    judge = jax.jit(_over_rows(mesh, steps, partial(_explained, eps), _ALL, summed=True))
     everywhere = jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False)
     solved = jax.jit(everywhere)
     least, ridge_is, factor = math.inf, None, 1.0

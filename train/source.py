@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import zarr
-from common.mesh import make_mesh, sharding
+from common.mesh import make_mesh, sharding, ways
 from common.row_cache import RowCache, parse
 from common.store import Store, tensor_file
 from train import placing
@@ -25,16 +25,27 @@ Value = TypeVar("Value")
 class Source:
     """`train_rows` and `test_rows` are those of the splits. What is asked for again is not read again."""
 
-    def __init__(self, url: str, dp: int = 1, cache: str | None = None, memory: float = MEMORY):
-        """EyasError if the store is no complete one, or there are fewer than `dp` devices. `cache`:
-        FOLDER:SIZE, see common/row_cache.py; `memory`: GiB for what is read ahead."""
+    def __init__(self, url: str, dp: int = 1, cache: str | None = None, memory: float = MEMORY, sp: int = 1):
+        """EyasError if the store is no complete one, or there are fewer than `dp * sp` devices. `cache`:
+        FOLDER:SIZE, see common/row_cache.py; `memory`: GiB for what is read ahead; `sp`: chips that share a
+        row."""
         self.memory = memory
         self.store = Store.open(url, RowCache(*parse(cache)) if cache else None)
         self.store.features  # noqa: B018 (says so where no dump has started)
         self.store.require_complete()
-        self.mesh = make_mesh(dp)
+        self.mesh = make_mesh(dp, sp, "sp")
         self.train_rows, self.test_rows = self.store.split_rows("train"), self.store.split_rows("test")
         self._kept: dict[Hashable, Any] = {}
+
+    @property
+    def groups(self) -> int:
+        """How many rows are computed at once, each on a chip, or in pieces on several."""
+        return ways(self.mesh, "batch")
+
+    @property
+    def pieces(self) -> int:
+        """How many chips share a row."""
+        return ways(self.mesh, "position")
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What `make` gave for this key."""
@@ -55,7 +66,8 @@ class Source:
         """Of the train split, or of the test split."""
         rows = self.test_rows if test else self.train_rows
         return self.once(
-            ("workload", ttt_steps, compat, test), lambda: Workload(self.store, rows, ttt_steps, compat)
+            ("workload", ttt_steps, compat, test),
+            lambda: Workload(self.store, rows, ttt_steps, compat, self.pieces),
         )
 
     def sample(

@@ -1,4 +1,4 @@
-"""The jitted steps: rows lie over every chip, each chip computes its own, and the sums cross the mesh.
+"""The jitted steps: rows lie over the chips, each chip computes its own, and the sums cross the mesh.
 
 Dimensions: K TTT steps.
 """
@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from common.mesh import spec
-from train import placing
+from train import pieces, placing
 from train.batch import Batch, Frozen, Params, in_parts
 from train.heads import Head
 from train.losses import Loss, cross_entropy
@@ -21,7 +21,6 @@ from train.metrics import Sums, shard_sums
 from train.objective import shard_counts, shard_loss, shard_scores
 from train.optimizer import gradient_norm, skipped
 
-_ROW = spec(("row",))
 _ALL = spec(())
 
 
@@ -49,9 +48,10 @@ class Metrics(NamedTuple):
 
 
 def _over_mesh(
-    head: Head, mesh: Mesh, dtype: Any, fn: Callable, context: Callable | None = None
+    head: Head, mesh: Mesh, steps: int, dtype: Any, fn: Callable, context: Callable | None = None
 ) -> Callable[[Params, Frozen, Batch], Any]:
-    """`fn(params, frozen, batch)` on every chip's own rows; the result is summed up and the same on all.
+    """`fn(params, frozen, batch)` on every chip's own rows, or pieces of them with what a rollout of so many
+    steps sees ahead; the result is summed up and the same on all.
 
     `fn` gets whole parameters, the matrices in `dtype`. With a `context(frozen, batch)`, which it gets too,
     also the gradients of its first result, which lie as the parameters do: (results, gradients).
@@ -62,6 +62,8 @@ def _over_mesh(
         axes = placing.frozen_axes(frozen, mesh)
 
         def on_shard(params: Params, frozen: Frozen, batch: Batch) -> Any:
+            batch = pieces.with_halo(batch, steps)
+
             def gathered(params: Params) -> tuple[Params, Frozen]:
                 return placing.gathered(params, frozen, declared, axes, dtype)
 
@@ -70,7 +72,7 @@ def _over_mesh(
             found, by_params = _gradients(fn, gathered, params, batch, context(frozen, batch))
             return _summed(found), by_params
 
-        in_specs = (*placing.in_specs(head.parameters(), frozen, mesh), _ROW)
+        in_specs = (*placing.in_specs(head.parameters(), frozen, mesh), placing.batch_specs(batch))
         out_specs = _ALL if context is None else (_ALL, in_specs[0])
         over_chips = jax.shard_map(
             on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -131,14 +133,15 @@ def gradient(
         own_K = jax.lax.map(lambda part: shard_counts(frozen, part, steps), in_parts(batch)).sum(0)
         counts_K = jnp.maximum(placing.summed(own_K), 1.0) * shares_K
         if compat == "specforge":
-            return float(batch.tokens.size * mesh.size) * shares_K, counts_K
+            rows, positions = batch.aux_hidden.shape[:2]
+            return float(rows * positions * mesh.size) * shares_K, counts_K
         return counts_K, counts_K
 
     def loss(params: Params, frozen: Frozen, batch: Batch, by: tuple[jax.Array, jax.Array]) -> Any:
         total, sums = shard_loss(head, loss_of, params, frozen, batch, decays_K / by[0], dtype)
         return total, (sums.loss / by[0], sums.correct / by[1])
 
-    over_mesh = _over_mesh(head, mesh, dtype, loss, divisors)
+    over_mesh = _over_mesh(head, mesh, steps, dtype, loss, divisors)
 
     def gradient_of(params: Params, frozen: Frozen, batch: Batch) -> Any:
         (total, (loss_K, acc_K)), gradients = over_mesh(params, frozen, batch)
@@ -198,4 +201,4 @@ def score_step(
         scores, valid_MK, known_M = shard_scores(head, params, frozen, batch, steps, dtype)
         return shard_sums(scores, valid_MK, known_M, batch, answer_tokens)
 
-    return _over_mesh(head, mesh, dtype, on_rows)
+    return _over_mesh(head, mesh, steps, dtype, on_rows)

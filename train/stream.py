@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from common import pod, zarr
 from common.errors import EyasError
+from common.mesh import ways
 from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
@@ -59,14 +60,16 @@ class _Read(NamedTuple):
 
 
 class Stream:
-    """Reads the rows of all views and puts them on the mesh, split by row over every chip.
+    """Reads the rows of all views and puts them on the mesh, split by row, and by position where rows lie in
+    pieces; each process reads whole rows, all those of which it has a piece.
 
     `waited` counts the seconds that its user waited for data.
     """
 
     def __init__(self, store: Store, mesh: Mesh, views: Sequence[View], memory: float = MEMORY):
         """What is read ahead takes `memory` GiB of this host at most. EyasError if that is too little."""
-        self._store, self._views, self._rows = store, views, Rows(mesh)
+        self._store, self._views, self._rows = store, views, Rows(mesh, ("batch", "position"))
+        assert all(view.workload.pieces == ways(mesh, "position") for view in views)
         taught = {view.teacher: teaching_arrays(store, view.teacher) for view in views}
         self._names = tuple(dict.fromkeys((*_INPUTS, *(name for names in taught.values() for name in names))))
         self._shown = {
@@ -81,7 +84,7 @@ class Stream:
     def _depth(self, memory: float) -> int:
         """How many batches the host has at once, with the one that goes to the devices next."""
         size = max(view.order.rows.shape[1] for view in self._views)
-        rows = size // self._rows.all_chips * self._rows.chips
+        rows = len(self._rows.own(np.arange(size)))
         kept = sum(self._store.row_bytes(name) for name in self._names)
         chosen = [len(ids) * 4 * self._store.length for ids in self._vocabularies.values()]
         batch = rows * (kept + sum(chosen))
@@ -128,8 +131,10 @@ class Stream:
             check()
             parts, request = ahead.popleft()
             found = awaited(request, check)
-        arrays = {id(x): x for x in jax.tree.leaves(found)}  # views may have the same
-        placed = dict(zip(arrays, self._rows.place(list(arrays.values())), strict=True))
+        by_row = {id(x): x for x in jax.tree.leaves((found.rows, found.drafts))}
+        by_chip = {id(x): x for x in jax.tree.leaves(found.counts)}  # views may have the same
+        on_devices = self._rows.place(list(by_row.values()), list(by_chip.values()))
+        placed = dict(zip([*by_row, *by_chip], on_devices, strict=True))
         on_mesh = jax.tree.map(lambda x: placed[id(x)], found)
         self.waited += time.monotonic() - start
         return parts, on_mesh
@@ -194,8 +199,8 @@ class Stream:
         self, view: View, step: int, masks: dict[str, np.ndarray], known: dict[Hashable, Any]
     ) -> dict[str, Any]:
         """Of the batch of a step, with these masks; `known` keeps what is found by what it depends on."""
-        shards, room = self._rows.chips * view.parts, view.capacity
-        kind = view.workload.compat, view.workload.ttt_steps
+        shards, room, work = self._rows.chips * view.parts, view.capacity, view.workload
+        kind = work.compat, work.ttt_steps
 
         def once(key: Hashable, make: Callable[..., Any], *given: Any) -> Any:
             if key not in known:
@@ -204,11 +209,13 @@ class Stream:
 
         segments = masks["segment_ids"]
         targets = once(kind[:1], counted_targets, segments, masks["loss_mask"], kind[0])
-        live = once(kind, live_queries, segments, targets, kind[1])
+        live = once(kind, lambda: self._by_chip(work.live(live_queries(segments, targets, kind[1]))))
+        seen = kind if work.pieces > 1 else kind[:1]
+        taught = once((*seen, "taught"), lambda: self._by_chip(work.taught(targets)))
         found = {
             "live": once((*kind, shards, room.live), live_places, live, shards, room.live),
-            "targets": once((kind[0], shards, room.targets, "at"), compact, targets, shards, room.targets),
-            "count": once((kind[0], shards, "count"), _summed, targets, shards),
+            "targets": once((*seen, shards, room.targets, "at"), compact, taught, shards, room.targets),
+            "count": once((*seen, shards, "count"), _summed, taught, shards),
         }
         if room.later is not None:
             key = *kind, shards, room.later, view.anchors, view.seed, step
@@ -222,11 +229,16 @@ class Stream:
         room, own = view.capacity.later, self._rows.own(view.order.rows[step])
         sample = sampled(targets, view.anchors, begins(own, view.seed, step))
         live = live_queries(segments, sample, view.workload.ttt_steps, first=1)
+        live, taught = self._by_chip(view.workload.live(live)), self._by_chip(view.workload.taught(sample))
         return {
             "live": live_places(live, shards, room.live),
-            "targets": compact(sample, shards, room.targets),
-            "count": _summed(sample, shards),
+            "targets": compact(taught, shards, room.targets),
+            "count": _summed(taught, shards),
         }
+
+    def _by_chip(self, mask: np.ndarray) -> np.ndarray:
+        """What each chip has of its rows, one chip behind the other."""
+        return np.concatenate(self._rows.cut(mask))
 
     def _read(self, rows: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Empty rows are zeros: they belong to no document."""

@@ -51,7 +51,7 @@ def run(configs: dict[str, TrainConfig], out: str, at_once: int | None = None) -
     start, first = time.monotonic(), next(iter(configs.values()))
     note(f"sweep: checking {first.store}")
     with pod.together():
-        source = Source(first.store, first.dp, first.cache, first.memory)
+        source = Source(first.store, first.dp, first.cache, first.memory, first.sp)
         plans = {name: _plan(name, config, source) for name, config in configs.items()}
         _require_place(plans, out)
         if at_once is None:  # there is memory for what all of them read

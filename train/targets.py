@@ -135,14 +135,16 @@ def drafting_index(targets_M: jax.Array, steps: int) -> jax.Array:
 
 
 def valid_targets(batch: Batch, steps: int) -> jax.Array:
-    """bool [M, K]: whether a real target is predicted at a step, by an index of its own document."""
-    n, (rows, T) = batch.tokens.size, batch.tokens.shape
+    """bool [M, K]: whether a real target is predicted at a step, by an index of its own document that is on
+    this chip."""
+    n, (rows, T), own = batch.tokens.size, batch.tokens.shape, batch.aux_hidden.shape[1]
     document_n = (batch.segment_ids + (T + 1) * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(n)
     index_MK = drafting_index(batch.targets, steps)
     same_MK = (
         document_n.at[index_MK].get(mode="clip") == document_n.at[batch.targets].get(mode="clip")[:, None]
     )
-    return (batch.targets < n)[:, None] & (index_MK >= 0) & same_MK
+    valid_MK = (batch.targets < n)[:, None] & (index_MK >= 0) & same_MK
+    return valid_MK if own == T else valid_MK & (index_MK % T < own)
 
 
 def slots(places_C: jax.Array, n: int) -> jax.Array:

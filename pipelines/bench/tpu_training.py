@@ -1,9 +1,10 @@
 """How near training comes to a TPU's peak, by the TPU compiler's own estimates: no TPU is needed.
 
-    python -m pipelines.bench.tpu_training RECIPE LENGTH ROWS    prints what it expects of one step, as JSON
+    python -m pipelines.bench.tpu_training RECIPE LENGTH ROWS [SP]    prints what it expects of one step, JSON
 
-ROWS are those of a chip, each one document, all of it counted. Priced as pipelines/bench/tpu.py says, but the
-attention kernels one by one: forwards they multiply twice, backwards seven times, and what they are given.
+ROWS are those of a chip, or of each SP chips that share them, each one document, all of it counted. Priced as
+pipelines/bench/tpu.py says, but the attention kernels one by one: forwards they multiply twice, backwards
+seven times, and what they are given.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common.mesh import sharding, training_options
+from common.mesh import sharding, training_options, ways
 from common.params import shapes
 from common.progress import note
 from common.splash import BLOCK
@@ -25,12 +26,13 @@ from pipelines import recipes
 from pipelines.bench.hlo import work
 from pipelines.bench.tpu import CHIPS, KERNELS, alone, config_of, mesh_of
 from pipelines.bench.training import least_flops
-from train import optimizer, placing
+from train import optimizer, pieces, placing
 from train.batch import Batch, Frozen
 from train.config import TrainConfig
 from train.heads.eagle3 import Eagle3
 from train.loss import chunk_size
 from train.step import State, gradient, train_step
+from train.targets import round_up
 
 BARS = {"qwen3-32b": 0.45, "llama-3.1-8b": 0.40}
 LENGTHS = {"qwen3-32b": (2048, 4096), "llama-3.1-8b": (2048,)}
@@ -39,15 +41,15 @@ _STEPS = 1000  # of the schedule, which costs nothing
 
 
 def compile_step(
-    recipe: str, length: int, rows: int, mesh: Mesh | None = None
+    recipe: str, length: int, rows: int, mesh: Mesh | None = None, sp: int = 1
 ) -> tuple[jax.stages.Compiled, tuple[State, Frozen, Batch], Eagle3, TrainConfig]:
-    """(one training step of `rows` rows of a chip, the shapes of its arguments, the head, the recipe's
-    configuration); on the recipe's slice if no mesh is given."""
+    """(one training step of `rows` rows of a chip, or of `sp` chips, the shapes of its arguments, the head,
+    the recipe's configuration); on the recipe's slice if no mesh is given."""
     known = recipes.load(recipe)
     config = TrainConfig("store", "out", **known.train)
     aux = target.default_aux_layers(known.layers)
     head = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, ffn=config.ffn)
-    mesh = mesh or mesh_of(config.dp, 1, known.train_slice.split("-")[0])
+    mesh = mesh or mesh_of(config.dp * config.sp // sp, sp, known.train_slice.split("-")[0])
     rate = optimizer.schedule(config.learning_rate, config.warmup, _STEPS)
     units = np.ones(len(aux) * head.hidden_size, np.float32)
     adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
@@ -60,7 +62,7 @@ def compile_step(
         (state, frozen),
         (placing.along(state, head.parameters(), mesh), _frozen_lies(frozen, mesh)),
     )
-    given = *lying, _batch(head, mesh, length, rows * mesh.size)
+    given = *lying, _batch(head, mesh, length, rows, config.ttt_steps)
     compiled = jax.jit(step, donate_argnums=0).lower(*given).compile(training_options(mesh))
     return compiled, given, head, config
 
@@ -76,31 +78,40 @@ def _frozen_lies(frozen: Frozen, mesh: Mesh) -> Frozen:
     return Frozen(*(sharding(mesh, axes) for axes in placing.frozen_axes(frozen, mesh)))
 
 
-def _batch(c: Eagle3, mesh: Mesh, T: int, B: int) -> Batch:
-    """One batch of B rows, whose positions all count."""
+def _batch(c: Eagle3, mesh: Mesh, T: int, rows_of_chip: int, steps: int) -> Batch:
+    """One batch, whose positions all count."""
+    B, sp = rows_of_chip * ways(mesh, "batch"), ways(mesh, "position")
+    own = T // sp
+    ahead, behind = (steps, pieces.halo(own, steps)) if sp > 1 else (0, 0)
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        where = sharding(mesh, ("row",) + (None,) * (len(shape) - 1))
+        where = sharding(mesh, ("batch", "position", None, None)[: len(shape)])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def by_chip(size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((mesh.size * size,), jnp.int32, sharding=sharding(mesh, ("chip",)))
 
     return Batch(
         **dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, T)),
         draft_logits=None,
-        **dict.fromkeys(("live", "targets"), rows(B * T)),
+        live=by_chip(rows_of_chip * (own + behind)),
+        targets=by_chip(round_up(rows_of_chip * (own + ahead))),
         row=rows(B),
         aux_hidden=rows(B, T, len(c.aux_layers), c.hidden_size, dtype=jnp.bfloat16),
         last_hidden=rows(B, T, c.hidden_size, dtype=jnp.bfloat16),
         logsumexp=rows(B, T, dtype=jnp.float32),
-        count=rows(mesh.size),
+        count=by_chip(1),
     )
 
 
-def expected(recipe: str, length: int = 2048, rows: int = 4) -> dict[str, float]:
+def expected(recipe: str, length: int = 2048, rows: int = 4, sp: int = 1) -> dict[str, float]:
     """What the compiler expects of a recipe's step: seconds, the share of the peak, and GiB of a chip."""
-    compiled, _, head, config = compile_step(recipe, length, rows)
-    chip, K, n = CHIPS[recipes.load(recipe).train_slice.split("-")[0]], config.ttt_steps, rows * length
-    chunk = chunk_size(n, K * head.draft_vocab_size, jnp.bfloat16)
-    done = work(compiled.as_text(), trips=n // chunk)  # the loss's loop is the only one without a length
+    compiled, (*_, batch), head, config = compile_step(recipe, length, rows, sp=sp)
+    chip, K, n = CHIPS[recipes.load(recipe).train_slice.split("-")[0]], config.ttt_steps, rows * length // sp
+    room = len(batch.targets) // len(batch.count)
+    chunk = chunk_size(room, K * head.draft_vocab_size, jnp.bfloat16)
+    # the loss's loop is the only one without a length
+    done = work(compiled.as_text(), trips=-(-(n if sp == 1 else n + K * rows) // chunk))
     pairs = n * (length + BLOCK) / 2  # blocks on the diagonal are computed whole
     attention = 2.0 * K * pairs * head.num_heads * head.head_dim * (2 + 7)
     needed = least_flops(head, n, n, n, K * n, n * (length + 1) / 2, K) / chip.flops

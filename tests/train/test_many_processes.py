@@ -73,8 +73,12 @@ def last_lines(found):
     return [(p.code, p.out.strip().splitlines()[-1]) for p in found]
 
 
-def test_two_processes_train_the_head_of_one(config, alone, tmp_path):
-    here = replace(config, out=f"{tmp_path}/out", dp=4)
+@pytest.mark.parametrize(
+    ("dp", "sp"), [(4, 1), *(pytest.param(dp, 4 // dp, marks=pytest.mark.slow) for dp in (1, 2))]
+)
+def test_two_processes_train_the_head_of_one(config, alone, tmp_path, dp, sp):
+    """Also where each has a piece of every row."""
+    here = replace(config, out=f"{tmp_path}/out", dp=dp, sp=sp)
     found = train(here, 2, 2)
     assert last_lines(found) == [(0, "0 2")] * 2, found
     assert not found[1].err.strip(), "one process tells what happens, the others are silent"

@@ -57,6 +57,9 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_is_written(confi
     )
     refused(config, tmp_path, "name fitted, target, normal, or a head's folder", init="zeros")
     refused(config, tmp_path, "needs 64 devices", dp=64, batch_rows=64)
+    refused(config, tmp_path, "needs 8 devices, found 4; give a smaller --dp or --sp", dp=2, sp=4)
+    refused(config, tmp_path, "each of sp=4 chips would have 6, and .* looks 6 ahead", sp=4, ttt_steps=6)
+    refused(config, tmp_path, "4 attention heads and 2 of keys and values, .* give an --sp of 1, 2, 4", sp=3)
     refused(config, tmp_path, "for what is read ahead; give more --memory", memory=1e-9)
     refused(
         config,

@@ -144,7 +144,8 @@ def test_of_a_run_whose_folder_is_removed_nothing_is_left(config, tmp_path, monk
 def test_a_run_goes_on_with_other_numbers_of_devices_within_rounding(config, whole, tmp_path, monkeypatch):
     here = replace(config, out=str(tmp_path / "out"))
     stopped_at(2, here, monkeypatch)
-    stopped_at(4, replace(here, dp=4), monkeypatch)
+    stopped_at(3, replace(here, dp=4), monkeypatch)
+    stopped_at(4, replace(here, sp=4), monkeypatch)
     assert run(replace(here, dp=2))["steps_before"] == 4
     for line, expected in zip(lines_of(here.out), lines_of(whole), strict=True):
         for name in ("loss", "gradient_norm"):
@@ -326,8 +327,8 @@ def test_a_run_killed_while_it_begins_is_no_other_experiment(config, tmp_path):
 
 
 def test_another_number_of_devices_is_the_same_experiment(config):
-    plans = [plan_of(replace(config, dp=dp)) for dp in (1, 2, 4)]
-    assert plans[0].identity == plans[1].identity == plans[2].identity
+    first, *others = (plan_of(replace(config, dp=dp, sp=sp)) for dp, sp in ((1, 1), (2, 1), (4, 1), (1, 4)))
+    assert all(plan.identity == first.identity for plan in others)
 
 
 def test_names_of_no_step_beside_the_states_are_left_alone(config, whole, tmp_path):

@@ -111,7 +111,8 @@ def test_what_heads_have_in_common_is_on_the_devices_once(store):
 def test_room_is_what_the_fullest_batch_needs_in_whatever_order_rows_come(store):
     """Rows of very different work, and empty ones, of which none stands for another."""
     workload = Workload(store, store.split_rows("train"), STEPS)
-    workload._live = workload.targets = np.array([1000, 5, 3000, 7, 900, 20])
+    workload.targets = np.array([1000, 5, 3000, 7, 900, 20])
+    workload._live = workload._taught = workload.targets[:, None]
     for rows in ([[5, 2], [4, 0]], [[2, -1], [5, -1]], [[5, 3], [1, 2]], [[0, 4], [-1, 2]]):
         needed = max(sum(int(workload.targets[row]) for row in batch if row >= 0) for batch in rows)
         assert needed <= workload.capacity(np.array(rows), 1).targets < needed + 128

@@ -154,6 +154,10 @@ class Head(Protocol):
         """EyasError naming the first thing of the head at `where` that is not its target's."""
         ...
 
+    def require_pieces(self, pieces: int, where: str) -> None:
+        """EyasError unless its rollout can have rows in so many pieces (train/pieces.py)."""
+        ...
+
 
 HEADS: dict[str, type[Head]] = {"eagle3": Eagle3}
 

@@ -118,3 +118,6 @@ class Eagle3(sizes.Sizes):
     def require_fit(self, target: dict[str, Any], where: str) -> None:
         wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, ffn=self.ffn)
         serving.require_fit(self, wanted, where)
+
+    def require_pieces(self, pieces: int, where: str) -> None:
+        sizes.require_pieces(self, pieces, where)

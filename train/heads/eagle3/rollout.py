@@ -8,10 +8,14 @@ positions; keys and values of step 0 on all positions. The
 embedding's half of the q, k, v projections depends on the token alone: it is computed once for all steps.
 Several layers are so many scanned steps for each step, which see the keys of their own layer alone.
 
+Of rows in pieces (train/pieces.py) a chip computes its own positions and, for nothing, the few of the halo;
+step 0's keys and values are those of whole rows of some heads.
+
 Dimensions: B rows, T positions, n = B * T, C live indices, K steps, L layers, H hidden, N query heads, J
 key/value heads, d head_dim, R = d / 2, X = (N + 2J) d.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +24,7 @@ import jax.numpy as jnp
 
 from common.attention import KEPT, attend
 from common.layers import linear, rms_norm
+from train import pieces
 from train.batch import Batch, Frozen, Params, by_steps, embeddings
 from train.heads.eagle3.block import (
     MATMULS,
@@ -40,14 +45,21 @@ from train.ttt import Step, rolled
 _MATMULS = 10 * 2**30  # bytes of a chip for results of matmuls: a third of a v6e's
 
 
-class _Places(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["live", "slot", "turns_KBmR", "positions_BT", "segments_BT"],
+    meta_fields=["own"],
+)
+@dataclass(frozen=True)
+class _Places:
     """Where positions and live indices are."""
 
     live: jax.Array | None  # int32 [C]; None where they are all positions
     slot: jax.Array | None  # int32 [K + n], the inverse, behind K places that are free
     turns_KBmR: Turns  # of the live indices at every step
     positions_BT: jax.Array
-    segments_BT: jax.Array
+    segments_BT: jax.Array  # of whole rows
+    own: int  # how many of a row's T positions are not of the halo
 
 
 class _Shared(NamedTuple):
@@ -70,7 +82,8 @@ def rollout(
     token_nH, q = rms_norm(embedded, outside["token_norm"], c.rms_eps), c.num_heads * c.head_dim
     queries, keys = (linear(token_nH, w) for w in (outside["qkv"][:q], outside["qkv"][q:]))
     aux = batch.aux_hidden.astype(dtype)
-    state_nH = fused(c, outside, aux.reshape(n, *aux.shape[2:]))
+    state = fused(c, outside, aux.reshape(-1, *aux.shape[2:])).reshape(*aux.shape[:2], -1)
+    state_nH = pieces.widened(state, batch.tokens.shape[1]).reshape(n, -1)
     parts = by_steps(batch, steps)
     places = [_places(c, part, which.stop) for which, part in parts]
     first = _first_keys(c, layers, places[0], (queries, keys), state_nH)
@@ -97,11 +110,15 @@ def _kept(c: Sizes, indices: int, dtype: Any) -> tuple[str, ...]:
 def _places(c: Sizes, batch: Batch, steps: int) -> _Places:
     C, n = len(batch.live), batch.tokens.size
     positions_BT, step_K11 = batch.positions, jnp.arange(steps, dtype=jnp.int32)[:, None, None]
+    segments_BT, own = batch.segment_ids, batch.aux_hidden.shape[1]
+    if own < positions_BT.shape[1]:
+        segments_BT = pieces.whole_rows(segments_BT[:, :own])
+    rows = positions_BT, segments_BT, own
     if n == C:
-        return _Places(None, None, turns(c, positions_BT[None] + step_K11), positions_BT, batch.segment_ids)
+        return _Places(None, None, turns(c, positions_BT[None] + step_K11), *rows)
     turned = turns(c, positions_BT.reshape(-1).at[batch.live].get(mode="clip")[None, None] + step_K11)
     slot = jnp.concatenate([jnp.full((steps,), C, jnp.int32), slots(batch.live, n)])
-    return _Places(batch.live, slot, turned, positions_BT, batch.segment_ids)
+    return _Places(batch.live, slot, turned, *rows)
 
 
 def _of_live(at: _Places, x_n: jax.Array) -> jax.Array:
@@ -125,12 +142,24 @@ def _first_keys(
         if number == 1:
             queries, keys = (jnp.zeros_like(x) for x in (queries, keys))
         w = of_layer(c, layers, number)
-        made = keys_values(c, w, keys, state_nH, turned)
+        made = _of_rows(c, at, keys_values(c, w, keys, state_nH, turned))
         found.append(made)
         if number + 1 < c.layers:
             read = partial(_seen, c, at, made)
             state_nH = block(c, w, queries, state_nH, turned, read, number)
     return found[0] if c.layers == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *found)
+
+
+def _of_rows(c: Sizes, at: _Places, made: KeysValues) -> KeysValues:
+    """Keys and values of whole rows, of some heads where a chip has pieces of them."""
+    if at.own == at.positions_BT.shape[1]:
+        return made
+
+    def whole(x: jax.Array) -> jax.Array:
+        own = x.reshape(*at.positions_BT.shape, -1, c.head_dim)[:, : at.own]
+        return pieces.by_heads(own).reshape(at.segments_BT.size, -1)
+
+    return whole(made[0]), whole(made[1])
 
 
 def _which(c: Sizes, i: jax.Array) -> tuple[jax.Array, Layer]:
@@ -188,7 +217,7 @@ def _read(
 ) -> jax.Array:
     """What the live indices' queries read [C, N * d] of step 0's keys of all positions and of their own ones
     of steps 1..k."""
-    (B, T), scale = at.segments_BT.shape, c.head_dim**-0.5
+    (B, T), scale = at.positions_BT.shape, c.head_dim**-0.5
     if at.live is None:
         return join(scale, *_attended(c, at, first, q_BmNd), q_BmNd, own, k)
     q_BTNd = _everywhere(at, q_BmNd[0]).reshape(B, T, *q_BmNd.shape[2:])
@@ -198,11 +227,17 @@ def _read(
 
 def _seen(c: Sizes, at: _Places, first: KeysValues, q_BTNd: jax.Array) -> jax.Array:
     """What queries of all positions read of step 0's keys, [n, N * d]."""
-    return _attended(c, at, first, q_BTNd)[0].reshape(at.segments_BT.size, -1)
+    return _attended(c, at, first, q_BTNd)[0].reshape(at.positions_BT.size, -1)
 
 
 def _attended(c: Sizes, at: _Places, first: KeysValues, q_BTNd: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(what queries of all positions read of step 0's keys [B, T, N, d], logsumexp [B, T, N] of their
     logits)."""
+    (_, T), scale = at.positions_BT.shape, c.head_dim**-0.5
     k, v = (x.reshape(*at.segments_BT.shape, -1, c.head_dim) for x in first)
-    return attend(q_BTNd, k, v, at.segments_BT, c.head_dim**-0.5, return_lse=True)
+    if at.own == T:
+        return attend(q_BTNd, k, v, at.segments_BT, scale, return_lse=True)
+    q = pieces.by_heads(q_BTNd[:, : at.own])
+    found = attend(q, k, v, at.segments_BT, scale, return_lse=True)
+    read, lse = (pieces.widened(pieces.by_positions(x), T) for x in found)
+    return read, lse

@@ -172,3 +172,18 @@ def matrices(c: Sizes) -> frozenset[str]:
 def still(c: Sizes) -> frozenset[str]:
     """The parameters that are not trained."""
     return frozenset() if c.lm_head == "own" else frozenset({"lm_head.weight"})
+
+
+def require_pieces(c: Sizes, pieces: int, where: str) -> None:
+    """EyasError unless so many chips can share the heads evenly, those of keys and values several times where
+    there are too few."""
+
+    def fits(chips: int) -> bool:
+        return c.num_heads % math.lcm(c.num_kv_heads, chips) == 0
+
+    if not fits(pieces):
+        known = ", ".join(str(chips) for chips in range(1, c.num_heads + 1) if fits(chips))
+        raise EyasError(
+            f"{where} has {c.num_heads} attention heads and {c.num_kv_heads} of keys and values, which "
+            f"sp={pieces} chips can't share evenly; give an --sp of {known}"
+        )
