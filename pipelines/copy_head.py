@@ -14,9 +14,9 @@ from common.schema import NotRequired, TypedDict
 from common.store import Store
 from pipelines.compare.runs import require_not_in_a_run
 from train import launch
-from train.check_export import WEIGHTS, check
+from train.check_export import check
 from train.evaluate import draft_ids_of
-from train.export import MADE, TRAINED_FOR, export
+from train.export import MADE, TRAINED_FOR, WEIGHTS, export
 from train.heads import read_serving_config
 from train.servers import SPECULATORS, require, verdicts
 

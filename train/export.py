@@ -19,6 +19,7 @@ from train.servers import PORTABLE
 from train.serving_config import DTYPES
 
 TRAINED_FOR = "trained_for"  # a key of config.json that no server looks at
+WEIGHTS = "model.safetensors"
 MADE = "made"  # an entry of model.safetensors' metadata, as JSON
 
 
@@ -69,7 +70,7 @@ def export(
     write_folder(
         folder,
         {
-            "model.safetensors": safetensors.to_bytes(tensors, about),
+            WEIGHTS: safetensors.to_bytes(tensors, about),
             "README.md": head.card(made, target_config, layout).encode(),
             "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),  # the last
         },

@@ -22,7 +22,7 @@ from common.stopping import interruptible
 from train import losses, optimizer, placing
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
-from train.export import export, target_identity
+from train.export import WEIGHTS, export, target_identity
 from train.logs import Logs
 from train.metrics import LENGTH, SINCE_BEST, better
 from train.metrics_file import Lines
@@ -59,8 +59,12 @@ def _ends(plan: Plan, step: int, last: dict[str, Any]) -> bool:
 
 def _lost(out: str) -> list[str]:
     """Which of the heads that a run leaves are no longer there."""
-    heads = ("last", "best")
-    return [name for name in heads if not storage.exists(storage.join(out, name, "config.json"))]
+    files = (WEIGHTS, "config.json")
+    return [
+        name
+        for name in ("last", "best")
+        if not all(storage.exists(storage.join(out, name, file)) for file in files)
+    ]
 
 
 class Trainer:
