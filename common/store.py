@@ -291,7 +291,7 @@ class Store:
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open:
             section, described = self._described(name)
-            self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", described)
+            self._open[name] = zarr.open_array(f"{self.url}/{section}/{name}", described, indices=True)
         return self._open[name]
 
     def target_file(self, name: str) -> bytes:

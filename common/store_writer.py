@@ -4,7 +4,6 @@ The manifest is claimed before what it names is written (see common/manifest.py)
 are none, and nothing is deleted: a second writer continues what it finds, or is refused.
 """
 
-import ctypes
 import io
 import math
 import os
@@ -30,7 +29,6 @@ from common.store import Store
 _LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
 _LOOK_SECONDS = 0.5  # between two looks whether a dump that waits is asked to stop
 _IN_FLIGHT = 8 << 30  # bytes, or an eighth of the machine's memory if that is less
-_ARENA_MAX = -8  # glibc's M_ARENA_MAX
 _WRITERS = 16  # blocks written at once: a small one in a bucket is a second of waiting
 
 
@@ -239,7 +237,6 @@ class FeatureWriter:
         self._limit = min(_IN_FLIGHT, _memory() // 8) if in_flight is None else in_flight
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="block-writer")
         self._pending: deque[tuple[int, Future]] = deque()  # (bytes, the block's outcome)
-        _share_arenas()
 
     def write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         """Queues a block {name: [rows of the block, T, ...]} of the arrays that have its rows; its marker
@@ -300,18 +297,6 @@ class FeatureWriter:
             # what is not on disk by then is written again.
             self._pool.shutdown(wait=False, cancel_futures=True)
             wait([outcome for _, outcome in self._pending if not outcome.cancelled()], _LAST_SECONDS)
-
-
-def _share_arenas() -> None:
-    """Lets threads that begin later take their memory from the arenas that there are.
-
-    TensorStore copies an object into pieces of 64 kB. With glibc each thread would have an arena of its own,
-    which keeps what was freed there: a process grew by half as it wrote 64 blocks instead of 8. Giving the
-    freed memory back after some blocks would cost more than to write one, for each page is made anew.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_ARENA_MAX, 1)
 
 
 def _memory() -> int:

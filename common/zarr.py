@@ -72,9 +72,13 @@ def layout(
     return (1, part * largest_divisor(T // part, SHARD_BYTES // (part * token)), *rest), (1, part, *rest)
 
 
-def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.TensorStore:
+def open_array(
+    url: str, described: dict[str, Any], create: bool = False, indices: bool = False
+) -> ts.TensorStore:
     """The array at `url`; with `create` it is made where there is none, and never deleted.
 
+    With `indices` those of its shards stay in memory, for whoever reads a shard in several requests; they
+    would stay of shards that are written too, kilobytes each.
     EyasError if it is missing, damaged, or not as `described` by `describe`. MachineError if the
     machine or the network fails.
     """
@@ -101,8 +105,9 @@ def open_array(url: str, described: dict[str, Any], create: bool = False) -> ts.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
         "recheck_cached_data": "open",  # shards never change
-        "metadata_cache_pool": kvstore.INDICES,
     }
+    if indices:
+        spec["metadata_cache_pool"] = kvstore.INDICES
     try:
         with waiting(url):
             return kvstore.result(ts.open(spec, context=kvstore.context(), open=True, create=create))

@@ -3,11 +3,12 @@
 import traceback
 
 from common import stopping
-from pipelines import streams
+from pipelines import arenas, streams
 
 
 def main() -> None:
     """Runs the command line."""
+    arenas.share()
     stopping.end_at_once()
     streams.secure()
     from common import pod

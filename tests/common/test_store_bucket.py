@@ -92,7 +92,7 @@ def few_requests() -> None:
 
         assert requests(lambda: array[:16].write(value[:16]).commit.result()) == ["POST"] * 2
         array[16:].write(value[16:]).commit.result()
-        array = zarr.open_array("gs://bucket/a", described)
+        array = zarr.open_array("gs://bucket/a", described, indices=True)
         read = lambda rows: zarr.read_rows({"a": array}, np.array(rows))["a"]  # noqa: E731
         assert requests(lambda: read([3])) == ["GET "] * 2  # its index, and four chunks
         assert requests(lambda: read([4, 5, 6])) == ["GET "]
