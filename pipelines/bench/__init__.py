@@ -14,7 +14,18 @@ def run(out: str, cache: str) -> dict[str, Any]:
     {name: {"value", "unit", "compared_with", "at_least" or "at_most" where there is a bar, "met"}}; what
     cannot be measured here has the value None and says "why".
     """
-    from pipelines.bench import chats, data, forward, gpu, sweeping, tpu, tpu_training, training, writing
+    from pipelines.bench import (
+        chats,
+        data,
+        forward,
+        gpu,
+        memory,
+        sweeping,
+        tpu,
+        tpu_training,
+        training,
+        writing,
+    )
 
     storage.require_file(out)
     model, conversations = embedded.fetch_model(cache), embedded.fetch_conversations(cache)
@@ -28,8 +39,8 @@ def run(out: str, cache: str) -> dict[str, Any]:
             lambda: data.streamed(place),
             lambda: sweeping.figures(f"{place}/streamed", data.STREAMED),
             lambda: writing.write_rate(place),
-            lambda: writing.memory_growth(place),
             lambda: writing.first_round(place),
+            lambda: memory.figures(model, conversations, place),
             training.figures,
             lambda: data.stalled(place, f"{place}/dumped"),
             lambda: chats.figures(f"{place}/dumped", place),

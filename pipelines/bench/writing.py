@@ -1,9 +1,7 @@
-"""Figures of a dump without its forward passes: rate and memory of writing, the start on a huge store."""
+"""Figures of a dump without its forward passes: the rate of writing, the start on a huge store."""
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -17,7 +15,6 @@ from pipelines.bench import made
 
 _HIDDEN, _BLOCK = 2048, 2  # 34 kB a token
 _WRITTEN, _LENGTH = 32, 512  # blocks of 17 MB
-_SHORT, _SHORT_LENGTH = 32, 512  # blocks of 17 MB: as many as fill what the libraries keep for themselves
 _IN_FLIGHT = 64 << 20
 _TOKENS, _HOSTS = 10**9, 64
 
@@ -70,31 +67,6 @@ def write_rate(place: str) -> dict[str, dict[str, Any]]:
             "compared_with": f"a loop of file.write() and fsync of the same arrays, {raw / 1e6:.0f} MB/s",
         }
     }
-
-
-def memory_growth(place: str) -> dict[str, dict[str, Any]]:
-    """dump.rss_growth: peak memory of a process that writes eight times as many blocks."""
-    note("bench: memory of a short and a long dump")
-    peaks = [_peak(f"{place}/grown", blocks) for blocks in (_SHORT, 8 * _SHORT)]
-    return {
-        "dump.rss_growth": {
-            "value": peaks[1] / peaks[0],
-            "unit": "times",
-            "at_most": 1.1,
-            "compared_with": f"{_SHORT} blocks of 17 MB, {peaks[0] / 1e6:.0f} MB; forward passes left out",
-        }
-    }
-
-
-def _peak(url: str, blocks: int) -> float:
-    """The most resident bytes of a process that writes so many blocks."""
-    code = (
-        f"from pipelines.bench import writing; writing.write_blocks({url!r}, {blocks}, {_SHORT_LENGTH})\n"
-        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    shutil.rmtree(url)
-    return 1024 * float(done.stdout)
 
 
 def first_round(place: str) -> dict[str, dict[str, Any]]:

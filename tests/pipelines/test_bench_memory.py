@@ -1,0 +1,95 @@
+"""A long run takes no more memory than a short one, and the figures of it would tell if it did."""
+
+import gc
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from common.store import Store
+from common.store_writer import FeatureWriter
+from dump.rounds import run_rounds
+from pipelines.bench import made, memory
+from pipelines.bench.memory import Sample
+
+_ARENAS = """
+import ctypes, os, threading
+from pipelines import __main__, streams
+
+def begun():
+    "Comes when what has to be done before there are threads is done."
+    assert len(os.listdir("/proc/self/task")) == 1
+    barrier = threading.Barrier(8)
+    threads = [threading.Thread(target=barrier.wait) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    c = ctypes.CDLL(None)
+    c.fdopen.restype = ctypes.c_void_p
+    stdout = ctypes.c_void_p(c.fdopen(1, b"w"))
+    c.malloc_info(0, stdout)
+    c.fflush(stdout)
+    os._exit(0)
+
+streams.secure = begun
+__main__.main()
+"""
+
+
+def test_threads_of_a_command_share_one_arena():
+    """Each would keep what was freed in it: with eight a core, the blocks in flight many times over."""
+    found = subprocess.run([sys.executable, "-c", _ARENAS], stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout.count("<heap nr=") == 1
+
+
+class _Counted(FeatureWriter):
+    """Notes what is in use, in malloc's bytes and in Python's blocks of memory, after some blocks."""
+
+    def write(self, block, *rest):
+        super().write(block, *rest)
+        while self._pending:
+            self._await_oldest()
+        if block % 50 == 49:
+            gc.collect()
+            self.found = [*getattr(self, "found", []), (memory.in_use(), sys.getallocatedblocks())]
+
+
+def test_nothing_is_kept_of_blocks_that_are_written_or_read(tmp_path):
+    url, blocks = f"{tmp_path}/store", 400
+    store = made.empty_store(url, 2 * blocks, 8, 16, 2)
+    with _Counted(url) as writer:
+        run_rounds(made.MadePlan(store, tuple(range(blocks))), made.MadePrefill(2, 8, 16), writer)
+    first, last = np.array(writer.found)[[3, -1]]  # after 200 blocks and all
+    assert ((last - first) / 200 < (1000, 5)).all()
+    store = Store.open(url)
+    read = []
+    for _ in range(3):
+        for block in range(blocks):
+            store.read(["aux_hidden", "argmax"], [2 * block])
+        gc.collect()
+        read.append(sys.getallocatedblocks())
+    assert (read[2] - read[1]) / blocks < 1
+
+
+def test_what_is_kept_shows():
+    """In the middle of a run, whatever lies on both sides of it and goes up and down within."""
+    rng = np.random.default_rng(0)
+    for kept in (0, 2000):
+        middle = [Sample(n, 10**8, 10**7 + kept * n + int(rng.integers(10**5))) for n in range(1000)]
+        ends = [Sample(0, 1, 10**8)], [Sample(1000, 1, 10**8)]
+        assert memory.kept([*ends[0], *middle, *ends[1]]) == pytest.approx(kept, abs=100)
+
+
+def test_growth_is_of_the_second_half_over_the_first_quarter():
+    samples = [Sample(0, 900, 0), Sample(2, 200, 0), Sample(5, 300, 0), Sample(7, 260, 0), Sample(8, 100, 0)]
+    assert memory.growth(samples) == 1.5
+
+
+def test_a_watched_run_is_sampled_to_its_end(tmp_path):
+    code = (
+        f"import os, time\nfor n in range(20): os.mkdir({str(tmp_path)!r} + f'/done/{{n}}'); time.sleep(0.02)"
+    )
+    (tmp_path / "done").mkdir()
+    found = memory.watched(code, [], f"{tmp_path}/done", f"{tmp_path}/samples")
+    assert 10 < found[-1].done <= 20
+    assert all(s.resident > 10**7 and 10**6 < s.in_use < 10**9 for s in found)
