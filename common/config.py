@@ -125,6 +125,15 @@ def given(config: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
 
 
+def require_with(config: Any, name: str, other: str, value: Any) -> None:
+    """ValueError if the field `name` is set, and would do nothing because `other` is not `value`."""
+    if given(config, [name]) and getattr(config, other) != value:
+        raise ValueError(
+            f"{name}={getattr(config, name)} has no meaning with {other}={getattr(config, other)}; leave it "
+            f"out, or give {other}={value}"
+        )
+
+
 def check(config: Any) -> None:
     """ValueError that names the field, its value and what it must be, unless all fields hold what they state.
 

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, setting
+from common.config import CODECS, DEFAULT_DTYPE, DTYPES, PRECISIONS, check, require_with, setting
 from common.divisors import largest_divisor
 
 
@@ -99,6 +99,8 @@ class DumpConfig:
     def __post_init__(self) -> None:
         check(self)
         self.part()
+        require_with(self, "topk", "logits", "topk")
+        require_with(self, "draft_vocab", "logits", "draft")
         if self.last_hidden != "all" and self.logits != "topk":
             raise ValueError(
                 f"last_hidden={self.last_hidden} leaves logits={self.logits} without a teacher for "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import row_cache
-from common.config import DEFAULT_DTYPE, DTYPES, check, given, setting
+from common.config import DEFAULT_DTYPE, DTYPES, check, require_with, setting
 
 STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
@@ -170,22 +170,14 @@ class TrainConfig:
                 f"teacher_temperature={self.teacher_temperature} does not go with loss={self.loss}; give 1, "
                 f"or one of the losses {', '.join(_TEMPERED)}"
             )
-        self._require("cooldown", "schedule", "wsd")
+        require_with(self, "cooldown", "schedule", "wsd")
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} are more than all steps; give shares "
                 "whose sum is at most 1"
             )
-        self._require("lk_scale", "loss", "lk-lambda")
-        self._require("lk_decay", "loss", "lk-lambda")
-
-    def _require(self, name: str, other: str, value: str) -> None:
-        """ValueError if `name` is set, and would do nothing because `other` is not `value`."""
-        if given(self, [name]) and getattr(self, other) != value:
-            raise ValueError(
-                f"{name}={getattr(self, name)} has no meaning with {other}={getattr(self, other)}; leave it "
-                f"out, or give {other}={value}"
-            )
+        require_with(self, "lk_scale", "loss", "lk-lambda")
+        require_with(self, "lk_decay", "loss", "lk-lambda")
 
 
 @dataclass(frozen=True)

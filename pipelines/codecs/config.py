@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.config import DEFAULT_DTYPE, DTYPES, check, setting
+from common.config import DEFAULT_DTYPE, DTYPES, check, require_with, setting
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,5 @@ class CodecsConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("max_tokens", "temperature", "slots"):
+            require_with(self, name, "answer", True)

@@ -22,7 +22,7 @@ from tests.dump.tiny import ROWS, contents
 
 @pytest.fixture
 def small(config):
-    return replace(config, precision="int8", logits="none")
+    return replace(config, precision="int8", logits="none", topk=64)
 
 
 def read(url: str):

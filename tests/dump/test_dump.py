@@ -79,7 +79,7 @@ def test_a_packed_document_gives_what_it_gives_alone(config, tmp_path):
 
 def test_mesh_precision_and_other_codecs(config, tmp_path):
     """A (2, 2) mesh, float8 states and draft logits, against f32 of one device."""
-    mixed = replace(config, dp=2, tp=2, precision="float8_e4m3fn", logits="draft", draft_vocab=10)
+    mixed = replace(config, dp=2, tp=2, precision="float8_e4m3fn", logits="draft", draft_vocab=10, topk=64)
     run(mixed)
     store = Store.open(mixed.store)
     aux, last, logits = expected(config, np.arange(ROWS))

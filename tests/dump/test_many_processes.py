@@ -70,7 +70,7 @@ def test_two_processes_write_what_one_writes(config, tmp_path):
 
 def test_two_processes_have_one_scale_a_channel(config, tmp_path):
     """Found by both together, from rows of which each computes a part."""
-    config = replace(config, precision="int8", logits="none")
+    config = replace(config, precision="int8", logits="none", topk=64)
     wanted = alone(config, tmp_path)
     found = dump(replace(config, dp=4, tp=1), 2, 2)
     assert [p.code for p in found] == [0, 0], found
@@ -117,7 +117,7 @@ def test_what_hosts_do_not_share_is_refused_on_all(config, tmp_path):
 from dataclasses import replace
 from dump.dump import DumpConfig, run
 config = DumpConfig(**{asdict(replace(config, dp=2))})
-one, two = {{"logits": "full"}}, {{"block_rows": 2}}
+one, two = {{"logits": "full", "topk": 64}}, {{"block_rows": 2}}
 for changed in (one, two, {{"model": "{other}"}}, {{"store": "{tmp_path}/copy"}}):
     try:
         run(replace(config, **changed) if me else config)

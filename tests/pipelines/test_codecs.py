@@ -47,6 +47,12 @@ def test_more_tokens_than_the_target_has_are_refused_before_anything_is_made(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_for_answers_alone_is_refused_without_them():
+    for name, value in {"max_tokens": 9, "temperature": 0.0, "slots": 2}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} has no meaning with answer=False"):
+            CodecsConfig("model", ("data",), "out", answer=False, **{name: value})
+
+
 def test_stores_of_other_rows_are_refused(tmp_path, monkeypatch):
     """What was begun with other options would be compared with what comes."""
     monkeypatch.setattr(compare.dump, "run", lambda config: None)
