@@ -5,12 +5,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from common import strict_json
-from common.config import check, setting
+from common.config import check, given, setting
 
 _OURS = (
     *("messages", "model", "max_tokens", "n", "seed", "stream", "stream_options", "temperature"),
     *("tools", "top_k", "top_p"),
 )
+_OF_SERVERS = ("served_model", "extra", "stream", "concurrency", "timeout", "patience")
+_OF_MODEL = ("slots", "length")
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,18 @@ class RegenerateConfig:
             )
         if self.endpoint and not self.served_model:
             raise ValueError("endpoint needs the target's name there: give --served-model")
-        for name in ("served_model", "extra", "stream") if self.model else ():
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name} is for servers, and model={self.model!r} answers by itself; leave it"
-                )
+        for name in given(self, _OF_SERVERS) if self.model else ():
+            raise ValueError(f"{name} is for servers, and model={self.model!r} answers by itself; leave it")
+        for name in given(self, _OF_MODEL) if self.endpoint else ():
+            raise ValueError(f"{name} is for a model that answers here; servers have their own: leave it")
+        for name in given(self, ("top_p", "top_k")) if self.model and not self.temperature else ():
+            raise ValueError(f"{name} has no meaning at temperature 0, which is greedy; give --temperature")
 
     def fields(self) -> dict[str, Any]:
         """The fields of every request but messages, tools and seed."""
-        given = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-        given = {"model": self.served_model} | given
-        return {k: v for k, v in given.items() if v is not None} | self._extra()
+        names = "max_tokens", "temperature", "top_p", "top_k"
+        asked = {"model": self.served_model} | {name: getattr(self, name) for name in names}
+        return {k: v for k, v in asked.items() if v is not None} | self._extra()
 
     def _extra(self) -> dict[str, Any]:
         try:

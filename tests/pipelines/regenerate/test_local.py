@@ -130,6 +130,9 @@ def test_a_large_target_is_told_of_servers_and_nothing_is_written(config, monkey
         ({"model": None, "endpoint": ("http://localhost:1",)}, "give --served-model"),
         ({"extra": "{}"}, "extra is for servers"),
         ({"stream": True}, "stream is for servers"),
+        ({"concurrency": 2}, "concurrency is for servers"),
+        ({"top_p": 0.9}, "top_p has no meaning at temperature 0"),
+        ({"model": None, "endpoint": ("http://localhost:1",), "served_model": "x"}, "slots is for a model"),
     ],
 )
 def test_who_answers_is_one(config, changes, message):
