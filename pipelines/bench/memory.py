@@ -106,11 +106,14 @@ def growth(samples: list[Sample]) -> float:
 
 
 def kept(samples: list[Sample]) -> float:
-    """The bytes by which what is in use grows with everything that is done, once a run goes steadily: a line
-    through all samples of its middle, for what is on its way at one moment says little."""
+    """The bytes by which what is in use grows with everything that is done, from a run's second quarter to
+    its last: medians, for what is on its way at one moment comes and goes."""
     total = samples[-1].done
-    late = np.array([(s.done, s.in_use) for s in samples if total / 4 < s.done < 0.95 * total])
-    return float(np.polyfit(*late.T, 1)[0])
+
+    def usual(start: float, end: float) -> float:
+        return float(np.median([s.in_use for s in samples if start * total < s.done <= end * total]))
+
+    return (usual(0.7, 0.95) - usual(0.25, 0.5)) / (0.45 * total)  # between the middles of the two
 
 
 def figures(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:

@@ -75,7 +75,8 @@ def test_what_is_kept_shows():
     """In the middle of a run, whatever lies on both sides of it and goes up and down within."""
     rng = np.random.default_rng(0)
     for kept in (0, 2000):
-        middle = [Sample(n, 10**8, 10**7 + kept * n + int(rng.integers(10**5))) for n in range(1000)]
+        passing = rng.integers(10**5, size=1000) + 10**7 * (rng.random(1000) < 0.2)
+        middle = [Sample(n, 10**8, 10**7 + kept * n + int(passing[n])) for n in range(1000)]
         ends = [Sample(0, 1, 10**8)], [Sample(1000, 1, 10**8)]
         assert memory.kept([*ends[0], *middle, *ends[1]]) == pytest.approx(kept, abs=100)
 
