@@ -134,6 +134,7 @@ def test_pieces_have_the_scores_of_whole_rows(url):
         assert_same(other, found[0])
 
 
+@pytest.mark.slow
 def test_the_sample_of_pieces_is_that_of_whole_rows(url):
     found = []
     for dp, sp in ((1, 1), (1, 4)):
