@@ -1,9 +1,12 @@
 """What of the states and logits goes to the store, in which precision, and how it is read again.
 
 The full-vocabulary argmax and logsumexp are always kept. With `last_hidden` and the target's output head they
-are all that a teacher needs. Codecs add: `none` nothing, `topk` the largest k logits and their ids, `draft`
-the logits of a draft vocabulary, `full` all of them. With `topk`, `last_hidden` may be left out, or be that
-of the first rows alone.
+are all that a teacher needs. Codecs add log-probabilities, logit - logsumexp over the full vocabulary: `none`
+nothing, `topk` the largest k and their ids, `draft` those of a draft vocabulary, `full` all. With `topk`,
+`last_hidden` may be left out, or be that of the first rows alone.
+
+They are float16 (of `draft` and `full` float32 where states are), whose steps are a share of each value: p is
+off by at most 0.05% of 1 - p. Of a logit of 30 it would be 0.8% of p, and the rest of the mass mere rounding.
 
 States are stored in float32 or bfloat16, or in 8 bits with a scale a token: float8_e4m3fn, or int8, which has
 a scale a channel too, found once for a store (common/channels.py). Channels of a residual stream differ in
@@ -27,6 +30,8 @@ import numpy as np
 
 from common.config import FLOAT8, INT8
 
+LOGPROBS = "_logprobs"  # how the names of arrays of log-probabilities end
+_LEAST = float(np.finfo(np.float16).min)  # of a log-probability: p is 0 long before
 _BLOCK = 128  # logits, or what divides it and the vocabulary
 LARGEST = {FLOAT8: 448.0, INT8: 127.0}  # of a token's stored values; float8_e4m3fn's: arXiv 2209.05433
 
@@ -42,9 +47,12 @@ class Codec:
     last_rows: int | None = None
 
     @property
-    def logits_dtype(self) -> Any:
-        """Of draft_logits and full_logits: the states' precision, but not 8 bits, which would need scales."""
-        return jnp.bfloat16 if self.precision in LARGEST else jnp.dtype(self.precision)
+    def logprobs(self) -> tuple[str, Any] | None:
+        """The name and dtype of the array of log-probabilities, [R, T, size]; None of `none`."""
+        if self.name == "none":
+            return None
+        exact = self.precision == "float32" and self.name != "topk"
+        return f"{self.name}{LOGPROBS}", np.float32 if exact else np.float16
 
     def states(self, A: int, H: int) -> dict[str, tuple[int, ...]]:
         """{name: shape at a position} of the states that are stored."""
@@ -66,12 +74,11 @@ def shapes(codec: Codec, R: int, T: int, A: int, H: int) -> dict[str, tuple[tupl
         found[name] = ((rows, T, *shape), jnp.dtype(codec.precision))
         if codec.precision in LARGEST:
             found[_scale_name(name)] = ((rows, T, *shape[:-1]), np.float32)
+    if codec.logprobs:
+        name, dtype = codec.logprobs
+        found[name] = ((R, T, codec.size), dtype)
     if codec.name == "topk":
-        found |= {
-            f"topk_{n}": ((R, T, codec.size), t) for n, t in (("logits", np.float16), ("ids", np.int32))
-        }
-    if codec.name in ("draft", "full"):
-        found[f"{codec.name}_logits"] = ((R, T, codec.size), codec.logits_dtype)
+        found["topk_ids"] = ((R, T, codec.size), np.int32)
     return found
 
 
@@ -135,9 +142,9 @@ def decode(stored: Any, scale: Any | None = None, channel: Any | None = None) ->
     return found if channel is None else found * _like(found, channel)
 
 
-def _like(x: Any, channel: Any) -> Any:
-    """The scales of channels with as many dimensions as states have."""
-    return channel.reshape((1,) * (x.ndim - channel.ndim) + channel.shape)
+def _like(x: Any, last: Any) -> Any:
+    """What is of the last dimensions of `x`, such as scales of channels, with as many dimensions."""
+    return last.reshape((1,) * (x.ndim - last.ndim) + last.shape)
 
 
 def decode_states(arrays: Mapping[str, Any], channels: Mapping[str, Any] = {}) -> dict[str, Any]:
@@ -185,11 +192,15 @@ def _summed_by_block(logits_BcV: jax.Array) -> tuple[jax.Array, jax.Array]:
         whole = kind.update(spec=kind.spec[:-1])
         largest, block = (jax.sharding.reshard(x, whole) for x in (largest, block))
         own_BcS = jax.sharding.reshard(own_BcS, kind)
-    return block * S + jnp.argmax(own_BcS, -1).astype(jnp.int32), _logsumexp(logits_BcV, largest)
+    total = jnp.exp(logits_BcV - largest[..., None]).sum(-1)
+    return block * S + jnp.argmax(own_BcS, -1).astype(jnp.int32), largest + jnp.log(total)
 
 
-def _logsumexp(logits_BcV: jax.Array, largest_Bc: jax.Array) -> jax.Array:
-    return largest_Bc + jnp.log(jnp.exp(logits_BcV - largest_Bc[..., None]).sum(-1))
+def _more(logits_BcV: jax.Array, argmax_Bc: jax.Array, largest_Bc: jax.Array) -> jax.Array:
+    """By how much the logsumexp is more than the largest logit. The others are summed up without the 1 of the
+    largest, beside which most of what a confident target gives them would be rounded away."""
+    others = _like(logits_BcV, jnp.arange(logits_BcV.shape[-1], dtype=jnp.int32)) != argmax_Bc[..., None]
+    return jnp.log1p(jnp.where(others, jnp.exp(logits_BcV - largest_Bc[..., None]), 0.0).sum(-1))
 
 
 def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | None) -> dict[str, jax.Array]:
@@ -197,15 +208,18 @@ def encode_logits(codec: Codec, logits_BcV: jax.Array, draft_ids_N: jax.Array | 
     if codec.name == "topk":
         # The barrier: where slices of top_k's result are used, XLA for CPU sorts the whole vocabulary instead
         # of selecting (jaxlib 0.10.2: 12 times the time).
-        top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BcV, codec.size))
-        argmax, logsumexp = ids[..., 0], _logsumexp(logits_BcV, top[..., 0])
+        kept, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_BcV, codec.size))
+        argmax, found = ids[..., 0], {"topk_ids": ids}
     else:
         argmax, logsumexp = jax.lax.platform_dependent(logits_BcV, cpu=_summed_by_block, default=_summed)
-    found = {"argmax": argmax, "logsumexp": logsumexp}
-    if codec.name == "topk":
-        found |= {"topk_logits": top.astype(jnp.float16), "topk_ids": ids}
-    elif codec.name == "draft":
-        found["draft_logits"] = jnp.take(logits_BcV, draft_ids_N, axis=-1).astype(codec.logits_dtype)
-    elif codec.name == "full":
-        found["full_logits"] = logits_BcV.astype(codec.logits_dtype)
-    return found
+        if codec.logprobs is None:
+            return {"argmax": argmax, "logsumexp": logsumexp}
+        kept, found = logits_BcV, {}
+        if codec.name == "draft":
+            kept = jnp.take(logits_BcV, draft_ids_N, axis=-1)
+    largest = kept[..., 0] if codec.name == "topk" else logits_BcV.max(-1)
+    more = _more(logits_BcV, argmax, largest)
+    name, dtype = codec.logprobs
+    logp = (kept - largest[..., None]) - more[..., None]  # in this order not rounded to the steps of logits
+    logp = jnp.clip(logp, _LEAST, 0.0).astype(dtype)
+    return found | {"argmax": argmax, "logsumexp": largest + more, name: logp}

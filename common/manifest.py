@@ -19,7 +19,7 @@ from common.config import INT8, digest
 from common.errors import EyasError
 from common.schema import Count, Crc32, FileName, NotRequired, Sha256, Size, TypedDict
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 ROW_SUMS = "row_sums.parquet"
@@ -111,7 +111,7 @@ class Marker(TypedDict):
 def read_manifest(url: str, unfinished: bool = False) -> dict[str, Any]:
     """The manifest of a store, of rows that are not complete only if `unfinished`.
 
-    EyasError if there is none, it is damaged, its sizes disagree, or a newer Eyas wrote it.
+    EyasError if there is none, it is damaged, its sizes disagree, or another Eyas wrote it.
     """
     place = f"{url.rstrip('/')}/{MANIFEST}"
     if not storage.exists(place):
@@ -122,6 +122,11 @@ def read_manifest(url: str, unfinished: bool = False) -> dict[str, Any]:
         raise EyasError(f"{place} has no schema number, so it is no store's manifest; check the path")
     if number > SCHEMA:
         raise EyasError(f"{url} has schema {number}, newer than {SCHEMA}, which this Eyas reads; update Eyas")
+    if number < SCHEMA:
+        raise EyasError(
+            f"{url} has schema {number}, older than {SCHEMA}, which this Eyas reads; make another store with "
+            "prepare and dump"
+        )
     schema.check(Manifest, manifest, place, _RESTORE)
     _check_sizes(place, manifest)
     _hash(place, manifest)

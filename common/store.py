@@ -204,7 +204,7 @@ class Store:
         )
 
     def draft_ids(self) -> np.ndarray | None:
-        """The ids behind draft_logits, int32 [N] ascending; None where the codec is not `draft`."""
+        """The ids behind draft_logprobs, int32 [N] ascending; None where the codec is not `draft`."""
         codec = self.features["codec"]
         if codec["name"] != "draft":
             return None

@@ -1,11 +1,14 @@
-"""Every file of a store against its checksums."""
+"""Every file of a store against its checksums; log-probabilities against what they can be."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from common import storage
+from common.codec import LOGPROBS
 from common.errors import EyasError, RestartError
 from common.manifest import COLUMNS
 from common.progress import Progress
@@ -77,7 +80,28 @@ def _rows(store: Store, name: str, rows: range) -> int:
     """The bytes of an array's rows; reading compares each with its sum."""
     at_once = max(1, _BYTES // store.row_bytes(name))
     parts = (range(start, min(start + at_once, rows.stop)) for start in range(rows.start, rows.stop, at_once))
-    return sum(store.read([name], part)[name].nbytes for part in parts)
+    read = _log_probabilities if name.endswith(LOGPROBS) else _any_numbers
+    return sum(read(store, name, part) for part in parts)
+
+
+def _any_numbers(store: Store, name: str, rows: range) -> int:
+    return store.read([name], rows)[name].nbytes
+
+
+def _log_probabilities(store: Store, name: str, rows: range) -> int:
+    """EyasError where those of a document are not finite or above 0, or the largest k are out of order."""
+    read = store.read([name, "segment_ids"], rows)
+    found = read[name]
+    wrong = ~(np.isfinite(found) & (found <= 0)).all(-1)
+    if name.startswith("topk"):
+        wrong |= (found[..., 1:] > found[..., :-1]).any(-1)
+    wrong &= read["segment_ids"] > 0
+    if wrong.any():
+        raise EyasError(
+            f"{store.url}: {name} of row {rows[int(wrong.any(1).argmax())]} is not finite, above 0 or out of "
+            "order, so no log-probabilities; make another store with prepare and dump"
+        )
+    return found.nbytes
 
 
 def _marker(store: Store, block: int) -> int:

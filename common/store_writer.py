@@ -196,7 +196,7 @@ def _claim_features(url: str, features: dict[str, Any]) -> None:
 def create_features(url: str, features: dict[str, Any], draft_ids: np.ndarray | None = None) -> None:
     """Puts the features into the manifest and makes their arrays, or finds them there.
 
-    `draft_ids` int32 [N]: the ids behind draft_logits. EyasError as `find_features`, MachineError when the
+    `draft_ids` int32 [N]: the ids behind draft_logprobs. EyasError as `find_features`, MachineError when the
     disk is full.
     """
     url = url.rstrip("/")

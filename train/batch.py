@@ -1,7 +1,7 @@
 """What a training step is given: one shard of rows, and what of the target stays as it is.
 
 Dimensions: B rows, T positions, n = B * T, A aux states, H hidden size, C live indices, M targets, V the
-target's vocabulary, D the draft's, k of the logits that are kept. Of rows in pieces (train/pieces.py) T is
+target's vocabulary, D the draft's, k of the likeliest that are kept. Of rows in pieces (train/pieces.py) T is
 what a chip has of them.
 """
 
@@ -22,14 +22,14 @@ class Batch(NamedTuple):
     segment_ids: jax.Array  # int32 [B, T]; 0 is padding
     positions: jax.Array  # int32 [B, T]
     aux_hidden: jax.Array  # [B, T, A, H]; [B, t, A, H] of a piece, whose own positions are t of T
-    last_hidden: jax.Array | None  # [B, T, H]; None where stored logits teach
-    draft_logits: jax.Array | None  # [B, T, D]
+    last_hidden: jax.Array | None  # [B, T, H]; None where it is not to teach
+    draft_logprobs: jax.Array | None  # [B, T, D], over the target's whole vocabulary
     argmax: jax.Array  # int32 [B, T], target ids
-    logsumexp: jax.Array  # float32 [B, T]
+    logsumexp: jax.Array | None  # float32 [B, T]; of last_hidden's logits
     live: jax.Array  # int32 [C], flat indices; n where free; where C is n, all positions
     targets: jax.Array  # int32 [M], flat positions; n where free
     count: jax.Array  # int32 [1], how many targets are real; so many as there are parts, see `in_parts`
-    topk_logits: jax.Array | None = None  # [B, T, k], the target's largest
+    topk_logprobs: jax.Array | None = None  # [B, T, k], of the likeliest tokens
     topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
     row: jax.Array | None = None  # int32 [B], of the store
     later: Params | None = None  # live, targets and count of the steps behind step 0, where they differ
@@ -39,7 +39,7 @@ class Frozen(NamedTuple):
     """What the head takes from the target and never trains."""
 
     embed: jax.Array  # [V, H]; a chip's part of the columns where they are divided
-    lm_head: jax.Array | None  # [D, H], the draft vocabulary's rows; None where stored logits teach
+    lm_head: jax.Array | None  # [D, H], the draft vocabulary's rows; None where it is not to teach
     draft_index: jax.Array  # int32 [V]: a token's place in the draft vocabulary, or -1
 
 

@@ -22,14 +22,15 @@ _LEAST_REST = 1e-6  # of the mass: the largest k never hold all of it, whatever 
 
 
 class Teacher(NamedTuple):
-    """What the target thinks at M targets: hidden states [M, H], its draft-vocabulary logits [M, D], or its
-    largest k logits [M, k] with their places in the draft vocabulary."""
+    """What the target thinks at M targets: hidden states [M, H] with the logsumexp of their logits,
+    log-probabilities of the draft vocabulary [M, D], or the largest k of all [M, k] with their places in the
+    draft vocabulary. All are over the target's whole vocabulary."""
 
-    hidden_MH: jax.Array | None
-    lm_head_DH: jax.Array | None
-    logits_MD: jax.Array | None
-    logsumexp_M: jax.Array  # float32, over the target's whole vocabulary
     argmax_M: jax.Array  # int32 draft index of the whole vocabulary's argmax; -1 if the draft lacks it
+    hidden_MH: jax.Array | None = None
+    lm_head_DH: jax.Array | None = None
+    logsumexp_M: jax.Array | None = None  # float32
+    logp_MD: jax.Array | None = None
     top_Mk: jax.Array | None = None
     top_index_Mk: jax.Array | None = None  # int32 draft index; -1 if the draft lacks it
 
@@ -73,38 +74,38 @@ def _taught(teacher: Teacher, start: jax.Array, logits_KcD: jax.Array) -> Taught
     def part(x):
         return jax.lax.dynamic_slice_in_dim(x, start, logits_KcD.shape[1])
 
-    logsumexp_c = part(teacher.logsumexp_M)
+    logsumexp_c = jnp.float32(0)
     if teacher.top_Mk is not None:
-        t_KcD = _filled_up(part(teacher.top_Mk), part(teacher.top_index_Mk), logsumexp_c, logits_KcD)
-    elif teacher.logits_MD is None:
-        t_KcD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)[None]
+        t_KcD = _filled_up(part(teacher.top_Mk), part(teacher.top_index_Mk), logits_KcD)
+    elif teacher.logp_MD is not None:
+        t_KcD = part(teacher.logp_MD).astype(jnp.float32)[None]
     else:
-        t_KcD = part(teacher.logits_MD).astype(jnp.float32)[None]
+        t_KcD = einsum("ch,dh->cd", part(teacher.hidden_MH), teacher.lm_head_DH)[None]
+        logsumexp_c = part(teacher.logsumexp_M)
     lse_Kc = jax.nn.logsumexp(t_KcD, axis=-1)
-    # The logsumexp is of exact states, the logits may be of rounded ones, whose mass can exceed 1.
+    # What was stored is rounded, and so the mass can exceed 1.
     mass_c = jnp.minimum(jnp.exp(lse_Kc[0] - logsumexp_c), 1.0)
     return Taught(t_KcD - lse_Kc[..., None], mass_c, part(teacher.argmax_M))
 
 
-def _filled_up(
-    top_ck: jax.Array, index_ck: jax.Array, logsumexp_c: jax.Array, logits_KcD: jax.Array
-) -> jax.Array:
-    """Logits [K, c, D] of a target of which k are known; the rest of its mass is the draft's other tokens'.
+def _filled_up(top_ck: jax.Array, index_ck: jax.Array, logits_KcD: jax.Array) -> jax.Array:
+    """Log-probabilities [K, c, D] of a target of which k are known; the rest of its mass is the draft's other
+    tokens'.
 
     It is divided as the head itself divides it, for the teacher says nothing about them. So a loss's
     gradient is that of all of the others taken as one token, whose probability is the rest.
     """
     _, c, D = logits_KcD.shape
     top_ck = top_ck.astype(jnp.float32)
-    rest_c = jnp.maximum(1 - jnp.exp(top_ck - logsumexp_c[:, None]).sum(-1), _LEAST_REST)
+    lacking_c = -jnp.expm1(top_ck[:, 0]) - jnp.exp(top_ck[:, 1:]).sum(-1)  # 1 - the sum, of a p near 1 too
+    rest_c = jnp.maximum(lacking_c, _LEAST_REST)
     row_c1 = jnp.arange(c, dtype=jnp.int32)[:, None]
     place_ck = jnp.where(index_ck < 0, D, index_ck)
     known_cD = jnp.full((c, D), -jnp.inf).at[row_c1, place_ck].set(top_ck, mode="drop")
     is_known_1cD = jnp.isfinite(known_cD)[None]
     others_KcD = jnp.where(is_known_1cD, -jnp.inf, logits_KcD)
     share_KcD = others_KcD - jax.nn.logsumexp(others_KcD, axis=-1, keepdims=True)
-    rest_1c1 = (jnp.log(rest_c) + logsumexp_c)[None, :, None]
-    return jnp.where(is_known_1cD, known_cD[None], share_KcD + rest_1c1)
+    return jnp.where(is_known_1cD, known_cD[None], share_KcD + jnp.log(rest_c)[None, :, None])
 
 
 def chunk_size(M: int, logits: int, dtype: Any) -> int:

@@ -34,15 +34,14 @@ def reads(batch: Batch, valid_MK: jax.Array, first: int = 0) -> Reads:
 
 def teacher(frozen: Frozen, batch: Batch, dtype: Any) -> Teacher:
     """The teacher of every target; free places hold zeros."""
-    argmax, logsumexp = (pick(x, batch.targets) for x in (batch.argmax, batch.logsumexp))
-    index = frozen.draft_index[argmax]
-    if batch.topk_logits is not None:
-        top, ids = (pick(x, batch.targets) for x in (batch.topk_logits, batch.topk_ids))
-        return Teacher(None, None, None, logsumexp, index, top, frozen.draft_index[ids])
-    if batch.draft_logits is not None:
-        return Teacher(None, None, pick(batch.draft_logits, batch.targets), logsumexp, index)
-    hidden = pick(batch.last_hidden, batch.targets)
-    return Teacher(hidden.astype(dtype), frozen.lm_head.astype(dtype), None, logsumexp, index)
+    index = frozen.draft_index[pick(batch.argmax, batch.targets)]
+    if batch.topk_logprobs is not None:
+        top, ids = (pick(x, batch.targets) for x in (batch.topk_logprobs, batch.topk_ids))
+        return Teacher(index, top_Mk=top, top_index_Mk=frozen.draft_index[ids])
+    if batch.draft_logprobs is not None:
+        return Teacher(index, logp_MD=pick(batch.draft_logprobs, batch.targets))
+    hidden, logsumexp = (pick(x, batch.targets) for x in (batch.last_hidden, batch.logsumexp))
+    return Teacher(index, hidden.astype(dtype), frozen.lm_head.astype(dtype), logsumexp)
 
 
 class StepSums(NamedTuple):

@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         )
     teacher, whole = config.teacher or whole_teacher(store), whole_teacher(store)
     taught = teaching_arrays(store, teacher)
-    if config.teacher_temperature != 1 and "topk_logits" in taught:
+    if config.teacher_temperature != 1 and "topk_logprobs" in taught:
         raise EyasError(
             f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
             f"{store.url} has the largest; give 1"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.channels import decode_channels
-from common.codec import arrays_of, decode_states
+from common.codec import LOGPROBS, arrays_of, decode_states
 from common.errors import EyasError
 from common.store import Store
 
@@ -35,16 +35,16 @@ def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     """The feature arrays that a trainer reads. EyasError if the store has not what is to teach."""
     features = store.features
     states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
-    names = ("argmax", "logsumexp", *arrays_of(features["precision"], *states))
+    names = ("argmax", *arrays_of(features["precision"], *states))
     if teacher == "recompute":
-        return names
+        return (*names, "logsumexp")
     codec = features["codec"]["name"]
     if codec not in ("topk", "draft", "full"):
         raise EyasError(
             f"{store.url} has no logits to teach with (codec {codec}); use --teacher recompute, or dump with "
             "--logits topk, draft or full"
         )
-    return (*names, *(("topk_logits", "topk_ids") if codec == "topk" else (f"{codec}_logits",)))
+    return (*names, f"{codec}{LOGPROBS}", *(("topk_ids",) if codec == "topk" else ()))
 
 
 def channels_of(store: Store) -> dict[str, np.ndarray]:

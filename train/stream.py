@@ -147,7 +147,7 @@ class Stream:
             view = self._views[part.order]
             rows = {name: x for name, x in arrays.items() if name in self._shown[view.teacher]}
             if view.teacher == "stored" and read.drafts:
-                rows["draft_logits"] = read.drafts[_vocabulary(view)]
+                rows["draft_logprobs"] = read.drafts[_vocabulary(view)]
             if (places := self._places(view)) not in chosen:
                 chosen[places] = _chosen(rows["aux_hidden"], places)
             rows["aux_hidden"] = chosen[places]
@@ -172,11 +172,10 @@ class Stream:
         own = self._rows.own(rows)
         found = self._read(own) | {"row": own.astype(np.int32)}
         masks = {name: found[name] for name in MASKING}
-        logits = {name: found.pop(name) for name in ("draft_logits", "full_logits") if name in found}
+        draft, full = (found.pop(name, None) for name in ("draft_logprobs", "full_logprobs"))
         drafts = {}
         for key, ids in self._vocabularies.items():
-            full = logits.get("full_logits")
-            drafts[key] = logits["draft_logits"] if full is None else np.take(full, ids, axis=-1)
+            drafts[key] = draft if full is None else np.take(full, ids, axis=-1)
         del found["loss_mask"]
         return _Read(found, drafts, _shared(self._all_counts(parts, masks)))
 

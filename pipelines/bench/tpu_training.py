@@ -93,7 +93,7 @@ def _batch(c: Eagle3, mesh: Mesh, T: int, rows_of_chip: int, steps: int) -> Batc
 
     return Batch(
         **dict.fromkeys(("tokens", "segment_ids", "positions", "argmax"), rows(B, T)),
-        draft_logits=None,
+        draft_logprobs=None,
         live=by_chip(rows_of_chip * (own + behind)),
         targets=by_chip(round_up(rows_of_chip * (own + ahead))),
         row=rows(B),

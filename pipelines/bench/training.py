@@ -105,7 +105,7 @@ def make_problem(size: Size, seed: int = 0) -> Problem:
         positions=positions,
         aux_hidden=rng.normal(size=(B, T, 3, H)).astype(np.float32),
         last_hidden=last,
-        draft_logits=None,
+        draft_logprobs=None,
         argmax=ids[teacher.argmax(-1)].reshape(B, T).astype(np.int32),
         logsumexp=np.log(np.exp(teacher).sum(-1)).reshape(B, T).astype(np.float32),
         live=live_places(live, 1, live_capacity(int(live.sum()), B * T)),

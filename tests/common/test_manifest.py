@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common import storage
 from common.checked import sha256
 from common.errors import EyasError
-from common.manifest import read_manifest
+from common.manifest import SCHEMA, read_manifest
 from common.store import Store
 from tests.common.made_store import (
     A,
@@ -45,15 +45,21 @@ def test_cut_and_edited_manifests(full):
     storage.write_bytes(place, text[:200])
     with pytest.raises(EyasError, match="is not JSON"):
         Store.open(full)
-    for broken in ("[]", '{"schema": 1}', '{"schema": 1, "rows": {"rows": 0}}'):
+    for broken in ("[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "rows": {{"rows": 0}}}}'):
         storage.write_bytes(place, broken.encode())
         with pytest.raises(EyasError):
             Store.open(full)
 
 
 def test_newer_schema_is_refused(full):
-    edit(f"{full}/manifest.json", lambda m: m.update(schema=2))
-    with pytest.raises(EyasError, match="schema 2, newer than 1"):
+    edit(f"{full}/manifest.json", lambda m: m.update(schema=SCHEMA + 1))
+    with pytest.raises(EyasError, match=f"schema {SCHEMA + 1}, newer than {SCHEMA}.*update Eyas"):
+        Store.open(full)
+
+
+def test_older_schema_is_refused(full):
+    edit(f"{full}/manifest.json", lambda m: m.update(schema=SCHEMA - 1))
+    with pytest.raises(EyasError, match=f"schema {SCHEMA - 1}, older than {SCHEMA}.*prepare and dump"):
         Store.open(full)
 
 

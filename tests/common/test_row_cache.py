@@ -157,7 +157,7 @@ def url(request, tmp_path_factory):
     return small_store.write_store(str(place), "draft", request.param)
 
 
-NAMES = ("tokens", "loss_mask", "aux_hidden", "last_hidden", "argmax", "draft_logits")
+NAMES = ("tokens", "loss_mask", "aux_hidden", "last_hidden", "argmax", "draft_logprobs")
 ROWS = np.array([9, 0, 1, 9, 14])
 
 

@@ -10,7 +10,7 @@ from common import storage
 from common.errors import DamagedError, EyasError, MachineError
 from common.store import Store
 from common.store_verify import verify
-from tests.common.made_store import H, T, make_rows, problem
+from tests.common.made_store import H, R, T, features, make_rows, problem, write_blocks
 
 
 def flip(path: str, byte: int) -> None:
@@ -138,3 +138,23 @@ def test_training_refuses_swapped_rows(full, one, other):
     os.rename(f"{full}/rows/aside", f"{full}/rows/{other}")
     with pytest.raises(EyasError, match=rf"{one} rows \[3\]: damaged on disk"):
         Store.open(full).read([one], [3])
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(-1.0, ""), (-np.inf, "row 4"), (np.nan, "row 4"), (0.5, "row 4"), (-9.0, "row 4")]
+)
+def test_log_probabilities_that_can_be_none_are_damage(tmp_path, value, found):
+    """Though their checksums are right; what is not of a document is not looked at."""
+    url = str(tmp_path / "store")
+    make_rows(url)
+    rows = Store.open(url).read(["segment_ids"], range(R))["segment_ids"]
+    values = features() | {
+        "topk_logprobs": np.tile(np.float16([-0.5, -1, -8.5]), (R, T, 1)),
+        "topk_ids": np.tile(np.int32([4, 2, 3]), (R, T, 1)),
+    }
+    assert (rows[4] > 0).any()
+    values["topk_logprobs"][4, rows[4] > 0, 1] = value
+    values["topk_logprobs"][rows <= 0] = np.nan
+    write_blocks(url, values, codec={"name": "topk", "size": 3})
+    assert found in problem(url)
+    assert bool(problem(url)) == bool(found)

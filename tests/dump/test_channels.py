@@ -115,7 +115,7 @@ def test_the_last_state_can_be_left_out_beside_the_largest_logits(config):
     run(replace(config, precision="int8", last_hidden="none"))
     features = Store.open(config.store).features
     assert set(features["arrays"]) == {
-        *("aux_hidden", "aux_scale", "argmax", "logsumexp", "topk_logits", "topk_ids")
+        *("aux_hidden", "aux_scale", "argmax", "logsumexp", "topk_logprobs", "topk_ids")
     }
     assert "last_hidden" not in features
     assert set(features["channels"]) == {"aux_hidden"}

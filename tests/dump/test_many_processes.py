@@ -54,7 +54,7 @@ def require_same(found: Store, wanted: Store) -> None:
     real = wanted.read(["segment_ids"], rows)["segment_ids"] > 0
     for name in wanted.features["arrays"]:
         got, want = (store.read([name], rows)[name][real] for store in (found, wanted))
-        tolerance = {"rtol": 2e-3, "atol": 2e-3} if name == "topk_logits" else {"rtol": 1e-4, "atol": 1e-5}
+        tolerance = {"rtol": 2e-3, "atol": 2e-3} if name == "topk_logprobs" else {"rtol": 1e-4, "atol": 1e-5}
         np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), **tolerance, err_msg=name)
 
 

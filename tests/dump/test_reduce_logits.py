@@ -66,18 +66,56 @@ def test_logits_codecs(name, size, chunk):
     found = run(Codec(name, size, "float32"), chunk)
     logits = expected()
     np.testing.assert_array_equal(found.pop("argmax"), logits.argmax(-1))
-    np.testing.assert_allclose(found.pop("logsumexp"), np.log(np.exp(logits).sum(-1)), rtol=1e-6)
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(found.pop("logsumexp"), logsumexp, rtol=1e-6)
+    logp = logits - logsumexp[..., None]
     if name == "topk":
         order = np.argsort(-logits, axis=-1, kind="stable")[..., :K]
         np.testing.assert_array_equal(found["topk_ids"], order)
-        np.testing.assert_array_equal(found["topk_logits"], np.take_along_axis(logits, order, -1))
-        assert found["topk_logits"].dtype == np.float16
+        np.testing.assert_allclose(found["topk_logprobs"], np.take_along_axis(logp, order, -1), rtol=5e-4)
+        assert found["topk_logprobs"].dtype == np.float16
     elif name == "draft":
-        np.testing.assert_array_equal(found["draft_logits"], logits[..., IDS])
+        np.testing.assert_allclose(found["draft_logprobs"], logp[..., IDS], rtol=1e-6, atol=1e-6)
     elif name == "full":
-        np.testing.assert_array_equal(found["full_logits"], logits)
+        np.testing.assert_allclose(found["full_logprobs"], logp, rtol=1e-6, atol=1e-6)
     else:
         assert not found
+
+
+@pytest.mark.parametrize(("name", "size"), [("topk", 16), ("draft", 16), ("full", 500)])
+def test_confident_targets_keep_their_probabilities(name, size):
+    """With logits of about 40: of the likely tokens within 0.1%, and of what they lack of the mass too."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(300, 500))
+    logits[:, 0] += rng.uniform(12, 16, size=300)  # p of 0.97 to 0.9999
+    logits += rng.uniform(30, 40, size=(300, 1))
+    logits = logits.astype(np.float32)
+    ids = np.arange(size, dtype=np.int32)
+    found = jax.jit(lambda x: encode_logits(Codec(name, size, "bfloat16"), x, ids))(logits)
+    stored = np.asarray(found[f"{name}_logprobs"])
+    assert stored.dtype == np.float16
+    p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    p = np.take_along_axis(p, np.asarray(found["topk_ids"]), -1) if name == "topk" else p[:, :size]
+    back = np.exp(stored.astype(np.float64))
+    likely = p > 0.02
+    np.testing.assert_allclose(back[likely], p[likely], rtol=1e-3)
+    assert (np.abs(back - p) <= 5e-4 * (1 - p) + 2e-7).all()
+    np.testing.assert_allclose(1 - back[:, 0], 1 - p[:, 0], rtol=1e-3)
+    if name == "topk":
+        np.testing.assert_allclose(1 - back.sum(-1), 1 - p.sum(-1), rtol=1e-3)
+
+
+def test_log_probabilities_are_finite_and_at_most_0():
+    """Also of tokens that a target rules out; each codec stores numbers that verify lets pass."""
+    logits = np.full((2, V), -1e30, np.float32)
+    logits[0, 3], logits[1] = 50, 0.0
+    logits[0, 4] = -np.inf
+    for codec in (Codec("topk", K, "int8"), Codec("full", V, "float32")):
+        found = encode_logits(codec, jnp.asarray(logits), None)[codec.logprobs[0]]
+        assert np.isfinite(found).all()
+        assert (np.asarray(found) <= 0).all()
+        assert (np.exp(np.asarray(found[0], np.float64)).sum()) == 1
 
 
 def test_the_vocabulary_is_never_sorted():

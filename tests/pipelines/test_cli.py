@@ -160,7 +160,7 @@ def place(tmp_path_factory):
     )
     manifest = storage.read_json(str(here / "rows" / "manifest.json"))
     storage.write_json(str(here / "newer" / "manifest.json"), manifest | {"schema": 99})
-    storage.write_bytes(str(here / "damaged" / "manifest.json"), b'{"schema": 1, ')
+    storage.write_bytes(str(here / "damaged" / "manifest.json"), b'{"schema": 2, ')
     return here
 
 

@@ -40,7 +40,7 @@ def batch_of(p: Problem, compat=None, shards=1, taught=None) -> Batch:
         positions=jnp.asarray(p.positions),
         aux_hidden=f32(p.aux),
         last_hidden=f32(p.last),
-        draft_logits=None,
+        draft_logprobs=None,
         argmax=jnp.asarray(logits.argmax(-1), jnp.int32),
         logsumexp=f32(np.log(np.exp(logits).sum(-1))),
         live=jnp.asarray(compact(live, shards, size)),

@@ -118,11 +118,12 @@ def _features(rng, embedded, lm_head, counts, codec: str) -> dict[str, Any]:
         "argmax": logits.argmax(-1).astype(np.int32),
         "logsumexp": np.log(np.exp(logits).sum(-1)).astype(np.float32),
     }
+    logp = logits - found["logsumexp"][..., None]
     if codec == "topk":
         found["topk_ids"] = np.argsort(-logits, -1, kind="stable").astype(np.int32)
-        found["topk_logits"] = np.take_along_axis(logits, found["topk_ids"], -1).astype(np.float16)
+        found["topk_logprobs"] = np.take_along_axis(logp, found["topk_ids"], -1).astype(np.float16)
     if codec == "draft":
-        found["draft_logits"] = logits[..., ids].astype(np.float32)
+        found["draft_logprobs"] = logp[..., ids].astype(np.float32)
     if codec == "full":
-        found["full_logits"] = logits.astype(np.float32)
+        found["full_logprobs"] = logp.astype(np.float32)
     return found

@@ -62,7 +62,8 @@ def test_the_mean_over_all_samples_is_the_references_loss_and_gradient(chips, pa
     frozen, batch = frozen_of(p), batch_of(p, shards=shards)
     if stored:
         frozen = frozen._replace(lm_head=None)
-        batch = batch._replace(last_hidden=None, draft_logits=f32(p.target_logits[..., p.draft_ids]))
+        logp = p.target_logits - np.log(np.exp(p.target_logits).sum(-1, keepdims=True))
+        batch = batch._replace(last_hidden=None, draft_logprobs=f32(logp[..., p.draft_ids]))
     whole = jax.device_put((parameters_of(p), frozen), sharding(mesh, ()))
     fn = jax.jit(gradient(p.config, mesh, STEPS, DECAY, jnp.float32, anchors=SHARE))
     found = []

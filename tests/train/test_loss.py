@@ -33,14 +33,12 @@ def score(z, *args):
 
 
 def made(seed=0, rounding=0.0):
-    """(z, lm_head, weights, a teacher whose logits are `rounding` away from those of its logsumexp)."""
+    """(z, lm_head, weights, a teacher whose log-probabilities are `rounding` too large)."""
     rng = np.random.default_rng(seed)
     z, w, weight, logits = (rng.normal(size=s) for s in ((M, K, H), (D, H), (M, K), (M, D)))
-    lse = np.log(np.exp(logits).sum(-1))
-    taught = Teacher(
-        None, None, jnp.asarray(logits + rounding, jnp.float32), jnp.asarray(lse, jnp.float32),
-        jnp.asarray(logits.argmax(-1), jnp.int32),
-    )  # fmt: skip
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) + rounding
+    argmax = jnp.asarray(logits.argmax(-1), jnp.int32)
+    taught = Teacher(argmax, logp_MD=jnp.asarray(logp, jnp.float32))
     return *(jnp.asarray(x, jnp.float32) for x in (z, w, weight)), taught
 
 
@@ -61,7 +59,7 @@ def test_a_dead_head_is_right_as_often_as_the_first_token_is():
 def test_what_the_target_drew_is_accepted_as_often_as_anything_is():
     """In the mean over its draws: sum_v p_v min(1, q_v / p_v) = sum_v min(p_v, q_v)."""
     z, w, _, taught = made()
-    p, total = jax.nn.softmax(taught.logits_MD, -1), 0.0
+    p, total = jnp.exp(taught.logp_MD), 0.0
     for token in range(D):
         drawn = score(z, w, taught, jnp.int32(M), jnp.full(M, token, jnp.int32)).drawn
         total += np.asarray(p[:, token, None] * drawn)
@@ -142,7 +140,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(name):
         return total(fn, z, w, weight, taught, jnp.int32(COUNT))
 
     def at_once(z, w):
-        logp = jax.nn.log_softmax(taught.logits_MD, -1)[None]
+        logp = jax.nn.log_softmax(taught.logp_MD, -1)[None]
         per = fn(einsum("mkh,dh->kmd", z, w), Taught(logp, jnp.ones(M), taught.argmax_M))
         return (per.T * weight).sum()
 
@@ -155,10 +153,10 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_at_once(name):
 
 
 def top(taught, k):
-    """The same teacher, of which the largest `k` logits are known; every third token is not the draft's."""
-    values, ids = jax.lax.top_k(taught.logits_MD, k)
+    """The same teacher, of which the `k` likeliest tokens are known; every third token is not the draft's."""
+    values, ids = jax.lax.top_k(taught.logp_MD, k)
     index = jnp.where(ids % 3 == 2, -1, ids // 3 * 2 + ids % 3)
-    return taught._replace(logits_MD=None, top_Mk=values, top_index_Mk=index, argmax_M=index[:, 0])
+    return Teacher(index[:, 0], top_Mk=values, top_index_Mk=index)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "reverse-kl", "lk-alpha"])
@@ -171,23 +169,23 @@ def test_what_the_largest_logits_lack_counts_as_one_token(name):
 
     @jax.jit
     @jax.grad
-    def lumped(z, top, index, lse):
+    def lumped(z, top, index):
         known = jnp.where(index >= 0, 1.0, 0.0)
-        q, p = jax.nn.softmax(w @ z)[index] * known, jnp.exp(top - lse)
+        q, p = jax.nn.softmax(w @ z)[index] * known, jnp.exp(top)
         rest_p, rest_q = 1 - p.sum(keepdims=True), 1 - q.sum(keepdims=True)
         p, q = jnp.append(p * known, rest_p), jnp.append(q, rest_q)
         logits, logp = (jnp.where(p > 0, jnp.log(jnp.where(p > 0, x, 1.0)), -30.0) for x in (q, p / p.sum()))
         return fn(logits[None, None], Taught(logp[None, None], p.sum(keepdims=True), index[:1] * 0))[0, 0]
 
     for m, step in ((0, 0), (5, 1), (17, 0)):
-        expected = lumped(z[m, step], taught.top_Mk[m], taught.top_index_Mk[m], taught.logsumexp_M[m])
+        expected = lumped(z[m, step], taught.top_Mk[m], taught.top_index_Mk[m])
         np.testing.assert_allclose(found[m, step], expected, rtol=2e-3, atol=2e-5, err_msg=str(m))
 
 
 def test_a_teacher_of_all_logits_is_the_whole_teacher():
     z, w, _, whole = made()
-    values, ids = jax.lax.top_k(whole.logits_MD, D)
-    taught = whole._replace(logits_MD=None, top_Mk=values, top_index_Mk=ids)
+    values, ids = jax.lax.top_k(whole.logp_MD, D)
+    taught = Teacher(whole.argmax_M, top_Mk=values, top_index_Mk=ids)
     for found, expected in zip(
         score(z, w, taught, jnp.int32(M)), score(z, w, whole, jnp.int32(M)), strict=True
     ):
@@ -201,9 +199,8 @@ def test_memory_is_bounded_by_a_chunk_whatever_the_number_of_targets():
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def temporaries(targets):
-        taught = Teacher(
-            array(targets, H), array(wide, H), None, array(targets), array(targets, dtype=jnp.int32)
-        )
+        argmax = array(targets, dtype=jnp.int32)
+        taught = Teacher(argmax, array(targets, H), array(wide, H), array(targets))
         fn = jax.value_and_grad(partial(total, losses.make("lk-lambda")), (0, 1))
         args = (array(targets, K, H), array(wide, H), array(targets, K), taught, array(dtype=jnp.int32))
         return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes

@@ -138,7 +138,7 @@ def test_a_batch_holds_the_rows_asked_for(store):
     (batch,) = batches(stream_of(store, rows))
     for name in ("tokens", "segment_ids", "positions", "aux_hidden", "last_hidden", "argmax", "logsumexp"):
         np.testing.assert_array_equal(getattr(batch, name), store.read([name], rows)[name])
-    assert batch.draft_logits is None
+    assert batch.draft_logprobs is None
 
 
 @pytest.mark.parametrize("chips", [1, 2])
@@ -204,8 +204,7 @@ def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
         "aux_hidden",
         "aux_scale",
         "argmax",
-        "logsumexp",
-        "draft_logits",
+        "draft_logprobs",
     }
     assert {"last_hidden", "last_scale"} < set(teaching_arrays(small, "recompute"))
 

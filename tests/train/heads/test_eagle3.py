@@ -154,8 +154,9 @@ def test_where_most_are_live_all_are_computed_and_as_many_count(packed):
 
 def test_stored_logits_teach_as_recomputed_ones(packed):
     (total, _), gradients = trained(packed)
-    stored = packed.target_logits[..., packed.draft_ids]
-    batch = batch_of(packed)._replace(last_hidden=None, draft_logits=f32(stored))
+    logp = packed.target_logits - np.log(np.exp(packed.target_logits).sum(-1, keepdims=True))
+    stored = f32(logp[..., packed.draft_ids])
+    batch = batch_of(packed)._replace(last_hidden=None, draft_logprobs=stored)
     frozen = frozen_of(packed)._replace(lm_head=None)
     weights = f32(weights_of(packed, None))
     (other, _), others = loss_and_gradients(parameters_of(packed), frozen, batch, weights)
