@@ -25,11 +25,12 @@ def table(found: Mapping[str, Any]) -> str:
     by_step = [["", *(f"step {k}" for k in range(steps))]]
     by_step += [numbers(f"head {name}", head[name]) for name in ("acc", "cond_acc", "full_acc", "alpha")]
     by_step += [numbers(f"{name} acc", found[name]["acc"]) for name in others]
+    most = ", at most" if head.get("sampled_at_most") else ""
     by_k = [["tokens drafted at once", *(f"k={k}" for k in range(1, steps + 1))]]
     by_k += [
         numbers("head, temperature 0", head["length_greedy_by_k"]),
-        numbers("head, temperature 1, sampled drafts", head["length_sampled_by_k"]),
-        numbers("  the same, of answers that the target drew", head["length_drawn_by_k"]),
+        numbers(f"head, temperature 1, sampled drafts{most}", head["length_sampled_by_k"]),
+        numbers(f"  the same, of answers that the target drew{most}", head["length_drawn_by_k"]),
     ]
     by_k += [numbers(f"{name}, temperature 0", found[name]["length_greedy_by_k"]) for name in others]
     accepted = ", ".join(f"{share:.3f}" for share in head["accepted_greedy"])

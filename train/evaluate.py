@@ -66,7 +66,8 @@ class Evaluator:
         )
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
-        """The metrics of train/metrics.py, and "rows": of how many."""
+        """The metrics of train/metrics.py, "rows": of how many, and "sampled_at_most": true where what is
+        sampled is a bound (train/stored.py)."""
         return score_all([(self, params, taught)], label)[0]
 
 
@@ -87,7 +88,8 @@ def score_all(
             progress.update(B * source.store.length)
     evaluators = [evaluator for evaluator, _, _ in heads]
     found = zip(evaluators, sums, strict=True)
-    return [{"rows": evaluator.rows} | summarise(one) for evaluator, one in found if one is not None]
+    bound = {"sampled_at_most": True} if at_most(source.store) else {}
+    return [{"rows": evaluator.rows} | bound | summarise(one) for evaluator, one in found if one is not None]
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
             f"{store.url} was not dumped with all of last_hidden, which --teacher recompute needs; use "
             "--teacher stored"
         )
+    if config.anchors < 1 and config.ttt_steps == 1:
+        note(f"train: anchors={config.anchors:g} does nothing with ttt_steps=1, which has no later steps")
     published = open_published(config.init_folder, store) if config.init_folder else None
     draft_ids = _draft_ids(config, teacher, store, published)
     head = _head(config, store, len(draft_ids), published)

@@ -15,7 +15,7 @@ from pipelines.compare.curves import Curve
 from pipelines.compare.ranking import Group, Row, length
 from pipelines.compare.readable import duration, number, percent, tokens
 from pipelines.compare.runs import GREEDY, SAMPLED
-from pipelines.compare.tables import BY_K, by_k, cells, heading, title
+from pipelines.compare.tables import by_k, cells, heading, kinds_by_k, title
 
 COLOURS, DASHES = 8, 5  # of page.css
 _FOLDER = resources.files("pipelines.compare") / "web"
@@ -30,6 +30,7 @@ def render(groups: Sequence[Group], notes: Sequence[str]) -> str:
     return template.render(
         title=_title(groups),
         groups=[_shown(one) for one in groups],
+        at_most=any(one.at_most for one in groups),
         single=len(groups) == 1 and len(groups[0].rows) == 1,
         notes=notes,
         style=style,
@@ -65,7 +66,7 @@ def _title(groups: Sequence[Group]) -> str:
 
 def _shown(group: Group) -> dict[str, Any]:
     """What the template shows of a group."""
-    tables = [(name, by_k(group.rows, figure, first)) for name, figure, first in BY_K]
+    tables = [(name, by_k(group.rows, figure, first)) for name, figure, first in kinds_by_k(group)]
     return {
         "title": title(group),
         "heading": heading(group),
@@ -92,9 +93,10 @@ def _facts(group: Group) -> list[tuple[str, str, str]]:
     found = []
     if best and group.ranked:
         at = f"temperature 0, {drafts}; step {best.step:,} of {run.planned:,}"
+        drawn = f"temperature 1, {drafts}{group.at_most}"
         found += [
             ("acceptance length", number(length(run, group.k)), at),
-            ("the same, sampled", number(length(run, group.k, SAMPLED)), f"temperature 1, {drafts}"),
+            ("the same, sampled", number(length(run, group.k, SAMPLED)), drawn),
             ("first token right", percent(best.at("acc", 0)), "acc_0, held-out rows"),
         ]
         own = best.number("own_text")

@@ -90,9 +90,10 @@ def _charts(group: Group) -> list[_Chart]:
     one, k = len(group.rows) == 1, group.k - 1
     where = f"\nstore {store_name(group)} of {group.target}"
     drafted, step = ("by k", "by step k") if one else (f"k = {group.k}", "step 0")
+    sampled = f"{drafted}{group.at_most}"
     return [
         _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY, k),
-        _Chart(f"Estimated acceptance length, temperature 1, {drafted}", "evaluated", SAMPLED, k),
+        _Chart(f"Estimated acceptance length, temperature 1, {sampled}", "evaluated", SAMPLED, k),
         _Chart(f"Accuracy acc_k, held-out, {step}", "evaluated", "acc", 0),
         _Chart(f"Held-out loss, {step}", "evaluated", "loss", 0),
         _Chart("Training loss, sum over steps", "trained", "loss", 0),

@@ -13,7 +13,7 @@ from typing import Any
 from common import storage
 from common.errors import EyasError
 from common.texts import printable
-from pipelines.compare.runs import GREEDY, SAMPLED, Run
+from pipelines.compare.runs import AT_MOST, GREEDY, SAMPLED, Run
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Group:
     def ranked(self) -> int:
         """How many rows have a figure to be ranked by."""
         return sum(math.isfinite(length(row.run, self.k)) for row in self.rows)
+
+    @property
+    def at_most(self) -> str:
+        """What stands behind "sampled" where the store knows bounds alone; else ""."""
+        heads = (row.run.last for row in self.rows)
+        return ", at most" if any(head and head.values.get(AT_MOST) for head in heads) else ""
 
 
 def length(run: Run, k: int, name: str = GREEDY) -> float:

@@ -25,6 +25,7 @@ from pipelines.compare.curves import Curve, thin
 EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
 _MADE_BY_TRAINING = ("best", "last", "state")
 LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
+AT_MOST = "sampled_at_most"  # of an evaluation: what is sampled is a bound
 SINCE_BEST = "evaluations_since_best"
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")

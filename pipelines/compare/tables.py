@@ -26,7 +26,7 @@ def _cell(text: str, value: float | str | None = None) -> Cell:
 
 def heading(group: Group) -> list[str]:
     """The columns of `cells`."""
-    figures = ["sampled", "acc_0", "loss_0"]
+    figures = [f"sampled{group.at_most}", "acc_0", "loss_0"]
     best = [f"best, k={group.k}", *figures, "at step", f"last, k={group.k}", *figures]
     return ["", "run", *group.rows[0].differs, *best, "train loss", "tokens", "time", "tokens/s", "state"]
 
@@ -63,12 +63,15 @@ def _figures(head: Evaluation | None, k: int) -> list[Cell]:
     return [_cell(f"{value:.3f}" if math.isfinite(value) else "-", value) for value in found]
 
 
-BY_K = (
-    ("Estimated acceptance length by tokens drafted at once, temperature 0", GREEDY, 1),
-    ("Estimated acceptance length by tokens drafted at once, temperature 1 with sampled drafts", SAMPLED, 1),
-    ("Accuracy acc_k by step k of the draft, held-out rows", "acc", 0),
-    ("Loss by step k of the draft, held-out rows", "loss", 0),
-)
+def kinds_by_k(group: Group) -> list[tuple[str, str, int]]:
+    """(title, name, k of the first number) of what is shown by k."""
+    drafted = "Estimated acceptance length by tokens drafted at once, temperature"
+    return [
+        (f"{drafted} 0", GREEDY, 1),
+        (f"{drafted} 1 with sampled drafts{group.at_most}", SAMPLED, 1),
+        ("Accuracy acc_k by step k of the draft, held-out rows", "acc", 0),
+        ("Loss by step k of the draft, held-out rows", "loss", 0),
+    ]
 
 
 def by_k(rows: Sequence[Row], name: str, first: int) -> list[list[str]]:
@@ -112,7 +115,7 @@ def store_name(group: Group) -> str:
 def _group_text(group: Group) -> str:
     lines = [heading(group), *([cell.text for cell in cells(group, n)] for n in range(len(group.rows)))]
     parts = [f"{title(group)}\n{columns(lines)}"]
-    for name, figure, first in BY_K[:-1]:
+    for name, figure, first in kinds_by_k(group)[:-1]:
         if lines := by_k(group.rows[:_BY_K_SHOWN], figure, first):
             parts.append(f"{name}\n{columns(lines)}")
     if len(group.rows) > _BY_K_SHOWN:

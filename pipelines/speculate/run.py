@@ -25,7 +25,8 @@ from train import evaluate
 from train.config import EvaluateConfig
 from train.source import Source
 
-_ESTIMATED = ("rows", "drafts", "own_text", "length_", "accepted_")  # what figures of eval begin with
+# What figures of eval begin with.
+_ESTIMATED = ("rows", "drafts", "own_text", "length_", "accepted_", "sampled_")
 
 
 def run(config: SpeculateConfig) -> dict[str, Any]:

@@ -57,9 +57,10 @@ def _estimate(found: dict[str, Any]) -> list[str]:
         return []
     s, estimate = found["settings"], found["estimate"]
     way = "greedy" if s["temperature"] == 0 else "sampled"
+    most = "at most " if s["temperature"] and estimate.get("sampled_at_most") else ""
     accepted = ", ".join(_number(share) for share in estimate[f"accepted_{way}"])
     length = _number(estimate[f"length_{way}"])
     own = f"; the text is the target's own choice at {estimate['own_text']:.1%}"
     if s["temperature"]:
-        own = f"; {_number(estimate['length_drawn'])} if the target drew the answers, at temperature 1"
-    return [f"eval's estimate of a chain, {way}: length {length}, accepted {accepted}{own}"]
+        own = f"; {most}{_number(estimate['length_drawn'])} if the target drew the answers, at temperature 1"
+    return [f"eval's estimate of a chain, {way}: length {most}{length}, accepted {most}{accepted}{own}"]

@@ -282,3 +282,26 @@ def test_without_matplotlib_a_line_says_how_to_get_plots(sweep, tmp_path, monkey
 )
 def test_numbers_read_well(shown, expected):
     assert shown == expected
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_what_is_sampled_is_at_most_that_where_a_store_tells_no_more(tmp_path, bound):
+    plots = pytest.importorskip("pipelines.compare.plots")
+    folder = write_run(tmp_path / "run")
+    place = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    for line in lines:
+        if "evaluation" in line and bound:
+            line["evaluation"]["sampled_at_most"] = True
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compared(folder)
+    shown = [
+        table(found),
+        page.render(found["groups"], []),
+        *(c.title for c in plots._charts(found["groups"][0])),
+    ]
+    for text in shown[:2]:
+        for wanted in ("sampled, at most", "temperature 1 with sampled drafts, at most"):
+            assert (wanted in text) == bound
+    charts = plots._charts(found["groups"][0])
+    assert ["at most" in chart.title for chart in charts] == [False, bound, False, False, False]

@@ -1,6 +1,9 @@
 """Tables say of every figure what it is."""
 
 from pipelines.report import table
+from pipelines.speculate import run
+from pipelines.speculate.config import SpeculateConfig
+from pipelines.speculate.table import _estimate
 
 
 def evaluation(steps, **more):
@@ -34,3 +37,17 @@ def test_an_evaluation_shows_lengths_by_tokens_drafted_and_what_they_rest_on():
     assert drawn[-3:] == ["1.070"] * 3
     assert "accepted at each position of 77 drafts of 3, temperature 0: 0.250, 0.250, 0.250" in text
     assert "the target's own first choice at 50.0% of the positions" in text
+
+
+def test_what_is_sampled_is_at_most_that_where_a_store_tells_no_more(monkeypatch):
+    bound, exact = (table({"head": evaluation(3, **more)}) for more in ({"sampled_at_most": True}, {}))
+    for label in ("temperature 1, sampled drafts", "answers that the target drew"):
+        assert f"{label}, at most" in bound
+    assert "at most" not in exact
+    settings = {"steps": 3, "topk": 1, "nodes": 4, "sampled_drafts": True, "slots": 2}
+    walked = evaluation(3, length_drawn=1.07, sampled_at_most=True)
+    monkeypatch.setattr(run.evaluate, "estimate", lambda *_: walked)
+    estimate = run._estimate(SpeculateConfig("model", "head", store="store"), None)
+    for temperature, count in ((1.0, 3), (0.0, 0)):
+        shown = {"settings": settings | {"temperature": temperature}, "sets": {}, "estimate": estimate}
+        assert "\n".join(_estimate(shown)).count("at most") == count

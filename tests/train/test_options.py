@@ -131,3 +131,9 @@ def test_what_a_run_is_continued_with_mixes_nothing(tmp_path, monkeypatch):
     assert (found.settings["patience"], found.settings["eval_every"], found.state) == (3, 1, "done")
     calls = storage.read_json(f"{out}/experiment.json")["calls"]
     assert [call["config"]["patience"] for call in calls] == [2, 3]
+
+
+def test_anchors_without_later_steps_are_told_to_do_nothing(config, capsys):
+    for steps, share, told in ((1, 0.5, True), (1, 1.0, False), (2, 0.5, False)):
+        make_plan(replace(config, ttt_steps=steps, anchors=share))
+        assert ("anchors=0.5 does nothing with ttt_steps=1" in capsys.readouterr().err) == told

@@ -265,6 +265,8 @@ def test_the_largest_logits_teach_and_measure_without_the_last_state(config, who
     wanted = evaluate.run(EvaluateConfig(head, config.store))["head"]
     got = evaluate.run(EvaluateConfig(head, url))["head"]
     assert f"what is sampled is at most: {small_store.V} logits are known" in capsys.readouterr().err
+    assert got["sampled_at_most"]
+    assert "sampled_at_most" not in wanted
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-3, err_msg=name)
 
