@@ -290,6 +290,23 @@ def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("codec", ["topk", "draft", "full"])
+def test_other_teachers_losses_and_optimisers_share_a_stream_and_nothing_else(tmp_path, codec):
+    store = small_store.write_store(str(tmp_path / "store"), codec, "int8")
+    same = small_store.short_run(store, str(tmp_path), steps=2, log_every=1, eval_every=2, ttt_steps=2)
+    stored = {"teacher": "stored", "loss": "lk-alpha", "optimizer": "adamw", "anchors": 0.5}
+    different = {
+        "stored": stored | {"draft_vocab": None if codec == "draft" else 48},
+        "whole": {"optimizer": "muon", "loss": "forward-kl", "draft_vocab": 40, "lm_head": "frozen"},
+    }
+    out, by_itself = str(tmp_path / "out"), str(tmp_path / "alone")
+    assert sweep.run(configs_of(same, out, **different), out)["failed"] == {}
+    for name, config in configs_of(same, by_itself, **different).items():
+        run(config)
+        assert_same(f"{out}/{name}", f"{by_itself}/{name}")
+
+
+@pytest.mark.slow
 def test_heads_of_one_shape_have_one_program(common, tmp_path, monkeypatch):
     """Other seeds, rates, schedules and shares are other data; another loss is another program."""
     compiled, program = [], Source.program
