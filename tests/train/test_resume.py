@@ -401,6 +401,6 @@ def test_a_save_that_fails_behind_the_steps_ends_the_run_with_one_line(config, t
         (out / "state").write_text("x")
 
     after_step(2, monkeypatch, a_file)
-    with pytest.raises(MachineError, match=r"out/state.*(failed|cannot be written)") as told:
+    with pytest.raises(EyasError, match=r"out/state.*(failed|cannot be written)") as told:
         run(replace(config, out=str(out)))
     assert "\n" not in str(told.value)
