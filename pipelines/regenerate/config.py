@@ -1,5 +1,6 @@
 """What can be chosen about regenerating answers."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +11,9 @@ from common.config import check, given, setting
 _OURS = (
     *("messages", "model", "max_tokens", "n", "seed", "stream", "stream_options", "temperature"),
     *("tools", "top_k", "top_p"),
+)
+_KEY = re.compile(
+    r'"([^"]*(?:api[-_]?key|authorization|password|secret|bearer|access[-_]?token)[^"]*)"\s*:', re.I
 )
 _OF_SERVERS = ("served_model", "extra", "stream", "concurrency", "timeout", "patience")
 _OF_MODEL = ("slots", "length")
@@ -116,6 +120,11 @@ class RegenerateConfig:
         return {k: v for k, v in asked.items() if v is not None} | self._extra()
 
     def _extra(self) -> dict[str, Any]:
+        key = _KEY.search(self.extra or "")
+        if key:  # what is asked is recorded, and so said without the value
+            raise ValueError(
+                f"extra must not have {key[1]}: keys are given by EYAS_API_KEY, and never recorded"
+            )
         try:
             value = strict_json.parse((self.extra or "{}").encode(), "extra")
         except ValueError:

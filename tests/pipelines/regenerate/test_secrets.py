@@ -55,6 +55,7 @@ def test_a_key_that_no_header_can_have_is_not_told(config, monkeypatch):
         ("extra", "{", "must be an object of JSON"),
         ("extra", '{"x": NaN}', "must be an object of JSON"),
         ("extra", '{"seed": 3}', "must not have seed"),
+        ("extra", '{"a": {"X-API-Key" : "sk-1"}}', "must not have X-API-Key: keys are given by EYAS_API_KEY"),
         ("top_p", 1.5, "top_p=1.5 must be"),
         ("served_model", "", "served_model='' must be"),
     ],
