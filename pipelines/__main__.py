@@ -1,5 +1,6 @@
 """The entry point: `eyas`, or `python -m pipelines`. A signal is one line also while the rest is imported."""
 
+import sys
 import traceback
 
 from common import stopping
@@ -8,7 +9,8 @@ from pipelines import arenas, streams
 
 def main() -> None:
     """Runs the command line."""
-    arenas.share()
+    if "dump" in sys.argv[1:]:
+        arenas.share()
     stopping.end_at_once()
     streams.secure()
     from common import pod

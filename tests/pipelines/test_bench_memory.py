@@ -14,7 +14,7 @@ from pipelines.bench import made, memory
 from pipelines.bench.memory import Sample
 
 _ARENAS = """
-import ctypes, os, threading
+import ctypes, os, sys, threading
 from pipelines import __main__, streams
 
 def begun():
@@ -32,11 +32,12 @@ def begun():
     os._exit(0)
 
 streams.secure = begun
+sys.argv = ["eyas", "dump"]
 __main__.main()
 """
 
 
-def test_threads_of_a_command_share_one_arena():
+def test_threads_of_a_dump_share_one_arena():
     """Each would keep what was freed in it: with eight a core, the blocks in flight many times over."""
     found = subprocess.run([sys.executable, "-c", _ARENAS], stdout=subprocess.PIPE, text=True, check=True)
     assert found.stdout.count("<heap nr=") == 1
