@@ -403,4 +403,5 @@ def test_a_save_that_fails_behind_the_steps_ends_the_run_with_one_line(config, t
     after_step(2, monkeypatch, a_file)
     with pytest.raises(EyasError, match=r"out/state.*(failed|cannot be written)") as told:
         run(replace(config, out=str(out)))
+    assert told.value.exit_code == EyasError.exit_code  # a user's file is in its place; the machine is well
     assert "\n" not in str(told.value)
