@@ -84,10 +84,15 @@ def _done(progress: str) -> int:
 
 
 def watched(code: str, arguments: list[str], progress: str, to: str) -> list[Sample]:
-    """The samples of a process that runs `code` with these arguments; MachineError if it fails."""
+    """The samples of a process that runs `code` with these arguments; MachineError if it fails.
+
+    It has one arena unless it trains, as commands have; set here, before there is the thread that watches.
+    """
     watching = f"from pipelines.bench import memory; memory.watch({progress!r}, {to!r})\n"
+    if "train" not in arguments[:1]:
+        watching = f"from pipelines import arenas; arenas.share()\n{watching}"
     done = subprocess.run(
-        [sys.executable, "-c", f"from pipelines import arenas; arenas.share()\n{watching}{code}", *arguments],
+        [sys.executable, "-c", f"{watching}{code}", *arguments],
         env=os.environ | {"PYTHONMALLOC": "malloc"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
