@@ -9,6 +9,7 @@ lock, before they are written; when there is no room, those go that were not rea
 import fcntl
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from common.progress import note
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_MOST = 1e18  # bytes
 _FREED = 0.05  # of the limit, at once: looking through all entries takes seconds where there are a million
 _PARTIAL = ".partial"
 _ABANDONED = 3600.0  # seconds after which a file that is being written is nobody's
@@ -35,10 +37,10 @@ def parse(text: str) -> tuple[str, int]:
     found = _SIZE.fullmatch(size.strip())
     if not folder or not found:
         raise EyasError(f"cache={text!r} must be FOLDER:SIZE, such as /mnt/ssd:200GB")
-    limit = int(float(found[1]) * _UNITS[found[2].upper()])
-    if storage.is_remote(folder) or limit <= 0:
-        raise EyasError(f"cache={text!r} must be a folder of this machine, and a size above 0")
-    return folder, limit
+    limit = float(found[1]) * _UNITS[found[2].upper()]
+    if storage.is_remote(folder) or not 1 <= limit < _MOST:
+        raise EyasError(f"cache={text!r} must be a folder of this machine, and a size that a disk can have")
+    return folder, int(limit)
 
 
 class RowCache:
@@ -64,13 +66,14 @@ class RowCache:
         """Fills `buffer` with the entry; False, and it holds anything, if there is none of its size."""
         path = self._path(key)
         try:
-            with open(path, "rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size == len(buffer) and _filled(file, buffer):
+            with open(path, "rb", buffering=0, opener=_opened) as file:
+                about = os.fstat(file.fileno())
+                if stat.S_ISREG(about.st_mode) and about.st_size == len(buffer) and _filled(file, buffer):
                     os.utime(path)
                     return True
         except FileNotFoundError:
             return False
-        except OSError:  # an entry that the disk cannot read
+        except OSError:  # an entry that the disk cannot read, or a link
             pass
         self.drop(key)
         return False
@@ -80,6 +83,9 @@ class RowCache:
         try:
             size = os.path.getsize(self._path(key))
         except OSError:
+            return None
+        if size > self._limit:  # which no entry is; the memory may not have so much
+            self.drop(key)
             return None
         buffer = bytearray(size)
         return bytes(buffer) if self.read_into(key, memoryview(buffer)) else None
@@ -156,6 +162,11 @@ class RowCache:
                     os.unlink(path)
                     total -= size
         return total
+
+
+def _opened(path: str, flags: int) -> int:
+    """No link to what is elsewhere, and no waiting for a pipe's writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _filled(file, buffer: memoryview) -> bool:

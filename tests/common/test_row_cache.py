@@ -34,7 +34,7 @@ def test_folder_and_size(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["/mnt/ssd", "/mnt/ssd:", ":5GB", "x:5 parsecs", "x:-1", "x:0", "gs://b/x:5GB"]
+    "text", ["/mnt/ssd", "/mnt/ssd:", ":5GB", "x:5 parsecs", "x:-1", "x:0", "gs://b/x:5GB", f"x:{'9' * 400}T"]
 )
 def test_what_is_no_folder_and_size_is_refused(text):
     with pytest.raises(EyasError, match=r"^cache='.*must be"):
@@ -237,3 +237,34 @@ def test_a_cache_that_cannot_be_counted_any_more_ends_no_run(tmp_path, capsys):
     cache.write("b", b"x" * 10)
     assert "keeps no more" in capsys.readouterr().err
     assert cache.read("a") == b"x" * 10
+
+
+# What is put in the place of every entry, in turn.
+ANYTHING = {
+    "nothing": lambda path: None,
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to a file": lambda path: path.symlink_to(__file__),
+    "a link to nowhere": lambda path: path.symlink_to("/nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a terabyte of nothing": lambda path: [path.write_bytes(b""), os.truncate(path, 10**12)],
+}
+
+
+@pytest.mark.parametrize("name", ANYTHING)
+def test_anything_in_the_place_of_an_entry_is_read_anew(tmp_path, name):
+    """Also while the cache is in use; no link is followed."""
+    url = small_store.write_store(str(tmp_path / "store"))
+    expected = Store.open(url).read(NAMES[:5], ROWS)
+    store = Store.open(url, RowCache(str(tmp_path), 10**8))
+    for _ in range(2):
+        same(store.read(NAMES[:5], ROWS), expected)
+        embed = store.target_tensor("embed_tokens")
+        for folder, _, names in os.walk(tmp_path / "eyas-cache"):
+            for entry in (Path(folder, one) for one in names if one != ".used"):
+                entry.unlink()
+                ANYTHING[name](entry)
+    same(store.read(NAMES[:5], ROWS), expected)
+    again = Store.open(url, RowCache(str(tmp_path), 10**8))
+    np.testing.assert_array_equal(again.target_tensor("embed_tokens"), embed)
