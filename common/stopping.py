@@ -20,7 +20,9 @@ Value = TypeVar("Value")
 STOPPED = "stopped; the same command continues"
 _NOTE = "\nstopping at the next step; once more stops at once\n"
 _CHECK_SECONDS = 0.2
-_UNSEEN = 6.0  # seconds after which a request that nobody looks at is obeyed: machines go ten after theirs
+# Seconds after which a request that nobody looks at is obeyed, and one of SIGTERM in any case, what is being
+# saved or not: machines go ten after theirs.
+_UNSEEN, _MOST = 6.0, 9.0
 _checked: list["Stop"] = []  # those that `check` looks at, the innermost last
 
 
@@ -72,7 +74,9 @@ class Stop:
     main thread gets signals; elsewhere `asked` stays False. What such a Stop around it was asked, it is.
 
     `hurried`, for where nothing is to be saved yet: a request that nobody has looked at after some seconds, a
-    library compiles or waits for a server say, ends the program as a second one does.
+    library compiles or waits for a server say, ends the program as a second one does. Around a whole command
+    it also gives a SIGTERM its time: what is saved when that is over is kept, a server that does not answer
+    is not waited for.
     """
 
     again: ClassVar[Callable[[int, object], None]] = staticmethod(_raise)  # what a second signal does
@@ -105,12 +109,15 @@ class Stop:
         if again:
             self.again(number, frame)
         _say(_NOTE)
-        if self._hurried and Stop.again is _end:  # else it is somebody else's program
+        if Stop.again is _end and not again:  # else it is somebody else's program
             threading.Thread(target=self._obey, daemon=True).start()
 
     def _obey(self) -> None:
         time.sleep(_UNSEEN)
         if self._hurried:
+            _end(self._number, None)
+        time.sleep(_MOST - _UNSEEN)
+        if self._number == signal.SIGTERM and _checked:  # else the command is at its end
             _end(self._number, None)
 
     def __exit__(self, *_: object) -> None:

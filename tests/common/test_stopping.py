@@ -128,7 +128,7 @@ WAITS = (
     "from common.stopping import Stop\n"
     "from pipelines import cli\n"
     "from pipelines.__main__ import main\n"
-    "stopping._UNSEEN = 0.5\n"
+    "stopping._UNSEEN, stopping._MOST = 0.5, 3.0\n"
     "@cli.main.command()\n"
     "def wait():\n"
     "    {}\n"
@@ -157,6 +157,13 @@ def test_a_request_that_nobody_looks_at_ends_the_command_after_a_while():
 def test_a_stage_that_saves_and_who_has_looked_have_the_time_that_they_need(waits):
     done = program(WAITS.format(waits))
     assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+@pytest.mark.parametrize(("number", "code", "out"), [("SIGTERM", 42, ""), ("SIGINT", 0, "done\n")])
+def test_of_a_machine_that_is_taken_away_no_server_is_waited_for(number, code, out):
+    """However long it takes to save; who asks by Ctrl-C can do so once more."""
+    done = program(WAITS.format(f"with Stop():\n        {ASK.replace('SIGTERM', number)}; time.sleep(4)"))
+    assert (done.returncode, done.stdout) == (code, out)
 
 
 def test_what_a_stage_was_asked_before_it_looked_itself_is_not_lost():
