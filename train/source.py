@@ -82,8 +82,10 @@ class Source:
     ) -> Sample:
         """What a head is told of its target before it trains: the same for all seeds of heads."""
         of = self.store, self.mesh, workload, self.rows(seed, share)
+        # Of a rollout's steps a sum knows by the halo behind a piece, whose room decides on its rounding.
+        rounded = workload.compat, workload.ttt_steps if self.pieces > 1 else 1, str(dtype)
         return self.once(
-            ("sample", workload.compat, seed if share < 1 else 0, share, aux_layers, eps, fitted, str(dtype)),
+            ("sample", *rounded, seed if share < 1 else 0, share, aux_layers, eps, fitted),
             lambda: measure(*of, self.embed(dtype) if fitted else None, eps, aux_layers),
         )
 

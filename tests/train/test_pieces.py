@@ -146,6 +146,15 @@ def test_the_sample_of_pieces_is_that_of_whole_rows(url):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("sp", "measured"), [(1, [2, 2]), (4, [2, 3])])
+def test_a_sample_is_shared_by_runs_to_which_it_is_the_same_bits(url, monkeypatch, sp, measured):
+    """So a head of a sweep begins as it does alone. Of rows in pieces the room of the halo is part of it."""
+    monkeypatch.setattr("train.source.measure", lambda store, mesh, workload, *_: workload.ttt_steps)
+    source = Source(url, sp=sp)
+    given = 0, 1.0, small_store.AUX_LAYERS, 1e-5, True, jnp.float32
+    assert [source.sample(source.workload(steps), *given) for steps in (2, 3)] == measured
+
+
 @pytest.mark.slow
 def test_a_run_in_pieces_is_that_of_whole_rows(url, tmp_path):
     """From the fitted start on, with noise, in parts, with Muon, evaluated and saved."""
