@@ -12,6 +12,7 @@ seed = [0, 1, 2]
 
 import difflib
 import itertools
+import math
 import os
 import re
 import tomllib
@@ -21,6 +22,7 @@ from typing import Any
 from common import storage
 from common.config import knobs
 from common.errors import EyasError
+from common.texts import printable
 from pipelines.recipes import beneath
 from train.config import TrainConfig
 
@@ -62,9 +64,13 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
             raise EyasError(f"{where}: {error}") from None
     if not found:
         raise EyasError(f"{url} has no experiments; add [[experiments]] with a name, or a [grid]")
-    if len(found) > _MOST:
-        raise EyasError(f"{url} has {len(found)} experiments, more than {_MOST}; divide it")
+    _require_few(len(found), url)
     return found
+
+
+def _require_few(count: int, url: str) -> None:
+    if count > _MOST:
+        raise EyasError(f"{url} has {count:,} experiments, more than {_MOST:,}; divide it")
 
 
 def _table(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _require_known(found: Iterable[str], known: Iterable[str], where: str) -> No
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
             advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise EyasError(f"{where}: {key} is unknown; {advice}")
+            raise EyasError(f"{where}: {printable(key)} is unknown; {advice}")
 
 
 def _listed(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str, dict[str, Any]]]:
@@ -89,7 +95,7 @@ def _listed(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str
         raise EyasError(f"{where}: experiments must be tables of a list; write [[experiments]] above each")
     found = []
     for number, one in enumerate(value, 1):
-        at = f"{where}, experiment {one.get('name', number)}"
+        at = f"{where}, experiment {printable(str(one.get('name', number)))}"
         _require_known(one, ["name", *known], at)
         name = one.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -108,13 +114,15 @@ def _grid(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str, 
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise EyasError(f"{where}, [grid]: {key} must be a list of values")
+    _require_few(math.prod(map(len, grid.values())), where)  # before all of them are written out
     names = [[(key, x, f"{key}={_word(x)}") for x in values] for key, values in grid.items()]
     found = []
     for combination in itertools.product(*names) if names else ():
         name = ",".join(word for _, _, word in combination)
         if not _NAME.fullmatch(name):
             raise EyasError(
-                f"{where}, [grid]: {name} cannot be a folder's name; write it under [[experiments]] with one"
+                f"{where}, [grid]: {printable(name)} cannot be a folder's name; write it under "
+                "[[experiments]] with one"
             )
         found.append((name, {key: x for key, x, _ in combination}))
     return found

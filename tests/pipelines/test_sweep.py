@@ -107,7 +107,15 @@ ONE = '[[experiments]]\nname = "a"\n'
         ("[grid]\nseed = [1, 1]", "experiment seed=1: two have this name"),
         ("[grid]\ndp = [1, 2]", "experiment dp=1: dp is of the stream"),
         ("[grid]\ninit = ['a b']", "init=a b cannot be a folder's name"),
-        ("[grid]\nseed = [" + "1," * 1001 + "]", "two have this name"),
+        ('[grid]\ninit = ["a\\nb"]', r"init=a\nb cannot be a folder's name"),
+        ("[[experiments]]\nname = 'a'\n\"b\\nc\" = 1", r"experiment a: b\nc is unknown"),
+        ('[[experiments]]\nname = "a\\nb"', r"experiment a\nb: name='a\nb' must be text"),
+        ("[grid]\nseed = [" + "1," * 1001 + "]", "has 1,001 experiments, more than 1,000; divide it"),
+        (
+            "[grid]\n"
+            + "\n".join(f"{x} = [{'1,' * 99}]" for x in ("seed", "steps", "ffn", "layers", "noise")),
+            "has 9,509,900,499 experiments",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(file, text, said):
