@@ -1,19 +1,26 @@
 """How the processes of a pod meet: what was given by hand is checked, and the others are waited for."""
 
+import ctypes
 import os
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import Any
 
 from common import progress, stopping
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 
 SECONDS = 300  # for all processes to start
 _LONGER = 8.0  # seconds that the first process, which the others ask, waits longer
 _PATIENCE = 8.0  # seconds after which the user is told
 _LOOK_SECONDS = 0.5  # between two looks whether to stop
+_ANSWER = 2.0  # seconds for the first process to take a connection
+_handlers: list[Any] = []  # the system calls them: they are kept
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -73,3 +80,19 @@ def check_port(coordinator: str) -> None:
             f"--coordinator {coordinator}: this host cannot listen there ({os.strerror(error.errno)}); end "
             "what uses the port, or give another one on every host"
         ) from None
+
+
+def explain_abort(coordinator: str) -> None:
+    """From now on this process ends with one line and the code to start it again where JAX aborts it because
+    the first one is gone: JAX has no other way to tell that. Any other abort stays what it is."""
+    host, _, port = coordinator.rpartition(":")
+
+    def aborted(_: int) -> None:
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+            return
+        print("Error: process 0 is lost; start the same command again", file=sys.stderr, flush=True)
+        os._exit(RestartError.exit_code)
+
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))  # Python's own come too late
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])

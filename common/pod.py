@@ -48,6 +48,7 @@ class _Pod:
     heard: ClassVar[dict[str, tuple[str, float]]] = {}  # each process's last beat, and when it came
     lost: ClassVar[set[str]] = set()
     failed: dict[str, float] = {}  # noqa: RUF012 (when a process's failure was first seen)
+    stopped: tuple[int, ...] = ()  # the signals by which others are asked to stop
 
 
 def initialise(
@@ -91,6 +92,8 @@ def initialise(
         _Pod.size, _Pod.index = jax.process_count(), jax.process_index()
         if not is_first():
             progress.silence()
+        stopping.leave = leave
+        joining.explain_abort(distributed.global_state.coordinator_address)
         threading.Thread(target=_watch, name="pod-watch", daemon=True).start()
 
 
@@ -189,6 +192,13 @@ def require_same(value: dict[str, Any], what: str) -> None:
             raise error
 
 
+def check() -> None:
+    """Raises Stopped if another process is asked to stop, and waits for this one to hear of it: for inside of
+    a `together`, where something is waited for that is this process's alone."""
+    for number in _Pod.stopped:
+        raise Stopped(number)
+
+
 @contextmanager
 def announced() -> Iterator[None]:
     """Around a whole stage: an error that leaves it on one process ends the others, wherever they are."""
@@ -262,7 +272,7 @@ def _watch() -> None:
             _look(str(beat))
             time.sleep(_BEAT_SECONDS)
     except jax.errors.JaxRuntimeError:
-        return  # the first process is gone: JAX itself ends this one
+        return  # the first process is gone: JAX itself aborts this one
 
 
 def _look(beat: str) -> None:
@@ -283,6 +293,8 @@ def _look(beat: str) -> None:
     if str(index()) in left:
         return  # it has told its own line
     _Pod.failed = {process: _Pod.failed.get(process, now) for process in failures}
+    signals = {process: failure.get("signal", 0) for process, failure in failures.items()}
+    _Pod.stopped = tuple(n for process, n in signals.items() if n and process != str(index()))
     for process, at in _Pod.failed.items():
         if now - at > _GRACE_SECONDS:
             who = "" if process == str(index()) else f"process {process}: "

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import storage
+from common import pod, storage
 from common.errors import EyasError
 from common.folders import read_as_one
 from common.layers import compute_dtype
 from common.progress import Progress, note
 from common.safetensors import Checkpoint
+from common.stopping import interruptible
 from train import check_export, ngram, pieces, placing
-from train.batch import Frozen, Params
+from train.batch import Batch, Frozen, Params
 from train.config import EvaluateConfig
 from train.heads import Head, read_serving_config
 from train.metrics import Sums, add, summarise
@@ -64,6 +65,15 @@ class Evaluator:
             ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
             lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),
         )
+        self._is_compiled = False
+
+    def compile(self, params: Params, taught: Frozen, batch: Batch, check: Callable[[], None]) -> None:
+        """Has `score` compiled for batches like this one, if that has not been done; `check` may end the
+        waiting, which can be minutes."""
+        if not self._is_compiled:
+            with pod.together():
+                interruptible(self.score.lower(params, taught, batch).compile, check)
+            self._is_compiled = True
 
     def __call__(self, params: Params, taught: Frozen, label: str = "evaluate") -> dict[str, Any]:
         """The metrics of train/metrics.py, "rows": of how many, and "sampled_at_most": true where what is
@@ -84,6 +94,7 @@ def score_all(
         for dealt in stream.batches(reading, check=check):
             for number, batch in dealt:
                 evaluator, params, taught = heads[number]
+                evaluator.compile(params, taught, batch, check)
                 sums[number] = add(sums[number], evaluator.score(params, taught, batch))
             progress.update(B * source.store.length)
     evaluators = [evaluator for evaluator, _, _ in heads]

@@ -62,6 +62,7 @@ def train(
     def check() -> None:
         """Whether to go on; what is said here is said on all processes."""
         stop.check()
+        pod.check()
         if pod.is_first():
             require_ours()  # before anything is saved
 

@@ -131,16 +131,58 @@ with Stop(everywhere=True), pod.announced():
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again():
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_lost_process_ends_the_others_with_the_code_that_starts_them_again(lost):
+    """Of the first one JAX hears before we do, and aborts."""
     started = miniature.start("import time\nprint(1, flush=True)\ntime.sleep(100)", 3)
     for process in started:
         process.stdout.readline()
-    os.kill(started[2].pid, signal.SIGKILL)
+    os.kill(started[lost].pid, signal.SIGKILL)
     begin = time.monotonic()
     found = miniature.wait(started)
     assert time.monotonic() - begin < 30
-    assert [p.code for p in found] == [42, 42, -9], found
-    assert all("process 2 is lost; start the same command again" in p.err for p in found[:2])
+    assert found.pop(lost).code == -9
+    assert [p.code for p in found] == [42, 42], found
+    assert all(f"Error: process {lost} is lost; start the same command again" in p.err for p in found)
+
+
+def test_who_compiles_hears_that_another_process_is_asked_to_stop():
+    work = """
+import os, signal, time
+from common import stopping
+with stopping.Stop() as stop:
+    def check():
+        stop.check()
+        pod.check()
+    if me:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        with pod.together():
+            stopping.interruptible(lambda: time.sleep(100), check)
+    except KeyboardInterrupt as stopped:
+        print("all know of signal", stopped.number)
+"""
+    found = ended(work)
+    assert [(p.code, p.out) for p in found] == [(0, "all know of signal 15\n")] * len(found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_process_that_ends_at_once_tells_the_others(number):
+    """Else JAX would abort them."""
+    work = f"""
+import os, time
+from common import stopping
+stopping.end_at_once()
+if me == 0:
+    time.sleep(0.5)
+    os.kill(os.getpid(), {int(number)})
+time.sleep(100)
+"""
+    code = 42 if number == signal.SIGTERM else 130
+    found = ended(work)
+    assert [p.code for p in found] == [code] * len(found), found
+    assert all(p.err.splitlines()[-1].startswith("Error: ") for p in found)
 
 
 @pytest.mark.parametrize(

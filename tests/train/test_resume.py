@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common import stopping
 from common.errors import EyasError, MachineError
 from common.lock import locked
 from tests.train import small_store
 from tests.train.served import read_tensors
-from train import together
+from train import evaluate, together
 from train.experiment import claimed
 from train.plan import make_plan
 from train.run import run
@@ -75,6 +77,21 @@ def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, mon
     last = read_tensors(f"{whole}/last/model.safetensors")
     for name, weight in read_tensors(f"{here.out}/last/model.safetensors").items():
         np.testing.assert_array_equal(weight, last[name], err_msg=name)
+
+
+def test_a_run_that_is_stopped_while_its_evaluation_compiles_has_all_of_its_steps(
+    config, tmp_path, monkeypatch
+):
+    """On an accelerator that takes minutes."""
+    here = replace(config, out=str(tmp_path / "out"))
+
+    def asked(work, check):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stopping.interruptible(threading.Event().wait, check)
+
+    monkeypatch.setattr(evaluate, "interruptible", asked)
+    with pytest.raises(EyasError, match="step 3 of 7 is saved"):
+        run(here)
 
 
 def test_an_evaluation_that_is_done_again_has_one_line(config, whole, tmp_path, monkeypatch):
