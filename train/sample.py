@@ -113,6 +113,7 @@ def measure(
     fitted = embed_VH is not None
     kept = chosen[: max(1, min(len(chosen) // 8, _KEPT_OUT // store.length))] if fitted else chosen[:0]
     seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
+    seen, kept = (_in_batches(some, store.length, mesh) for some in (seen, kept))
     kept_out = list(batches(kept)) if fitted else []
     add = _adding(mesh, workload.ttt_steps, eps)
 
@@ -123,7 +124,7 @@ def measure(
             progress.update(batch.tokens.size)
         return jax.jit(lambda x: jax.tree.map(lambda part: part.sum(0), x))(moments)
 
-    with Progress("sample", (len(seen) + len(kept)) * store.length, "tok") as progress:
+    with Progress("sample", (seen.size + kept.size) * store.length, "tok") as progress:
         total = summed(batches(seen))
         whole = jax.tree.map(jnp.add, total, summed(kept_out))
     units = jnp.sqrt(whole.aux / jnp.maximum(whole.seen, 1))
@@ -147,20 +148,24 @@ def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) ->
     return order[: max(-(-_POSITIONS // length), min(enough if features else 0, _MOST_POSITIONS // length))]
 
 
+def _in_batches(rows: np.ndarray, length: int, mesh: Mesh) -> np.ndarray:
+    """int64 [n, B]: the rows as the chips look at them, filled up with empty ones."""
+    groups = ways(mesh, "batch")
+    size = groups * max(1, min(_CHIP_POSITIONS // length, len(rows) // groups))
+    filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
+    filled[: len(rows)] = rows
+    return filled.reshape(-1, size)
+
+
 def _batches(
     store: Store,
     workload: Workload,
     mesh: Mesh,
     aux_layers: tuple[int, ...],
     teacher: str,
-    rows: np.ndarray,
+    wanted: np.ndarray,
 ) -> Iterator[Batch]:
-    groups = ways(mesh, "batch")
-    size = groups * max(1, min(_CHIP_POSITIONS // store.length, len(rows) // groups))
-    filled = np.full(-(-len(rows) // size) * size, -1, np.int64)
-    filled[: len(rows)] = rows
-    wanted = filled.reshape(-1, size)
-    capacity = workload.capacity(wanted, groups)
+    capacity = workload.capacity(wanted, ways(mesh, "batch"))
     view = View(listed(wanted), workload, capacity, teacher, np.arange(0), aux_layers)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 

@@ -181,6 +181,13 @@ def test_the_sample_is_of_rows_that_count(store, head, monkeypatch):
     assert np.abs(fit.map_XH).max() > 0
 
 
+def test_a_sample_of_rows_that_do_not_fill_the_chips_is_done_at_its_end(store, head, capsys):
+    """What is counted is what was announced."""
+    rows, mesh = store.split_rows("train")[:37], make_mesh(4)
+    measure(store, mesh, Workload(store, rows, 1), rows, None, head.rms_eps, head.aux_layers)
+    assert "sample: 100%" in capsys.readouterr().err
+
+
 def test_units_are_data_of_the_program_and_no_constants(store, head):
     known = measured(store, head, fitted=False)
     params = made(store, head, "normal")
