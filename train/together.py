@@ -28,11 +28,14 @@ def raise_it(trainer: Trainer, error: EyasError) -> None:
 
 
 def _status(live: Sequence[Trainer]) -> str:
-    """How it goes: of one head, or of the best of several."""
+    """How it goes: of one head, or of the best of several; of the first as long as none was measured."""
     if not live:
         return ""
     best = max(live, key=lambda one: (one.best or {}).get(LENGTH, 0.0))
-    return best.status if len(live) == 1 else f"{len(live)} heads, {best.name} is best: {best.status}"
+    if len(live) == 1:
+        return best.status
+    which = f"{best.name} is best" if LENGTH in (best.best or {}) else best.name
+    return f"{len(live)} heads" + (f", {which}: {best.status}" if best.status else "")
 
 
 def train(

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from tests.train.served import read_tensors
 from train import sweep, together
 from train.evaluate import Evaluator, score_all
 from train.heads.eagle3 import Eagle3
+from train.metrics import LENGTH
 from train.order import order
 from train.plan import Plan
 from train.run import run
@@ -326,3 +328,19 @@ def test_heads_of_one_shape_have_one_program(common, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     assert sweep.run(configs_of(short, out, **different), out)["failed"] == {}
     assert len(compiled) == 2
+
+
+def test_no_head_is_called_the_best_before_one_was_measured():
+    def head(name, best=None, status="loss 1"):
+        return SimpleNamespace(name=name, best=best, status=status)
+
+    measured, kept = {"step": 3, LENGTH: 2.0}, {"step": 3}
+    for heads, said in (
+        ([head("a", status=""), head("b")], "2 heads"),
+        ([head("a"), head("b")], "2 heads, a: loss 1"),
+        ([head("a", kept), head("b", kept)], "2 heads, a: loss 1"),  # nothing is held out
+        ([head("a"), head("b", measured)], "2 heads, b is best: loss 1"),
+        ([head("a")], "loss 1"),
+        ([], ""),
+    ):
+        assert together._status(heads) == said
