@@ -74,8 +74,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=False)
             self._bar.update(steps)
-        elif time.monotonic() - self._printed >= _LINE_SECONDS:
-            self._line()
+        elif self._done != self._total and time.monotonic() - self._printed >= _LINE_SECONDS:
+            self._line()  # the end has its own
 
     def _line(self) -> None:
         self._printed = time.monotonic()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import progress
+
 ROOT = Path(__file__).parents[2]
 
 CODE = """
@@ -87,3 +89,13 @@ def test_a_file_has_plain_lines():
     assert "\r" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train: 100% 300/300 [")
     assert done.stderr.splitlines()[-1].endswith("tok/s, loss 1.5, acc_0 21.0%, acceptance length 1.92]")
+
+
+def test_the_end_is_one_line_in_a_file(monkeypatch, capsys):
+    """Also where the last step came so late that it was due."""
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
+    with progress.Progress("train", 3, "tok") as bar:
+        for _ in range(3):
+            bar.update(1)
+    shares = [int(line.split("%")[0].split()[-1]) for line in capsys.readouterr().err.splitlines()]
+    assert shares == [0, 33, 67, 100]
