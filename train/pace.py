@@ -7,13 +7,15 @@ saved changes nothing of a run, so that is decided by what it costs here.
 import math
 import time
 
+from common import pod
+
 _SHARE = 0.06  # rows that are evaluated, of those that are trained on: one costs a third of a training row
 _MOST = 20  # evaluations
 _FEW, _ENOUGH = 2**13, 2**20  # positions of one: fewer do not tell the better head, more tell nothing new
 _EXPORTS, _EXPORTED = 4, 2**20  # where nothing can be measured: at most, and trained positions for each
 _RATE = 0.5e9  # bytes a second, until a save was timed
 _TIMES = 40  # how much longer than a save the time between two is
-LOOK = 8  # steps after which it is known how long one takes
+_LOOK = 8  # steps after which it is known how long one takes
 
 
 def evaluations(steps: int, batch_rows: int, length: int, held_out: int) -> tuple[int, int]:
@@ -32,11 +34,33 @@ def evaluations(steps: int, batch_rows: int, length: int, held_out: int) -> tupl
 
 
 class Saving:
-    """What a save costs, and after how many steps the next one is due."""
+    """After which steps a state is saved, and what a save costs."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int, every: int | None = None, first: int = 0):
+        """Of a state of so many bytes, in a process that goes on after step `first`. `every` so many steps;
+        None: as often as the cost allows, once it is known how long a step takes."""
         self._seconds = nbytes / _RATE
         self._since: float | None = None
+        self._every, self._first = every, first
+        self._next: float = math.inf
+        self._stepping = 0.0  # when this process's first step was done
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+        if step == self._first + 1:
+            self._stepping = time.monotonic()
+        if step == self._first + _LOOK:
+            self.plan(step)
+
+    def plan(self, step: int) -> None:
+        """Decides, for all processes, after which step the next one is due."""
+        if self._every is None and step > self._first + 1:
+            seconds = (time.monotonic() - self._stepping) / (step - self._first - 1)
+            self._next = step + pod.told(lambda: self.steps(seconds))
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state of this step is to be saved."""
+        return step >= self._next if self._every is None else step % self._every == 0
 
     def begin(self) -> None:
         """A save begins."""

@@ -84,6 +84,6 @@ def _train(plan: Plan, trainer: Trainer, stop: Stop, require_ours: Callable[[], 
         "tokens_per_s": round(steps * tokens / seconds, 1),
         "stall": round(spent.waiting / seconds, 4),
         "pace": round(spent.pausing / seconds, 4),
-        "best": trainer.best,
-        "last": trainer.last,
+        "best": trainer.exported.best,
+        "last": trainer.exported.last,
     }

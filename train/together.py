@@ -31,10 +31,10 @@ def _status(live: Sequence[Trainer]) -> str:
     """How it goes: of one head, or of the best of several; of the first as long as none was measured."""
     if not live:
         return ""
-    best = max(live, key=lambda one: (one.best or {}).get(LENGTH, 0.0))
+    best = max(live, key=lambda one: (one.exported.best or {}).get(LENGTH, 0.0))
     if len(live) == 1:
         return best.status
-    which = f"{best.name} is best" if LENGTH in (best.best or {}) else best.name
+    which = f"{best.name} is best" if LENGTH in (best.exported.best or {}) else best.name
     return f"{len(live)} heads" + (f", {which}: {best.status}" if best.status else "")
 
 

@@ -4,7 +4,6 @@ import math
 import posixpath
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Self
@@ -22,17 +21,17 @@ from common.stopping import interruptible
 from train import losses, optimizer, placing
 from train.batch import Batch, Params
 from train.evaluate import Evaluator
-from train.export import WEIGHTS, export, target_identity
+from train.exported import Exported, lost
 from train.logs import Logs
-from train.metrics import LENGTH, SINCE_BEST, better
+from train.metrics import LENGTH, SINCE_BEST
 from train.metrics_file import Lines
 from train.noise import noised
-from train.pace import LOOK, Saving
+from train.pace import Saving
 from train.plan import Plan
 from train.sample import Sample, empty
 from train.state import Saved
 from train.step import Metrics, State, gradient, train_step
-from train.stored import at_most, not_finite, whole_teacher
+from train.stored import not_finite, whole_teacher
 
 
 def is_done(plan: Plan) -> bool:
@@ -48,7 +47,7 @@ def is_done(plan: Plan) -> bool:
         return False
     step, last = found
     ends = _ends(plan, step, last) and last["step"] == step  # else it was stopped in its last evaluation
-    return ends and not _lost(plan.config.out)
+    return ends and not lost(plan.config.out)
 
 
 def _ends(plan: Plan, step: int, last: dict[str, Any]) -> bool:
@@ -57,20 +56,10 @@ def _ends(plan: Plan, step: int, last: dict[str, Any]) -> bool:
     return step == plan.steps or (patience is not None and last.get(SINCE_BEST, 0) >= patience)
 
 
-def _lost(out: str) -> list[str]:
-    """Which of the heads that a run leaves are no longer there."""
-    files = (WEIGHTS, "config.json")
-    return [
-        name
-        for name in ("last", "best")
-        if not all(storage.exists(storage.join(out, name, file)) for file in files)
-    ]
-
-
 class Trainer:
-    """`step` steps are done; `best` and `last` are the evaluations of the heads in the folders of that name.
+    """`step` steps are done; `exported` are the heads that it leaves; `status` says briefly how it goes.
 
-    A context, at whose end its last save is on disk. `status` says in a few words how it goes.
+    A context, at whose end its last save is on disk.
     """
 
     def __init__(self, plan: Plan):
@@ -79,17 +68,16 @@ class Trainer:
         c = plan.config
         self._rate = optimizer.schedule(c.learning_rate, c.warmup, plan.steps, c.schedule, c.cooldown)
         self._saved = Saved(plan.config.out)
-        self.best: dict[str, Any] | None = None
-        self.last: dict[str, Any] = {"step": 0}
         before = time.monotonic()
-        self._seconds = 0.0  # of the run before this process
-        self._state = self._begin()
+        self._state, noted = self._begin()
+        self._seconds = noted["seconds"]  # of the run before this process
+        self.exported = Exported(plan, noted["last"], noted["best"])
         self.step = int(self._state.step)
         self._kept = self._saved.step()  # the step of the newest state that is saved or being saved
         told = to_json(plan.config) | {"store_hash": plan.store.hash, "steps": plan.steps}
         logs = plan.config.log_to if pod.is_first() else None
         with pod.together():
-            self._lines = Lines(plan.config.out, self.step, self.last["step"])
+            self._lines = Lines(plan.config.out, self.step, noted["last"]["step"])
             self._logs = Logs(logs or (), plan.config.out, told, self._lines.before, self.done)
         # What a killed run measured is measured again: it may have exported that head.
         self._again = frozenset(pod.told(lambda: self._lines.again))
@@ -99,19 +87,16 @@ class Trainer:
         self.evaluator = self._make_evaluator()
         self._compiled: Callable | None = None
         self._unread: Metrics | None = None  # of the step before, which the device may still compute
-        self._exporting = ThreadPoolExecutor(1, thread_name_prefix="export")
-        self._exported: Future | None = None
         self._clock = before
-        self._first, self._stepping = self.step, 0.0  # when this process's first step was done
-        self._saving = Saving(sum(x.nbytes for x in jax.tree.leaves(self._state)))
-        self._save_at = plan.steps if plan.save_every is None else 0
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
+        self._saving = Saving(nbytes, plan.save_every, self.step)
         self.status = ""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._exporting.shutdown()
+        self.exported.close()
         self._logs.close(self.done)
         self._lines.close()
         with suppress(EyasError) if kind else nullcontext():  # the first error is the one to tell
@@ -120,7 +105,7 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether every step is, or `patience` evaluations in a row found no better head."""
-        return _ends(self._plan, self.step, self.last)
+        return _ends(self._plan, self.step, self.exported.last)
 
     @property
     def name(self) -> str:
@@ -132,19 +117,20 @@ class Trainer:
         """The step of the newest state on disk; 0 if there is none."""
         return self._saved.step() or 0
 
-    def _begin(self) -> State:
+    def _begin(self) -> tuple[State, dict[str, Any]]:
+        """(state, what was noted beside it) to begin with."""
         plan, declared = self._plan, self._plan.head.parameters()
         if self._saved.step() is None:
             note(f"train: making a head ({plan.config.init})")
             sample = plan.sample()
             made = plan.initial(sample), sample, plan.seed
             where = placing.along(jax.eval_shape(self._new_state, *made), declared, plan.mesh)
-            return jax.jit(self._new_state, out_shardings=where)(*made)
+            state = jax.jit(self._new_state, out_shardings=where)(*made)
+            return state, {"last": {"step": 0}, "best": None, "seconds": 0.0}
         like = jax.eval_shape(self._new_state, plan.shapes(), self.no_sample(), plan.seed)
         state, noted = self._saved.restore(like, placing.along(like, declared, plan.mesh))
-        self.best, self.last, self._seconds = noted["best"], noted["last"], noted["seconds"]
         note(f"train: continuing after step {int(state.step)} of {plan.steps}")
-        return state
+        return state, noted
 
     def _new_state(self, params: Params, sample: Sample, seed: jax.Array) -> State:
         return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0), seed)
@@ -160,7 +146,8 @@ class Trainer:
         if not held_out:
             note("train: the store has no held-out rows, so best/ is the last head")
             return None
-        rows = self.last.get("rows", plan.eval_rows)  # figures of other rows would not tell the better head
+        # Figures of other rows would not tell the better head.
+        rows = self.exported.last.get("rows", plan.eval_rows)
         if rows != plan.eval_rows:
             note(f"train: this run's heads are measured on {rows} held-out rows, as its first was")
         shape = (plan.source, plan.head, plan.draft_ids, c.ttt_steps, c.batch_rows, plan.dtype)
@@ -185,16 +172,7 @@ class Trainer:
         self._unread = metrics
         if not self._saved.is_busy:
             self._saving.end()
-        if self.step == self._first + 1:
-            self._stepping = time.monotonic()
-        if self.step == self._first + LOOK:
-            self._plan_save()
-
-    def _plan_save(self) -> None:
-        """Decides, for all processes, after which step the state is saved next."""
-        if self._plan.save_every is None and self.step > self._first + 1:
-            seconds = (time.monotonic() - self._stepping) / (self.step - self._first - 1)
-            self._save_at = self.step + pod.told(lambda: self._saving.steps(seconds))
+        self._saving.stepped(self.step)
 
     def _program(self) -> Any:
         plan, c = self._plan, self._plan.config
@@ -212,14 +190,12 @@ class Trainer:
     def is_evaluated(self) -> bool:
         """Whether this step is one after which the head is measured, and has not been measured yet."""
         due = self.step % self._plan.eval_every == 0 or self.done or self.step in self._again
-        return self.step > self.last["step"] and due
+        return self.step > self.exported.last["step"] and due
 
     @property
     def is_saved(self) -> bool:
         """Whether this step is one after which the state is saved."""
-        every = self._plan.save_every
-        due = self.step >= self._save_at if every is None else self.step % every == 0
-        return due or self.done
+        return self._saving.is_due(self.step) or self.done
 
     @property
     def measured(self) -> tuple[Evaluator, Any, Any]:
@@ -232,37 +208,21 @@ class Trainer:
         self._read()
         if self._kept == self.step:
             return
-        self._wait_for_export()
+        self.exported.wait()
         with pod.together():
             self._lines.flush()
         self._saving.begin()
-        self._saved.save(self._state, self.best, self.last, self._run_seconds)
+        self._saved.save(self._state, self.exported.best, self.exported.last, self._run_seconds)
         self._kept = self.step
-        self._plan_save()
+        self._saving.plan(self.step)
 
     def finish(self) -> None:
         """Waits until everything is on disk; of a run that is done, also what somebody has taken away."""
         self._read()
-        self._wait_for_export()
-        if self.done and self.last["step"] == self.step:
-            self._restore_heads()
+        self.exported.wait()
+        if self.done and self.exported.last["step"] == self.step:
+            self.exported.restore(self.step, self._weights())
         self._saved.finish()
-
-    def _restore_heads(self) -> None:
-        """Exports again what is lost of the heads, if the state is that head's; else says that it is lost."""
-        out = self._plan.config.out
-        lost = pod.told(lambda: _lost(out))
-        known = {"last": self.last, "best": self.best or self.last}
-        for name in lost:
-            if known[name]["step"] != self.step:
-                step = known[name]["step"]
-                note(
-                    f"train: {out}/{name} is lost, the head of step {step}; to have it made again, delete "
-                    f"the steps from {step} on in {out}/state and run the same command"
-                )
-        if again := [name for name in lost if known[name]["step"] == self.step]:
-            self._begin_export(again, known[again[0]])
-            self._wait_for_export()
 
     def _read(self) -> None:
         """Takes up the metrics of the step that was done last, if that has not been done yet."""
@@ -289,7 +249,8 @@ class Trainer:
 
     def _log(self, metrics: Metrics, loss: float, norm: float) -> None:
         acc = np.asarray(metrics.acc_K).tolist()
-        length = f", acceptance length {self.last[LENGTH]:.3f}" if LENGTH in self.last else ""
+        last = self.exported.last
+        length = f", acceptance length {last[LENGTH]:.3f}" if LENGTH in last else ""
         self.status = f"loss {loss:.3f}, acc_0 {acc[0]:.1%}{length}"
         self._tell(
             {
@@ -318,70 +279,31 @@ class Trainer:
         self._logs.add(line)
 
     def keep(self, metrics: dict[str, Any]) -> None:
-        """Begins to export the head, of which an evaluation says this, to last/, and to best/ if none was
-        better.
+        """Begins to export the head, of which an evaluation says this.
 
         EyasError if the metrics or the loss of the last step are not finite.
         """
         self._read()
-        is_better = better(metrics, self.best)
-        since = 0 if is_better else self.last[SINCE_BEST] + 1
-        found: dict[str, Any] = {"step": self.step, SINCE_BEST: since} | metrics
+        found = self.exported.judged(self.step, metrics)
         if metrics:
-            if not math.isfinite(found[LENGTH] + sum(found["loss"])):
-                loss = f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
-                if unsound := pod.told(lambda: not_finite(self._plan.store, self._plan.source.test_rows)):
-                    raise EyasError(f"{loss}: {unsound} is not finite; dump {self._plan.store.url} anew")
-                raise EyasError(f"{loss}; use a lower --learning-rate, or --dtype float32, in a new folder")
+            self._require_finite(found)
             with pod.together():
                 self._tell(self._now() | {"evaluation": found})
                 self._lines.flush()
-        self._wait_for_export()
-        self.last = found
-        folders = ["last"]
-        if is_better:
-            self.best = found
-            folders.append("best")
-        self._begin_export(folders, found)
+        self.exported.keep(self._weights(), found)
         if self.done and self.step < self._plan.steps:
-            note(f"train: no better head since step {self.best['step']}, so the run ends at step {self.step}")
+            best = self.exported.best["step"]
+            note(f"train: no better head since step {best}, so the run ends at step {self.step}")
 
-    def _begin_export(self, folders: list[str], found: dict[str, Any]) -> None:
-        weights = placing.on_host(self._weights(), "bfloat16")
-        if pod.is_first():
-            self._exported = self._exporting.submit(self._export, folders, weights, found)
+    def _require_finite(self, found: dict[str, Any]) -> None:
+        """EyasError that says why an evaluation's figures are not finite."""
+        if math.isfinite(found[LENGTH] + sum(found["loss"])):
+            return
+        loss = f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
+        if unsound := pod.told(lambda: not_finite(self._plan.store, self._plan.source.test_rows)):
+            raise EyasError(f"{loss}: {unsound} is not finite; dump {self._plan.store.url} anew")
+        raise EyasError(f"{loss}; use a lower --learning-rate, or --dtype float32, in a new folder")
 
     def _weights(self) -> Params:
         """What is evaluated and exported."""
         return optimizer.weights(self._state.optimizer, self._state.params)
-
-    def _wait_for_export(self) -> None:
-        """Until the last export is whole. What is wrong with it is raised on all processes."""
-        exported, self._exported = self._exported, None
-        with pod.together():
-            if exported:
-                exported.result()
-
-    def _export(self, folders: list[str], weights: dict[str, np.ndarray], found: dict[str, Any]) -> None:
-        plan, steps = self._plan, self._plan.config.ttt_steps
-        facts = {
-            "target": plan.store.features["target"]["name"],
-            "store": plan.store.hash[:16],
-            "training step": f"{found['step']} of {plan.steps}",
-            "training rows": f"{found['step'] * plan.config.batch_rows} of {plan.store.length} tokens",
-            "learning rate": plan.config.learning_rate,
-        }
-        if LENGTH in found:
-            how = f"chain of {steps}, held-out answers walked through as a server does"
-            sampled = "; ".join(filter(None, (how, at_most(plan.store))))
-            facts |= {
-                f"estimated acceptance length, temperature 0 ({how})": found["length_greedy"],
-                f"the same, temperature 1 with sampled drafts ({sampled})": found["length_sampled"],
-                "held-out rows": found["rows"],
-                "of their answers, the target's own first choice": f"{found['own_text']:.1%} of the tokens",
-            }
-        about = plan.head, plan.draft_ids, plan.store.target_config()
-        origin = target_identity(plan.store)
-        for name in folders:
-            folder = storage.join(plan.config.out, name)
-            export(folder, weights, *about, metadata=facts, trained_for=origin)

@@ -20,6 +20,7 @@ from tests.train import small_store
 from tests.train.served import read_tensors
 from train import evaluate, together
 from train.experiment import claimed
+from train.exported import Exported
 from train.plan import make_plan
 from train.run import run
 from train.state import Saved
@@ -110,7 +111,7 @@ def test_an_evaluation_that_is_done_again_has_one_line(config, whole, tmp_path, 
         with pytest.raises(EyasError, match="step 3 of 7 is saved"):
             run(here)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_wait_for_export", killed)
+        patch.setattr(Exported, "wait", killed)
         with pytest.raises(MachineError, match="killed"):
             run(here)
     run(here)
@@ -125,7 +126,7 @@ def test_the_best_head_is_the_one_that_the_metrics_name_after_a_kill_and_with_ot
     stopped_at(2, here, monkeypatch)
 
     def killed(self):
-        self._wait_for_export()
+        self.exported.wait()
         raise MachineError("killed")
 
     with monkeypatch.context() as patch:
@@ -367,7 +368,7 @@ def test_a_head_that_was_taken_away_is_exported_again_or_told_of(config, whole, 
     plan = replace(plan_of(config), config=replace(config, out=str(out)))
     assert not is_done(plan)
     with Trainer(plan) as trainer:
-        step, newest = (getattr(trainer, name)["step"], trainer.step)
+        step, newest = (getattr(trainer.exported, name)["step"], trainer.step)
         trainer.finish()
     if step == newest:
         weights = read_tensors(f"{whole}/{name}/model.safetensors")

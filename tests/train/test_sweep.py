@@ -332,7 +332,7 @@ def test_heads_of_one_shape_have_one_program(common, tmp_path, monkeypatch):
 
 def test_no_head_is_called_the_best_before_one_was_measured():
     def head(name, best=None, status="loss 1"):
-        return SimpleNamespace(name=name, best=best, status=status)
+        return SimpleNamespace(name=name, exported=SimpleNamespace(best=best), status=status)
 
     measured, kept = {"step": 3, LENGTH: 2.0}, {"step": 3}
     for heads, said in (
