@@ -12,6 +12,9 @@ from common.store_writer import FeatureWriter
 from dump.rounds import run_rounds
 from pipelines.bench import made, memory
 from pipelines.bench.memory import Sample
+from tests.train import small_store
+from train.run import run
+from train.trainer import Trainer
 
 _ARENAS = """
 import ctypes, os, sys, threading
@@ -43,16 +46,21 @@ def test_threads_of_a_dump_share_one_arena():
     assert found.stdout.count("<heap nr=") == 1
 
 
+def _held():
+    """What is in use, in malloc's bytes and in Python's blocks of memory."""
+    gc.collect()
+    return np.array((memory.in_use(), sys.getallocatedblocks()))
+
+
 class _Counted(FeatureWriter):
-    """Notes what is in use, in malloc's bytes and in Python's blocks of memory, after some blocks."""
+    """Notes what is in use after some blocks."""
 
     def write(self, block, *rest):
         super().write(block, *rest)
         while self._pending:
             self._await_oldest()
         if block % 50 == 49:
-            gc.collect()
-            self.found = [*getattr(self, "found", []), (memory.in_use(), sys.getallocatedblocks())]
+            self.found = [*getattr(self, "found", []), _held()]
 
 
 def test_nothing_is_kept_of_blocks_that_are_written_or_read(tmp_path):
@@ -60,16 +68,32 @@ def test_nothing_is_kept_of_blocks_that_are_written_or_read(tmp_path):
     store = made.empty_store(url, 2 * blocks, 8, 16, 2)
     with _Counted(url) as writer:
         run_rounds(made.MadePlan(store, tuple(range(blocks))), made.MadePrefill(2, 8, 16), writer)
-    first, last = np.array(writer.found)[[3, -1]]  # after 200 blocks and all
-    assert ((last - first) / 200 < (1000, 5)).all()
+    assert ((writer.found[-1] - writer.found[3]) / 200 < (1000, 5)).all()  # after 200 blocks
     store = Store.open(url)
     read = []
-    for _ in range(3):
-        for block in range(blocks):
+    for part in (range(200), range(200, blocks), range(blocks)):  # the second half is read for the first time
+        for block in part:
             store.read(["aux_hidden", "argmax"], [2 * block])
-        gc.collect()
-        read.append(sys.getallocatedblocks())
-    assert (read[2] - read[1]) / blocks < 1
+        read.append(_held())
+    assert ((read[1] - read[0]) / 200 < (1000, 5)).all()
+    assert ((read[2] - read[1]) / blocks < (1000, 1)).all()
+
+
+@pytest.mark.slow
+def test_nothing_is_kept_of_steps_that_are_done(tmp_path, monkeypatch):
+    """Each takes a row that was not read before, and has a line of metrics."""
+    take, found = Trainer.take, {}
+
+    def counted(self, batch):
+        take(self, batch)
+        if self.step in (100, 300):
+            found[self.step] = _held()
+
+    monkeypatch.setattr(Trainer, "take", counted)
+    url = small_store.write_store(f"{tmp_path}/store", rows=300, test=False)
+    often = {"steps": 300, "batch_rows": 1, "log_every": 1, "eval_every": 1000, "save_every": 1000}
+    run(small_store.short_run(url, f"{tmp_path}/out", **often))
+    assert ((found[300] - found[100]) / 200 < (1000, 5)).all()
 
 
 def test_what_is_kept_shows():
