@@ -1,11 +1,13 @@
 """A byte-level tokenizer and chat templates small enough to be made in a test."""
 
 import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests import tiny_llama
 
+CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for m in messages %}"
@@ -51,3 +53,8 @@ def counted_texts(chat, messages):
             runs[-1].append(token)
         before = counted
     return [chat.decode(run) for run in runs]
+
+
+def chat(*turns):
+    """A line of a ShareGPT file, of (role, text)."""
+    return json.dumps({"conversations": [{"from": role, "value": text} for role, text in turns]})

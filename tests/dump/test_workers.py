@@ -19,8 +19,8 @@ from dump.chat import Chat
 from dump.clean import Conversation
 from dump.encode import encode
 from dump.prepare import PrepareConfig, run
-from tests.dump.chats import CHATML, write_model
-from tests.dump.test_prepare import CHATS, contents
+from tests.dump.chats import CHATML, CHATS, write_model
+from tests.dump.test_prepare import contents
 
 T = 64
 
