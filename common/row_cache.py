@@ -23,7 +23,7 @@ from common.progress import note
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
-_MOST = 1e18  # bytes
+_MOST, _DIGITS = 1e18, 20  # bytes, and how many digits they are written with
 _FREED = 0.05  # of the limit, at once: looking through all entries takes seconds where there are a million
 _PARTIAL = ".partial"
 _ABANDONED = 3600.0  # seconds after which a file that is being written is nobody's
@@ -121,12 +121,13 @@ class RowCache:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            text = os.pread(handle, 40, 0).strip()
-            used = [int(text) if text.isdigit() else self._free(self._limit)]
-            before = used[0] if text.isdigit() else None
+            text = os.pread(handle, 2 * _DIGITS, 0)
+            is_whole = len(text) == _DIGITS and text.isdigit()  # a part of it would be another number
+            used = [int(text) if is_whole else self._free(self._limit)]
+            before = used[0] if is_whole else None
             yield used
             if used[0] != before:
-                os.ftruncate(handle, os.pwrite(handle, str(used[0]).encode(), 0))
+                os.ftruncate(handle, os.pwrite(handle, b"%0*d" % (_DIGITS, used[0]), 0))
         finally:
             os.close(handle)
 

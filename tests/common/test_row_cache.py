@@ -71,7 +71,7 @@ def test_the_longest_unread_go_first_and_the_size_holds(tmp_path):
     assert (tmp_path / "mine.txt").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"-5", b"x" * 100, b"99999999"])
+@pytest.mark.parametrize("damage", [b"", b"-5", b"x" * 100, b"99999999", b"00"])
 def test_a_damaged_count_is_counted_anew(tmp_path, damage):
     RowCache(str(tmp_path), 1000).write("s/a", bytes(400))
     (tmp_path / "eyas-cache" / ".used").write_bytes(damage)
