@@ -108,6 +108,8 @@ class RowCache:
                 while written < len(data):
                     written += file.write(data[written:])
             os.replace(partial, path)
+        except FileNotFoundError:  # somebody empties the folder, which may go on
+            return
         except OSError as error:
             self._writes = False
             note(f"the cache {self._folder} keeps no more: {error.strerror or error}")

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.count("keeps no more: No space left on device") == 1
     assert (cache.read("s/a"), cache.read("s/b")) == (b"a", None)
     assert size_of(tmp_path) == 1
+
+
+def test_who_empties_the_folder_meanwhile_does_not_end_the_keeping(tmp_path, monkeypatch, capsys):
+    cache, replace = RowCache(str(tmp_path), 1000), os.replace
+
+    def emptied(*paths):
+        shutil.rmtree(tmp_path / "eyas-cache")
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", emptied)
+        cache.write("s/a", b"a")
+    cache.write("s/b", b"b")
+    assert (cache.read("s/a"), cache.read("s/b")) == (None, b"b")
+    assert not capsys.readouterr().err
 
 
 WRITER = """
