@@ -86,8 +86,11 @@ def acceptance_of(logits_KcD: jax.Array, taught: Taught, token_c: jax.Array) -> 
 
 
 def lk_alpha(logits_KcD: jax.Array, taught: Taught) -> jax.Array:
-    """-log alpha."""
-    return -jnp.log(jnp.maximum(acceptance(logits_KcD, taught), jnp.finfo(jnp.float32).tiny))
+    """-log alpha, by logarithms: alpha of a head that is sure of other tokens is less than a float32 holds,
+    and it would learn nothing."""
+    tiny = jnp.finfo(jnp.float32).tiny  # more than that has the draft vocabulary of every target that counts
+    logp_KcD = taught.logp_KcD + jnp.log(jnp.maximum(taught.mass_c, tiny))[None, :, None]
+    return -jax.nn.logsumexp(jnp.minimum(logp_KcD, jax.nn.log_softmax(logits_KcD, axis=-1)), axis=-1)
 
 
 def lk_lambda(logits_KcD: jax.Array, taught: Taught, scale: float, decay: float) -> jax.Array:

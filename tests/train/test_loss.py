@@ -126,6 +126,29 @@ def test_a_loss_is_its_formula_and_its_derivative_the_numerical_one(name, temper
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_head_that_is_sure_of_another_token_learns_what_float64_says(name):
+    """Whose logits differ from the target's by more than a float32 holds of probabilities."""
+    rng = np.random.default_rng(3)
+    logits, t = 100 * np.eye(D)[1] + rng.normal(size=D), 90 * np.eye(D)[4] + rng.normal(size=D)
+    p = np.exp(t) / np.exp(t).sum()
+    taught = Taught(jnp.asarray(np.log(p), jnp.float32)[None, None], jnp.ones(1), jnp.full(1, 4))
+    fn = losses.make(name, 0.7, 2.0)
+    found, gradient = jax.value_and_grad(lambda x: fn(x[None, None], taught)[0, 0])(
+        jnp.asarray(logits, jnp.float32)
+    )
+
+    def value(x):
+        return frozen_weight(x, p, 1.0, 4, logits) if name == "lk-lambda" else float64(name, x, p, 1.0, 4)
+
+    steps = 1e-4 * np.eye(D)
+    expected = [(value(logits + step) - value(logits - step)) / 2e-4 for step in steps]
+    np.testing.assert_allclose(found, value(logits), rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-5)
+    # Of reverse KL a head that is sure of one token learns nothing, whatever that costs.
+    assert (np.abs(expected).max() > 1e-3) == (name != "reverse-kl")
+
+
 def total(fn, z, *args):
     return weighted_loss(fn, *by_step(z), *args)[0]
 
