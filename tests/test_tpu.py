@@ -69,7 +69,9 @@ def test_a_batch_fits_its_slice(recipe, length):
     assert found["arguments_gib"] + found["temporaries_gib"] + found["outputs_gib"] < 0.9 * HBM
 
 
-@pytest.mark.parametrize("of", [("qwen3-32b",), ("qwen3-32b", 16_384), ("deepseek-v3",)])
+@pytest.mark.parametrize(
+    "of", [("qwen3-32b",), ("qwen3-32b", 16_384), ("qwen3-32b", 32_768, 4), ("deepseek-v3",)]
+)
 def test_training_fits_a_v6e_4(of):
     found = compiled("train", *of)
     assert found["arguments_gib"] + found["temporaries_gib"] < HBM

@@ -3,7 +3,7 @@
 moe RECIPE SPLIT DP TP      a target's first layer of experts, as many tokens a v6e chip as in its recipe
 layer RECIPE                a target's first layer, a batch as in its recipe
 prefill RECIPE LENGTH       a batch of the dump in rows of that length, as its recipe lays it out
-train RECIPE [LENGTH]       a training step, every position counted, as the recipe lays it out
+train RECIPE [LENGTH [SP]]  a training step, all counted, as the recipe lays it out; SP pieces a row
 fit RECIPE                  the system of a head's fitted start
 delta RECIPE                instructions of DeltaNet's kernel for a chunk of a key head
 """
@@ -110,11 +110,11 @@ def prefill(recipe: str, length: int) -> dict[str, float]:
     return memory(compiled) | {"rows": rows}
 
 
-def train(recipe: str, length: int = LENGTH) -> dict[str, float]:
-    """Memory of a chip for one training step."""
+def train(recipe: str, length: int = LENGTH, sp: int = 1) -> dict[str, float]:
+    """Memory of a chip for one training step, of one row if rows lie in pieces."""
     config = TrainConfig("store", "out", **recipes.load(recipe).train)
-    rows = max(1, config.batch_rows // config.dp * LENGTH // length)
-    compiled, _, head, _ = compile_step(recipe, length, rows)
+    rows = 1 if sp > 1 else max(1, config.batch_rows // config.dp * LENGTH // length)
+    compiled, _, head, _ = compile_step(recipe, length, rows, sp=sp)
     return memory(compiled) | {"parameters": sum(math.prod(p.shape) for p in head.parameters().values())}
 
 
