@@ -5,6 +5,7 @@ The libraries read where gs:// is when they are loaded, so whatever uses the ser
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -141,20 +142,25 @@ def lease_alone() -> None:
     storage.filesystem(place)[0].rm_file(storage.filesystem(place)[1])
 
 
-def ran(url: str, *arguments: str) -> tuple[int, list[str]]:
-    """(exit code, the lines that are not TensorStore's own) of a process whose gs:// is the server."""
+def started(url: str, *arguments: str) -> subprocess.Popen:
+    """A process whose gs:// is the server."""
     environment = os.environ | bucket.environment(url) | {"no_proxy": "127.0.0.1"}
-    process = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    lines = process.stderr.splitlines()
-    return process.returncode, [line for line in lines if not line.startswith(("I", "W", "E1"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, **pipes)
+
+
+def ended(process: subprocess.Popen, seconds: float = 280) -> tuple[int, list[str]]:
+    """(exit code, the lines that are not TensorStore's own)."""
+    try:
+        _, said = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, [x for x in said.splitlines() if not x.startswith(("I", "W", "E1"))]
+
+
+def ran(url: str, *arguments: str) -> tuple[int, list[str]]:
+    """`ended` of what was started."""
+    return ended(started(url, *arguments))
 
 
 def test_a_folder_of_a_bucket_has_one_process_at_a_time():
@@ -190,6 +196,35 @@ class Once:
         return self.fault if self.begun else None
 
 
+def command(folder: Path) -> tuple[str, ...]:
+    """A run in the bucket, of a store that is written to a folder."""
+    config = config_of(str(folder))
+    small_store.write_store(config.store)
+    names = ("steps", "batch_rows", "ttt_steps", "optimizer", "learning_rate", "eval_every", "save_every")
+    options = [x for n in names for x in (f"--{n.replace('_', '-')}", str(getattr(config, n)))]
+    place = ("--model", "owner/made-up", "--store", config.store, "--out", OUT)
+    return ("pipelines", "train", *place, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["one/last/", "state%2F3"])
+def test_a_machine_that_is_taken_away_while_the_bucket_hangs(tmp_path, place):
+    """Whatever is written then, a head or a state, is not waited for."""
+    with bucket.served("bucket") as server, faulty(server, choose := Once(place, "hang")) as proxy:
+        process = started(proxy, *command(tmp_path))
+        moment = time.monotonic() + 200
+        while not choose.begun and time.monotonic() < moment:
+            time.sleep(0.1)
+        assert choose.begun
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        code, said = ended(process, 60)
+        assert time.monotonic() - start < 12
+        assert code == 42, "\n".join(said)
+        assert "stopped; " in said[-1]
+        assert said[-1].startswith("Error: ")
+
+
 ENDS = {
     "401": (2, "the bucket bucket asks for valid credentials"),
     "403": (2, "this account may not"),
@@ -202,23 +237,8 @@ ENDS = {
 @pytest.mark.parametrize("place", [".lock", "state%2F3", "state%2F7"])
 @pytest.mark.parametrize("fault", ENDS)
 def test_a_bucket_that_refuses_a_run_is_one_line(tmp_path, place, fault):
-    config = config_of(str(tmp_path))
-    small_store.write_store(config.store)
-    names = ("steps", "batch_rows", "ttt_steps", "optimizer", "learning_rate", "eval_every", "save_every")
-    options = [x for n in names for x in (f"--{n.replace('_', '-')}", str(getattr(config, n)))]
-    command = (
-        "pipelines",
-        "train",
-        "--model",
-        "owner/made-up",
-        "--store",
-        config.store,
-        "--out",
-        OUT,
-        *options,
-    )
     with bucket.served("bucket") as server, faulty(server, choose := Once(place, fault)) as proxy:
-        code, said = ran(proxy, *command)
+        code, said = ran(proxy, *command(tmp_path))
         assert choose.begun
         assert code == ENDS[fault][0], "\n".join(said)
         assert said[-1].startswith("Error: ")
