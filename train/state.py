@@ -9,13 +9,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from common import schema, storage
+from common import pod, schema, storage
 from common.errors import EyasError, MachineError
 from common.library_errors import explained, is_librarys, is_refusal, library_errors
 from common.schema import Count, Crc32, TypedDict
@@ -92,6 +92,8 @@ class Saved:
     On a disk, a state is whole once its folder has its name; in a bucket, once it holds orbax's object
     `commit_success.txt`, written last.
     """
+
+    _last: ClassVar["Saved | None"] = None  # of this process, the one that has begun to save last
 
     def __init__(self, out: str):
         _quiet()
@@ -193,6 +195,9 @@ class Saved:
         noted |= {"best": best, "last": last}
         noted["crc32"] = _crc32(int(state.step), noted)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), noted=ocp.args.JsonSave(noted))
+        if pod.size() > 1 and Saved._last not in (None, self):
+            Saved._last.finish()  # the names that processes meet by are orbax's, the same for every folder
+        Saved._last = self
         with self._writing():
             self._manager.save(int(state.step), args=args, force=True)
 
@@ -203,5 +208,7 @@ class Saved:
 
     def close(self) -> None:
         """`finish`, and no more."""
+        if Saved._last is self:
+            Saved._last = None
         with self._writing():
             self._manager.close()

@@ -9,10 +9,11 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import stopping
+from common import pod, stopping
 from common.errors import EyasError, MachineError
 from common.lock import locked
 from tests.train import small_store
@@ -22,6 +23,8 @@ from train.experiment import claimed
 from train.exported import Exported
 from train.plan import make_plan
 from train.run import run
+from train.state import Saved
+from train.step import State
 from train.trainer import Trainer
 
 
@@ -251,3 +254,17 @@ def test_a_save_that_fails_behind_the_steps_ends_the_run_with_one_line(config, t
         run(replace(config, out=str(out)))
     assert told.value.exit_code == EyasError.exit_code  # a user's file is in its place; the machine is well
     assert "\n" not in str(told.value)
+
+
+def test_on_a_pod_one_state_is_saved_at_a_time(tmp_path, monkeypatch):
+    """Heads of a sweep would meet by one name, of which orbax and JAX make a failure."""
+    state = State({"a": jnp.ones(2)}, (), jnp.int32(1), jnp.uint32(0))
+    one, other = Saved(f"{tmp_path}/one"), Saved(f"{tmp_path}/other")
+    finished, finish = [], Saved.finish
+    monkeypatch.setattr(pod, "size", lambda: 2)
+    monkeypatch.setattr(Saved, "finish", lambda self: [finished.append(self), finish(self)])
+    for saved in (one, other, one):
+        saved.save(state._replace(step=state.step + len(finished)), None, {"step": 0}, 0.0)
+    assert finished == [one, other]
+    for saved in (one, other):
+        saved.close()
