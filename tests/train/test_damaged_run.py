@@ -1,7 +1,6 @@
 """A run whose folder is damaged: one line that names the place, or nothing that matters."""
 
 import functools
-import gc
 import json
 import os
 import shutil
@@ -12,33 +11,13 @@ import numpy as np
 import pytest
 
 from common.errors import EyasError, MachineError
-from tests.train import small_store
 from tests.train.served import read_tensors
 from train.experiment import claimed
 from train.plan import make_plan
-from train.run import run
 from train.state import Saved
 from train.trainer import Trainer, is_done
 
-
-@pytest.fixture(autouse=True)
-def told_once(capfd):
-    """What a failed read leaves behind complains when it is collected, or once its event loop is gone."""
-    yield
-    gc.collect()
-    assert "Traceback" not in capfd.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("damaged")
-    return small_store.short_run(small_store.write_store(str(place / "store")), str(place / "whole"))
-
-
-@pytest.fixture(scope="module")
-def whole(config):
-    run(config)
-    return config.out
+pytestmark = pytest.mark.usefixtures("told_once")
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """What a run leaves on disk: continued, it is an uninterrupted run's."""
 
-import gc
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import pytest
 from common import pod, stopping
 from common.errors import EyasError, MachineError
 from common.lock import locked
-from tests.train import small_store
 from tests.train.served import read_tensors
 from train import evaluate, together
 from train.experiment import claimed
@@ -27,25 +25,7 @@ from train.state import Saved
 from train.step import State
 from train.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def told_once(capfd):
-    """What a failed read leaves behind complains when it is collected, or once its event loop is gone."""
-    yield
-    gc.collect()
-    assert "Traceback" not in capfd.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("resume")
-    return small_store.short_run(small_store.write_store(str(place / "store")), str(place / "whole"))
-
-
-@pytest.fixture(scope="module")
-def whole(config):
-    run(config)
-    return config.out
+pytestmark = pytest.mark.usefixtures("told_once")
 
 
 def lines_of(out):
