@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from typing import Any
 
+from common.config import knobs, require_known
 from common.errors import EyasError, RestartError
 from common.library_errors import explained, is_librarys, reason
+from dump.config import DumpConfig, PrepareConfig
+from train.config import TrainConfig
 
 EMBEDDED = "embedded"
-STAGES = ("prepare", "dump", "train")
+_CONFIGS = {"prepare": PrepareConfig, "dump": DumpConfig, "train": TrainConfig}
+STAGES = tuple(_CONFIGS)
 _ABANDONED = 600  # seconds without a byte after which a part of a file is nobody's
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FOLDER = resources.files("pipelines") / "recipes"
@@ -95,9 +99,10 @@ def parse(name: str, data: bytes) -> Recipe:
         raw = tomllib.loads(data.decode())
         stages = {stage: dict(raw.pop(stage, {})) for stage in STAGES}
         slices = {f"{stage}_slice": stages[stage].pop("slice", "cpu") for stage in ("dump", "train")}
-        unknown = raw.keys() - {known.name for known in fields(Recipe)}
-        if unknown:
-            raise ValueError(f"{min(unknown)} is no field of a recipe")
+        require_known(raw, [known.name for known in fields(Recipe)], f"recipe {name}.toml")
+        for stage, config in _CONFIGS.items():
+            known = [knob.name for knob in knobs(config)]
+            require_known(stages[stage], known, f"recipe {name}.toml, [{stage}]")
         return Recipe(name=name, **raw, **stages, **slices)
     except (ValueError, TypeError) as error:  # those of TOML and of Unicode are ValueErrors
         raise EyasError(f"recipe {name}.toml: {error}") from None

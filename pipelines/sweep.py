@@ -10,17 +10,15 @@ learning_rate = [1e-4, 2e-4]
 seed = [0, 1, 2]
 """
 
-import difflib
 import itertools
 import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable
 from typing import Any
 
 from common import storage
-from common.config import knobs
+from common.config import knobs, require_known
 from common.errors import EyasError
 from common.texts import printable
 from pipelines.recipes import beneath
@@ -44,9 +42,9 @@ def read(url: str, store: str, out: str, recipe: dict[str, Any]) -> dict[str, Tr
     except (ValueError, RecursionError) as error:  # those of TOML, of Unicode and of very deep lists
         raise EyasError(f"{url} is not TOML: {error}") from None
     known = [knob.name for knob in knobs(TrainConfig)]
-    _require_known(raw, _PARTS, url)
+    require_known(raw, _PARTS, url)
     settings = _table(raw, "settings", url)
-    _require_known(settings, known, f"{url}, [settings]")
+    require_known(settings, known, f"{url}, [settings]")
     found: dict[str, TrainConfig] = {}
     for name, own in [*_listed(raw, known, url), *_grid(raw, known, url)]:
         where = f"{url}, experiment {name}"
@@ -80,14 +78,6 @@ def _table(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _require_known(found: Iterable[str], known: Iterable[str], where: str) -> None:
-    for key in found:
-        if key not in known:
-            near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise EyasError(f"{where}: {printable(key)} is unknown; {advice}")
-
-
 def _listed(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, settings) of every [[experiments]]."""
     value = raw.get("experiments", [])
@@ -96,7 +86,7 @@ def _listed(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str
     found = []
     for number, one in enumerate(value, 1):
         at = f"{where}, experiment {printable(str(one.get('name', number)))}"
-        _require_known(one, ["name", *known], at)
+        require_known(one, ["name", *known], at)
         name = one.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise EyasError(
@@ -110,7 +100,7 @@ def _listed(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str
 def _grid(raw: dict[str, Any], known: list[str], where: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, settings) of every combination in [grid]: "learning_rate=0.0001,seed=2"."""
     grid = _table(raw, "grid", where)
-    _require_known(grid, known, f"{where}, [grid]")
+    require_known(grid, known, f"{where}, [grid]")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise EyasError(f"{where}, [grid]: {key} must be a list of values")
