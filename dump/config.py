@@ -83,7 +83,7 @@ class DumpConfig:
     chip_tokens: int = setting(
         2048, "Tokens of a forward pass, for each chip, where --batch-rows does not say.", least=1
     )
-    dp: int = setting(1, "Chips along the batch.", least=1)
+    dp: int = setting(1, "Chips (or groups of them) that each take other rows of a batch.", least=1)
     tp: int = setting(1, "Chips that share each layer.", least=1)
     experts: str | None = setting(
         None, "Experts over tp: by columns or whole.", choices=("ffn", "expert"), otherwise="the family's"

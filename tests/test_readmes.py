@@ -1,11 +1,13 @@
 """What the READMEs name is there: files behind links, targets of make, options of verbs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import click
 import pytest
 
+from pipelines import recipes
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +38,24 @@ def test_links_targets_and_options_are_there(path):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) - OF_OTHERS
     assert named <= options(), named - options()
+
+
+@pytest.mark.parametrize("verb", sorted(main.commands))
+def test_examples_of_the_help_are_commands(verb):
+    """Options that are there, and targets that are recipes or have an owner or a folder."""
+    paragraphs = map(str.strip, re.split(r"\n\s*\n", main.commands[verb].help))
+    for example in (p.removeprefix("Example: eyas ") for p in paragraphs if p.startswith("Example: ")):
+        words = shlex.split(example)
+        assert words[0] == verb
+        main.commands[verb].make_context(verb, words[1:])
+        require_targets(example)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_targets_that_are_named_are_there(path):
+    require_targets(path.read_text(encoding="utf-8"))
+
+
+def require_targets(text: str) -> None:
+    named = set(re.findall(r"(?:MODEL=|--model )([\w./-]+)", text))
+    assert {name for name in named if "/" not in name} <= set(recipes.names())

@@ -20,7 +20,7 @@ def _cache() -> Any:
 def _sp() -> Any:
     """The setting of both stages."""
     return setting(
-        1, "Chips along a row, for rows too long for one: --dp times --sp chips take part.", least=1
+        1, "Chips that share each row, if one is too long for one: --dp times --sp chips take part.", least=1
     )
 
 
@@ -113,7 +113,7 @@ class TrainConfig:
         None,
         "Logits from states, or stored ones.",
         choices=("recompute", "stored"),
-        otherwise="from states where the store has last_hidden",
+        otherwise="from states where the store has last_hidden of every row",
     )
     kind: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
     layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)
@@ -152,7 +152,7 @@ class TrainConfig:
     )
     cache: str | None = _cache()
     memory: float = setting(4.0, "GiB of each host's memory for batches that are read ahead.", above=0)
-    dp: int = setting(1, "Chips along the batch.", least=1)
+    dp: int = setting(1, "Chips (or groups of them) that each take other rows of a batch.", least=1)
     sp: int = _sp()
 
     @property
@@ -194,7 +194,7 @@ class EvaluateConfig:
     ngrams: bool = setting(True, "Measure a unigram and a bigram predictor as well.")
     dtype: str | None = setting(None, "What to compute in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
     cache: str | None = _cache()
-    dp: int = setting(1, "Chips along the batch.", least=1)
+    dp: int = setting(1, "Chips (or groups of them) that each take other rows of a batch.", least=1)
     sp: int = _sp()
 
     def __post_init__(self) -> None:

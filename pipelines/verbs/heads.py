@@ -25,8 +25,9 @@ from train.servers import LAYOUTS, SERVERS
 )
 @options(TrainConfig, RECIPES)
 def train(model: str, store: str, out: str, **given: Any) -> None:
-    """Trains a head from the store; the target's checkpoint is not needed. On a pod the same command runs on
-    every host.
+    """Trains a head from the store. --model names the recipe whose settings hold; the target's checkpoint is
+    not needed. The same command continues a run; for other settings name another --out. On a pod the same
+    command runs on every host.
 
     Example: eyas train --model qwen3-32b --store gs://bucket/qwen3-32b --out runs/lr2e-4 --learning-rate 2e-4
     """
@@ -107,7 +108,7 @@ def speculate(cache: str, model: str, head: str, as_json: bool, **given: Any) ->
     """Has target and head answer as a server would, beside the target alone: acceptance length by prompt set,
     category, position and context, speed-up, and whether the answers are the same.
 
-    Example: eyas speculate --model qwen3-0.6b --head runs/qwen3-0.6b/best --prompts question.jsonl
+    Example: eyas speculate --model Qwen/Qwen3-0.6B --head runs/qwen3-0.6b/best --prompts question.jsonl
 
     Example: eyas speculate --head runs/smollm2-135m/best --store stores/smollm2-135m --topk 8 --steps 5
     --draft-tokens 32

@@ -20,7 +20,7 @@ from pipelines.verbs.shared import RECIPES, configure, data_option, fetch, model
 @click.pass_obj
 def regenerate(cache: str, data: tuple[str, ...], **given: Any) -> None:
     """Keeps the user's turns of conversations and has the target answer them, through servers that run it or,
-    if it is small, on this machine.
+    if it is small, on this machine. Without --data, ShareGPT V3 is taken.
 
     Heads that learn from the target's own words have more drafts accepted. Tools are told to the server as
     they are defined; an answer that calls one ends its conversation.
@@ -46,7 +46,8 @@ def regenerate(cache: str, data: tuple[str, ...], **given: Any) -> None:
 @options(PrepareConfig, RECIPES)
 @click.pass_obj
 def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any) -> None:
-    """Turns conversations into packed rows of tokens; no device is touched.
+    """Turns conversations into packed rows of tokens; no device is touched. Without --data, ShareGPT
+    V3 is taken.
 
     Example: eyas prepare --data chats.jsonl --model qwen3-8b --store stores/qwen3-8b --length 2048
     """
