@@ -28,6 +28,7 @@ from common import joining, progress, stopping
 from common.config import differences
 from common.errors import EyasError, MachineError, RestartError
 from common.stopping import STOPPED, Stopped, exit_code
+from common.texts import first_line
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
@@ -81,10 +82,10 @@ def initialise(
     except ValueError as error:
         if coordinator is None:
             return  # no pod was found
-        raise EyasError(f"--coordinator {coordinator}: {_first_line(error)}; give HOST:PORT") from None
+        raise EyasError(f"--coordinator {coordinator}: {first_line(error)}; give HOST:PORT") from None
     except (RuntimeError, OSError) as error:
         raise RestartError(
-            f"the processes of the pod do not find each other ({_first_line(error)}); start the same command "
+            f"the processes of the pod do not find each other ({first_line(error)}); start the same command "
             "on every host, or give --processes 1 to run alone"
         ) from error
     if jax.process_count() > 1:
@@ -246,7 +247,7 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
     error = device_errors.explained(error, "compute less at a time, or on more chips") or error
     known = isinstance(error, EyasError)
-    text = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
+    text = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
     return {"text": text, "code": error.exit_code if known else MachineError.exit_code, "signal": 0}
 
 
@@ -305,8 +306,3 @@ def _end(line: str, code: int) -> None:
     """Ends the process at once: its main thread may be waiting inside a computation that will never end."""
     print(f"Error: {line}", file=sys.stderr, flush=True)
     leave(code)
-
-
-def _first_line(error: BaseException, limit: int = 200) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:limit]

@@ -1,4 +1,4 @@
-"""What may be said, and what can be: secrets, what a terminal obeys, and names that are no Unicode."""
+"""What may be said, and what can be: secrets, what a terminal obeys, names that are no Unicode, long text."""
 
 import re
 
@@ -23,3 +23,9 @@ def is_unicode(text: str) -> bool:
 def printable(text: str) -> str:
     """The text on one line, what a terminal would obey or not show (\\x1b, say) written out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """What a library's error says first, shortened; the name of its class where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

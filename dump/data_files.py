@@ -28,6 +28,7 @@ from fsspec.utils import glob_translate
 from common import storage
 from common.errors import EyasError
 from common.library_errors import library_errors
+from common.texts import first_line
 
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
 TABLE_KINDS = (".parquet", ".arrow", ".feather")
@@ -153,7 +154,7 @@ def opened(url: str, advance: Advance | None = None) -> Iterator[BinaryIO]:
             try:
                 yield io.BufferedReader(unpack(counted), _BUFFER) if unpack else counted
             except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, _DamagedError) as error:
-                raise EyasError(f"{url} cannot be unpacked ({_first_line(error)}); fetch it again") from None
+                raise EyasError(f"{url} cannot be unpacked ({first_line(error)}); fetch it again") from None
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def readable(url: str) -> Iterator[None]:
     except EyasError:
         raise
     except (ImportError, OSError, ValueError) as error:  # also an unknown protocol
-        raise EyasError(f"{url} cannot be read: {_first_line(error)}") from None
+        raise EyasError(f"{url} cannot be read: {first_line(error)}") from None
 
 
 class _Counted(io.RawIOBase):
@@ -219,8 +220,3 @@ _UNPACK: dict[str, Any] = {
     ".xz": lzma.LZMAFile,
     ".zst": _Unpacked,
 }
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

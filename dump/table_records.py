@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import EyasError
+from common.texts import first_line
 from dump.record_shapes import FIELDS, usable
 
 _BATCH = 256  # rows
@@ -70,5 +71,4 @@ def _damage(url: str, kind: str) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise EyasError(f"{url} is no whole {kind} file: {reason}") from None
+        raise EyasError(f"{url} is no whole {kind} file: {first_line(error)}") from None

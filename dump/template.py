@@ -24,6 +24,7 @@ from jinja2.nodes import CallBlock
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import EyasError
+from common.texts import first_line
 
 # Templates that print today's date would give other bytes tomorrow: they get the date that the published
 # Llama 3 templates fall back to.
@@ -69,7 +70,7 @@ class Template:
                 self._template = environment.from_string(text)
         except (jinja2.TemplateError, *_FAULTS) as error:
             raise EyasError(
-                f"the chat template of {where} is no Jinja template: {_first_line(error)}"
+                f"the chat template of {where} is no Jinja template: {first_line(error)}"
             ) from None
 
     def render(self, **variables: Any) -> Marked:
@@ -88,7 +89,7 @@ class Template:
         except (jinja2.TemplateError, *_FAULTS) as error:
             # Only what the template itself raises is its own text; other errors can quote the conversation.
             own = type(error) is jinja2.TemplateError
-            reason = _first_line(error) if own else f"{type(error).__name__} inside the template"
+            reason = first_line(error) if own else f"{type(error).__name__} inside the template"
             raise TemplateRefusedError(reason) from None
         return _without_marks(text) if self.marks_answers else (text, [])
 
@@ -195,8 +196,3 @@ def _limit_memory() -> tuple[int, int] | None:
         return None
     resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
     return soft, hard
-
-
-def _first_line(error: Exception, limit: int = 200) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:limit]

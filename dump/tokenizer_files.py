@@ -7,6 +7,7 @@ from typing import Any
 
 from common import schema, storage
 from common.errors import EyasError
+from common.texts import first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt")
@@ -106,5 +107,4 @@ def _load_local(path: str, shown: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # `tokenizers` raises plain Exception for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise EyasError(f"the tokenizer of {shown} cannot be loaded: {lines[0][:200]}") from None
+        raise EyasError(f"the tokenizer of {shown} cannot be loaded: {first_line(error)}") from None

@@ -19,6 +19,7 @@ from common import pod, schema, storage
 from common.errors import EyasError, MachineError
 from common.library_errors import explained, is_librarys, is_refusal, library_errors
 from common.schema import Count, Crc32, TypedDict
+from common.texts import first_line
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before
@@ -58,12 +59,6 @@ def _checksums(state: State) -> dict[str, int]:
 def _crc32(step: int, noted: dict[str, Any]) -> int:
     rest = {name: value for name, value in noted.items() if name != "crc32"}
     return zlib.crc32(json.dumps([step, rest], sort_keys=True).encode())
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a library says, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _quiet() -> None:
@@ -114,7 +109,7 @@ class Saved:
             if is_librarys(error) or (isinstance(error, OSError) and not no_folder):
                 raise explained(error, self._place) from error
             raise EyasError(
-                f"{self._place} holds a step that cannot be read ({_reason(error)}); delete that step's "
+                f"{self._place} holds a step that cannot be read ({first_line(error)}); delete that step's "
                 "folder to continue from the state before it"
             ) from error
 
@@ -128,7 +123,7 @@ class Saved:
             raise
         except Exception as error:
             raise MachineError(
-                f"{self._place} cannot be written ({_reason(error)}); mend that and run the same command "
+                f"{self._place} cannot be written ({first_line(error)}); mend that and run the same command "
                 "again; what is complete is kept"
             ) from error
 
@@ -146,7 +141,7 @@ class Saved:
         except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
             if is_refusal(error):
                 raise explained(error, place) from error
-            raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
+            raise EyasError(f"{place} cannot be read ({first_line(error)}); {advice}") from error
         state, noted = found["state"], self._checked(step, found["noted"])
         damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
         if damaged:
@@ -165,7 +160,7 @@ class Saved:
         except Exception as error:
             if is_refusal(error):
                 raise explained(error, place) from error
-            raise EyasError(f"{place} cannot be read ({_reason(error)}); {advice}") from error
+            raise EyasError(f"{place} cannot be read ({first_line(error)}); {advice}") from error
         return step, self._checked(step, found)["last"]
 
     def _checked(self, step: int, noted: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import EyasError, RestartError
 from common.progress import note
-from common.texts import without_secrets
+from common.texts import first_line, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,10 @@ def test_errors_and_notes_have_no_secrets(text, told, capfd):
 def test_no_note_moves_a_cursor(capfd):
     note("\na\x1b[2J\rb\u202ec — é")
     assert capfd.readouterr().err == "\na\\x1b[2J\\rb\\u202ec — é\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("one\ntwo", "one"), ("\n one ", "one"), ("", "ValueError"), ("x" * 300, "x" * 200)]
+)
+def test_of_what_a_library_says_one_line_is_told_and_never_nothing(text, told):
+    assert first_line(ValueError(text)) == told
