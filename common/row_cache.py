@@ -20,12 +20,12 @@ from common import storage
 from common.errors import EyasError
 from common.library_errors import library_errors
 from common.progress import note
+from common.storage import PARTIAL
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _MOST, _DIGITS = 1e18, 20  # bytes, and how many digits they are written with
 _FREED = 0.05  # of the limit, at once: looking through all entries takes seconds where there are a million
-_PARTIAL = ".partial"
 _ABANDONED = 3600.0  # seconds after which a file that is being written is nobody's
 _USED = ".used"
 _ENTRIES = "eyas-cache"
@@ -100,7 +100,7 @@ class RowCache:
         path = self._path(key)
         if not self._writes or len(data) > self._limit or os.path.exists(path):
             return
-        partial = f"{path}.{os.getpid()}.{threading.get_ident()}{_PARTIAL}"
+        partial = f"{path}.{os.getpid()}.{threading.get_ident()}{PARTIAL}"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with self._begun(partial, len(data)) as file:
@@ -152,7 +152,7 @@ class RowCache:
                 path = os.path.join(folder, name)
                 with suppress(OSError):  # another process has removed it
                     about = os.stat(path)
-                    if name.endswith(_PARTIAL) and now - about.st_mtime > _ABANDONED:
+                    if name.endswith(PARTIAL) and now - about.st_mtime > _ABANDONED:
                         os.unlink(path)
                     elif name != _USED:
                         found.append((about.st_mtime_ns, about.st_size, path))
@@ -160,7 +160,7 @@ class RowCache:
         for _, size, path in sorted(found):
             if total <= wanted:
                 break
-            if not path.endswith(_PARTIAL):
+            if not path.endswith(PARTIAL):
                 with suppress(OSError):
                     os.unlink(path)
                     total -= size

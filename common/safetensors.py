@@ -23,7 +23,7 @@ from common.library_errors import library_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # how the names of pickled weights end
 _HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
 _LARGEST, _AXES = 2**53, 32  # no number of a header is larger, no tensor has more axes
 _READERS = 16  # headers of shards read at once
@@ -191,7 +191,7 @@ def _shards(folder: str) -> list[str]:
         return shards
     if SINGLE in names:
         return [SINGLE]
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    pickled = [name for name in names if name.endswith(PICKLES)]
     if pickled:
         raise EyasError(
             f"{folder} has pickled weights ({pickled[0]}), which are never opened; convert to safetensors"

@@ -251,13 +251,19 @@ def require_folder(url: str) -> None:
     """EyasError if a local `url` cannot be a folder to write into: it, or a part of its path, is a file."""
     if is_remote(url):
         return
-    path = os.path.abspath(local_path(url))
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
+    path = _nearest(url)
     if not os.path.isdir(path):
         raise EyasError(f"{url} cannot be a folder: {path} is a file; name another place")
     if not os.access(path, os.W_OK | os.X_OK):
         raise EyasError(f"{url} cannot be written: {path} is read-only for you; name another place")
+
+
+def _nearest(url: str) -> str:
+    """The path of a local `url`, or of the innermost folder above it that exists."""
+    path = os.path.abspath(local_path(url))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def require_file(url: str) -> None:
@@ -289,10 +295,7 @@ def require_room(url: str, need: int, what: str, advice: str) -> None:
     """EyasError if the disk of `url` (a folder, there or not) has less room than `need` bytes for `what`."""
     if is_remote(url):
         return
-    place = os.path.abspath(local_path(url))
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest(url)).free
     if need > free:
         raise EyasError(
             f"{what} need {tqdm.format_sizeof(need, 'B')}, the disk of {url} has "

@@ -27,7 +27,6 @@ from common.progress import Progress
 from common.store import Store
 
 _LAST_SECONDS = 8.0  # for the blocks in flight when a dump is stopped or has failed
-_LOOK_SECONDS = 0.5  # between two looks whether a dump that waits is asked to stop
 _IN_FLIGHT = 8 << 30  # bytes, or an eighth of the machine's memory if that is less
 _WRITERS = 16  # blocks written at once: a small one in a bucket is a second of waiting
 
@@ -255,12 +254,8 @@ class FeatureWriter:
         return sum(size for size, _ in self._pending)
 
     def _await_oldest(self) -> None:
-        _, outcome = self._pending[0]
-        while not outcome.done():
-            stopping.check()  # a server may not answer for minutes
-            wait([outcome], _LOOK_SECONDS)
+        stopping.awaited(self._pending[0][1], stopping.check)  # a server may not answer for minutes
         self._pending.popleft()
-        outcome.result()
 
     def _write(self, block: int, values: dict[str, np.ndarray], tokens: int, counted: int) -> None:
         rows, place = self.store.block_range(block), self.store.marker_place(block)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import params as declared
 from common.errors import EyasError
+from common.safetensors import PICKLES
 from common.storage import as_local, join, list_names, read_json
 from train import servers
 from train.draft_maps import check_maps
@@ -16,7 +17,6 @@ from train.export import WEIGHTS
 from train.heads import Head, read_serving_config
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def check(
@@ -47,7 +47,7 @@ def check(
 
 def _check_files(folder: str) -> None:
     for name in list_names(folder):
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             raise EyasError(
                 f"{folder} holds {name}, a pickle that some servers run in place of {WEIGHTS}; remove it"
             )
