@@ -143,7 +143,7 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
 
 
 def load_head(folder: str, target: dict[str, Any]) -> tuple[Head, dict[str, np.ndarray], np.ndarray]:
-    """(config, float32 parameters, draft ids) of a folder that `train.export` wrote, checked against its
+    """(head, float32 parameters, draft ids) of a folder that `train.export` wrote, checked against its
     target's config.json. RestartError if it was replaced meanwhile, by a training run say."""
     with read_as_one(folder):
         return _load_head(folder, target)

@@ -61,14 +61,12 @@ def command(
     return Command(tuple(make(server, target, head, layout, tokens, chips)), environment)
 
 
-def commands(
-    found: Mapping[str, Verdict], target: str, head: str, layout: str, tokens: int = TOKENS, chips: int = 1
-) -> list[str]:
+def commands(found: Mapping[str, Verdict], target: str, head: str, layout: str) -> list[str]:
     """For each server that takes the head its name, as a comment, and the command."""
     lines = []
     for name in ("vllm", "tpu-inference", "sglang", "sglang-jax"):
         if found[name].taken:
-            made = command(name, target, head, layout, tokens, chips, found[name].environment)
+            made = command(name, target, head, layout, environment=found[name].environment)
             lines += [f"# {SERVERS[name].title}", made.text()]
     return lines
 

@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(self, plan: Plan):
         """A new head, or the newest saved state of the plan's folder. EyasError if that cannot be read."""
-        self.plan = self._plan = plan
+        self.plan = plan
         c = plan.config
         self._rate = optimizer.schedule(c.learning_rate, c.warmup, plan.steps, c.schedule, c.cooldown)
         self._saved = Saved(plan.config.out)
@@ -105,12 +105,12 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether every step is, or `patience` evaluations in a row found no better head."""
-        return _ends(self._plan, self.step, self.exported.last)
+        return _ends(self.plan, self.step, self.exported.last)
 
     @property
     def name(self) -> str:
         """The last part of its folder's."""
-        return posixpath.basename(self._plan.config.out.rstrip("/"))
+        return posixpath.basename(self.plan.config.out.rstrip("/"))
 
     @property
     def saved_step(self) -> int:
@@ -119,7 +119,7 @@ class Trainer:
 
     def _begin(self) -> tuple[State, dict[str, Any]]:
         """(state, what was noted beside it) to begin with."""
-        plan, declared = self._plan, self._plan.head.parameters()
+        plan, declared = self.plan, self.plan.head.parameters()
         if self._saved.step() is None:
             note(f"train: making a head ({plan.config.init})")
             sample = plan.sample()
@@ -133,15 +133,15 @@ class Trainer:
         return state, noted
 
     def _new_state(self, params: Params, sample: Sample, seed: jax.Array) -> State:
-        return State(params, self._plan.optimizer(self._rate, sample).init(params), jnp.int32(0), seed)
+        return State(params, self.plan.optimizer(self._rate, sample).init(params), jnp.int32(0), seed)
 
     def no_sample(self) -> Sample:
         """In the place of a sample where shapes alone matter."""
-        hidden = self._plan.store.features["target"]["hidden_size"]
-        return empty(len(self._plan.head.aux_layers), hidden)
+        hidden = self.plan.store.features["target"]["hidden_size"]
+        return empty(len(self.plan.head.aux_layers), hidden)
 
     def _make_evaluator(self) -> Evaluator | None:
-        plan, c = self._plan, self._plan.config
+        plan, c = self.plan, self.plan.config
         held_out = len(plan.source.test_rows)
         if not held_out:
             note("train: the store has no held-out rows, so best/ is the last head")
@@ -159,8 +159,8 @@ class Trainer:
             with pod.together():
                 note("train: compiling")
                 lowered = self._program().lower(self._state, self._frozen, batch)
-                options = training_options(self._plan.mesh)
-                compiling = partial(self._plan.source.program, lowered, partial(lowered.compile, options))
+                options = training_options(self.plan.mesh)
+                compiling = partial(self.plan.source.program, lowered, partial(lowered.compile, options))
                 self._compiled = interruptible(compiling, check)
 
     def take(self, batch: Batch) -> None:
@@ -175,7 +175,7 @@ class Trainer:
         self._saving.stepped(self.step)
 
     def _program(self) -> Any:
-        plan, c = self._plan, self._plan.config
+        plan, c = self.plan, self.plan.config
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
         weights = c.ttt_steps, c.decay, plan.dtype, c.compat, loss, c.anchors
         gradients = gradient(plan.head, plan.mesh, *weights)
@@ -189,7 +189,7 @@ class Trainer:
     @property
     def is_evaluated(self) -> bool:
         """Whether this step is one after which the head is measured, and has not been measured yet."""
-        due = self.step % self._plan.eval_every == 0 or self.done or self.step in self._again
+        due = self.step % self.plan.eval_every == 0 or self.done or self.step in self._again
         return self.step > self.exported.last["step"] and due
 
     @property
@@ -233,7 +233,7 @@ class Trainer:
         norm = float(metrics.gradient_norm)
         if in_a_row := int(metrics.skipped_in_a_row):
             self._skipped(in_a_row, loss, norm)
-        elif self.step % self._plan.config.log_every == 0 or self.step == 1 or self.done:
+        elif self.step % self.plan.config.log_every == 0 or self.step == 1 or self.done:
             self._log(metrics, loss, norm)
 
     def _skipped(self, in_a_row: int, loss: float, norm: float) -> None:
@@ -266,7 +266,7 @@ class Trainer:
 
     def _now(self) -> dict[str, Any]:
         """Where the run is, at the beginning of every line."""
-        tokens = self.step * self._plan.config.batch_rows * self._plan.store.length
+        tokens = self.step * self.plan.config.batch_rows * self.plan.store.length
         return {"step": self.step, "tokens": tokens, "seconds": round(self._run_seconds, 2)}
 
     @property
@@ -291,7 +291,7 @@ class Trainer:
                 self._tell(self._now() | {"evaluation": found})
                 self._lines.flush()
         self.exported.keep(self._weights(), found)
-        if self.done and self.step < self._plan.steps:
+        if self.done and self.step < self.plan.steps:
             best = self.exported.best["step"]
             note(f"train: no better head since step {best}, so the run ends at step {self.step}")
 
@@ -300,8 +300,8 @@ class Trainer:
         if math.isfinite(found[LENGTH] + sum(found["loss"])):
             return
         loss = f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
-        if unsound := pod.told(lambda: not_finite(self._plan.store, self._plan.source.test_rows)):
-            raise EyasError(f"{loss}: {unsound} is not finite; dump {self._plan.store.url} anew")
+        if unsound := pod.told(lambda: not_finite(self.plan.store, self.plan.source.test_rows)):
+            raise EyasError(f"{loss}: {unsound} is not finite; dump {self.plan.store.url} anew")
         raise EyasError(f"{loss}; use a lower --learning-rate, or --dtype float32, in a new folder")
 
     def _weights(self) -> Params:

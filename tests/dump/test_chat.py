@@ -26,7 +26,6 @@ GENERATION = (
     "{% endif %}{% endfor %}"
 )
 UNCLOSED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
 NO_DOUBT = "{% if messages[-1].content[-1] == '?' %}{{ raise_exception('Be certain') }}{% endif %}" + CHATML
 
 

@@ -4,9 +4,9 @@ At step k index i takes token i+1+k and the layers' own output of step k-1; a la
 of its document up to i and its own keys of steps 1..k. Source: EAGLE-3 (arXiv 2503.01840), section 3.
 
 Queries and MLP run on the live indices of train/targets.py, which are in their places where they are all
-positions; keys and values of step 0 on all positions. The
-embedding's half of the q, k, v projections depends on the token alone: it is computed once for all steps.
-Several layers are so many scanned steps for each step, which see the keys of their own layer alone.
+positions; keys and values of step 0 on all positions. The embedding's half of the q, k, v projections depends
+on the token alone: it is computed once for all steps. Several layers are so many scanned steps for each step,
+which see the keys of their own layer alone.
 
 Of rows in pieces (train/pieces.py) a chip computes its own positions and, for nothing, the few of the halo;
 step 0's keys and values are those of whole rows of some heads.
