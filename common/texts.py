@@ -29,3 +29,9 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """What a library's error says first, shortened; the name of its class where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
+
+
+def install(extra: str) -> str:
+    """The command that adds what an extra needs, in the checkout: by the name of the project alone pip would
+    fetch whatever has that name in its index."""
+    return f".venv/bin/pip install -e '.[{extra}]'"

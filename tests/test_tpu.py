@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'eyas[tpu]'"
+        importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, the extra `tpu`"
     ),
 ]
 HBM = tpu.CHIPS["v6e"].hbm_gib

@@ -22,6 +22,7 @@ from common.errors import EyasError
 from common.progress import note
 from common.schema import Count, TypedDict
 from common.stopping import Stopped
+from common.texts import install
 
 FILE = "trackers.json"
 FOLDER = "tensorboard"  # of event files, in the run's own
@@ -150,13 +151,13 @@ def require(names: Sequence[str], out: str) -> None:
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, which wandb makes, is no package
-            raise EyasError(f"--log-to {name} needs a package that is not here: pip install 'eyas[{name}]'")
+            raise EyasError(f"--log-to {name} needs a package that is not here: {install(name)}")
         try:
             importlib.import_module(name)
         except Exception as error:  # of a version that does not go with the others that are here
             raise EyasError(
-                f"--log-to {name}: its package here cannot be used ({_reason(error)}); pip install --upgrade "
-                f"'eyas[{name}]'"
+                f"--log-to {name}: its package here cannot be used ({_reason(error)}); "
+                f"{install(name)} --upgrade"
             ) from None
         if name == "tensorboard" and storage.is_remote(out):
             raise EyasError(f"--log-to tensorboard appends to files, which {out} has none of; leave it out")

@@ -28,6 +28,7 @@ from common.codec import Codec
 from common.params import shapes
 from common.progress import note
 from common.splash import BLOCK
+from common.texts import install
 from dump import target
 from dump.config import DumpConfig
 from dump.prefill import Program
@@ -138,7 +139,7 @@ def figures() -> dict[str, dict[str, Any]]:
     """dump.tpu_peak_fraction.NAME of the recipes that have a bar; without a value, and why, where the TPU
     compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        missing = {"value": None, "unit": "share", "why": "no TPU compiler here: pip install 'eyas[tpu]'"}
+        missing = {"value": None, "unit": "share", "why": f"no TPU compiler here: {install('tpu')}"}
         return {f"dump.tpu_peak_fraction.{name}": missing for name in BARS}
     return {f"dump.tpu_peak_fraction.{name}": _figure(name) for name in BARS}
 

@@ -21,6 +21,7 @@ from common.mesh import sharding, training_options, ways
 from common.params import shapes
 from common.progress import note
 from common.splash import BLOCK
+from common.texts import install
 from dump import target
 from pipelines import recipes
 from pipelines.bench.hlo import work
@@ -137,7 +138,7 @@ def figures() -> dict[str, dict[str, Any]]:
     """train.tpu_peak_fraction.NAME; without a value, and why, where the TPU compiler is not installed."""
     names = [(recipe, length) for recipe, lengths in LENGTHS.items() for length in lengths]
     if importlib.util.find_spec("libtpu") is None:
-        missing = {"value": None, "unit": "share", "why": "no TPU compiler here: pip install 'eyas[tpu]'"}
+        missing = {"value": None, "unit": "share", "why": f"no TPU compiler here: {install('tpu')}"}
         return {_name(*one): missing for one in names}
     return {_name(*one): _figure(*one) for one in names}
 

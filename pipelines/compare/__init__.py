@@ -9,7 +9,7 @@ from typing import Any
 from common import storage
 from common.errors import EyasError
 from common.progress import Progress, note
-from common.texts import printable
+from common.texts import install, printable
 from pipelines.compare import page, runs
 from pipelines.compare.ranking import Group, group
 from pipelines.compare.runs import Run
@@ -106,7 +106,7 @@ def _write(config: CompareConfig, groups: list[Group], notes: list[str]) -> list
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            note("no PNG and SVG: they need matplotlib (pip install 'eyas[plot]'); the page does not")
+            note(f"no PNG and SVG: they need matplotlib ({install('plot')}); the page does not")
         else:
             pages |= plots.draw(config.out.removesuffix(".html"), groups)
     for place, content in pages.items():

@@ -261,7 +261,9 @@ def test_without_matplotlib_a_line_says_how_to_get_plots(sweep, tmp_path, monkey
     monkeypatch.delattr(compare, "plots", raising=False)
     found = compared(sweep, out=str(tmp_path / "page.html"))
     assert found["written"] == [str(tmp_path / "page.html")]
-    assert "no PNG and SVG: they need matplotlib (pip install 'eyas[plot]')" in capsys.readouterr().err
+    assert (
+        "no PNG and SVG: they need matplotlib (.venv/bin/pip install -e '.[plot]')" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,12 @@ def test_a_missing_package_is_refused_with_what_installs_it(tmp_path, monkeypatc
     (tmp_path / "wandb").mkdir()  # where wandb keeps what it could not send
     config = TrainConfig(str(tmp_path / "none"), str(tmp_path / "out"), log_to=["wandb"])
     if "wandb" not in HERE:
-        with pytest.raises(EyasError, match=r"pip install 'eyas\[wandb\]'"):
+        with pytest.raises(EyasError, match=r"pip install -e '\.\[wandb\]'"):
             run(config)
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        EyasError, match=r"trackio needs a package that is not here: pip install 'eyas\[trackio"
+        EyasError, match=r"trackio needs a package that is not here: .venv/bin/pip install -e '\.\[trackio"
     ):
         require(("trackio",), "out")
 
