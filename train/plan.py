@@ -118,10 +118,7 @@ class Plan:
 def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     """Checks everything; writes nothing. EyasError names what is wrong. `source`: the store, if it is open
     already."""
-    if storage.is_remote(config.out) and not config.out.startswith("gs://"):
-        raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
-    storage.require_folder(config.out)
-    logs.require(config.log_to or (), config.out)
+    _require_place(config)
     source = source or Source(config.store, config.dp, config.cache, config.memory, config.sp)
     store = source.store
     pieces.require(store.length, source.pieces, config.ttt_steps, store.url)
@@ -129,19 +126,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(
             f"out={config.out} is in the store {store.url}, which is read only; name another folder"
         )
-    teacher, whole = config.teacher or whole_teacher(store), whole_teacher(store)
-    taught = teaching_arrays(store, teacher)
-    if config.teacher_temperature != 1 and "topk_logprobs" in taught:
-        raise EyasError(
-            f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
-            f"{store.url} has the largest; give 1"
-            + (", or --teacher recompute" if whole == "recompute" else "")
-        )
-    if teacher == "recompute" and whole != teacher:
-        raise EyasError(
-            f"{store.url} was not dumped with all of last_hidden, which --teacher recompute needs; use "
-            "--teacher stored"
-        )
+    teacher = _teacher(config, store)
     if config.anchors < 1 and config.ttt_steps == 1:
         note(f"train: anchors={config.anchors:g} does nothing with ttt_steps=1, which has no later steps")
     published = open_published(config.init_folder, store) if config.init_folder else None
@@ -152,48 +137,14 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     rate = config.learning_rate or optimizer.peak(config.optimizer, head.hidden_size)
     config = replace(config, learning_rate=rate)
     _check_room(config, head)
-    rows = source.rows(config.data_seed, config.share)
-    if config.init == "fitted" and not (rows < store.rows_with("last_hidden")).any():
-        raise EyasError(
-            f"init=fitted is a regression to last_hidden, which {store.url} has of no row that is trained "
-            "on; give --init target, normal or the folder of a head, or dump with --last-hidden first"
-        )
-    workload = source.workload(config.ttt_steps, config.compat)
-    counted = workload.counted(rows)
-    if not counted:
-        raise EyasError(
-            f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
-            "an answer's token; prepare conversations with assistant turns"
-        )
-    source.once(
-        ("coverage", zarr.crc32(draft_ids), config.compat, config.data_seed, config.share),
-        lambda: _require_coverage(store, workload, rows, draft_ids),
-    )
-    steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
-    epochs = -(-steps * config.batch_rows // len(rows))
-    if epochs * len(source.train_rows) > _MOST_ROWS:
-        raise EyasError(
-            f"{steps} steps of {config.batch_rows} rows are {epochs} epochs of {len(source.train_rows)} "
-            f"train rows, more than {_MOST_ROWS} rows; give fewer --steps or --epochs, or a larger --share"
-        )
-    if config.patience is not None and not len(source.test_rows):
-        raise EyasError(
-            f"{config.store} has no held-out rows, by which patience={config.patience} could tell a better "
-            "head; leave it out, or prepare a store with holdout above 0"
-        )
-    shards = source.groups * config.accumulate
-    work = source.workload(config.ttt_steps).targets  # whatever the mask: the order is that of all of a sweep
-    wanted = order(
-        source.train_rows, config.data_seed, steps, config.batch_rows, config.share, work[source.train_rows]
-    )
-    wanted = level(wanted, work, shards)
-    dtype = compute_dtype(config.dtype)
-    held_out = len(source.test_rows)
+    counted = _counted(config, source, draft_ids)
+    workload, wanted = source.workload(config.ttt_steps, config.compat), _order(config, source)
+    dtype, steps, held_out = compute_dtype(config.dtype), len(wanted.rows), len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
-    capacity = workload.capacity(wanted.rows, shards, config.anchors)
+    capacity = workload.capacity(wanted.rows, source.groups * config.accumulate, config.anchors)
     parts = config.accumulate, config.anchors, config.data_seed
     view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers, *parts)
-    for one in (teacher, whole):  # of training, and of evaluations
+    for one in (teacher, whole_teacher(store)):  # of training, and of evaluations
         Stream(store, source.mesh, [replace(view, teacher=one)], source.memory)  # if there is memory
     return Plan(
         config=config,
@@ -212,6 +163,75 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         | {"teacher": teacher}
         | ({"init": published.sums} if published else {}),
     )
+
+
+def _require_place(config: TrainConfig) -> None:
+    """EyasError if there can be no run in the folder `out`, or its trackers cannot tell of one there."""
+    if storage.is_remote(config.out) and not config.out.startswith("gs://"):
+        raise EyasError(f"out={config.out} is no local folder nor in a gs:// bucket; name one of those")
+    storage.require_folder(config.out)
+    logs.require(config.log_to or (), config.out)
+
+
+def _teacher(config: TrainConfig, store: Store) -> str:
+    """What teaches. EyasError if the store has not all that it needs."""
+    whole = whole_teacher(store)
+    teacher = config.teacher or whole
+    taught = teaching_arrays(store, teacher)
+    if config.teacher_temperature != 1 and "topk_logprobs" in taught:
+        raise EyasError(
+            f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
+            f"{store.url} has the largest; give 1"
+            + (", or --teacher recompute" if whole == "recompute" else "")
+        )
+    if teacher == "recompute" and whole != teacher:
+        raise EyasError(
+            f"{store.url} was not dumped with all of last_hidden, which --teacher recompute needs; use "
+            "--teacher stored"
+        )
+    return teacher
+
+
+def _counted(config: TrainConfig, source: Source, draft_ids: np.ndarray) -> int:
+    """How many positions of an epoch count. EyasError if there is nothing to begin with or to learn from."""
+    store, rows = source.store, source.rows(config.data_seed, config.share)
+    if config.init == "fitted" and not (rows < store.rows_with("last_hidden")).any():
+        raise EyasError(
+            f"init=fitted is a regression to last_hidden, which {store.url} has of no row that is trained "
+            "on; give --init target, normal or the folder of a head, or dump with --last-hidden first"
+        )
+    workload = source.workload(config.ttt_steps, config.compat)
+    counted = workload.counted(rows)
+    if not counted:
+        raise EyasError(
+            f"{config.store} has nothing to learn from: no position of its {len(rows)} train rows predicts "
+            "an answer's token; prepare conversations with assistant turns"
+        )
+    source.once(
+        ("coverage", zarr.crc32(draft_ids), config.compat, config.data_seed, config.share),
+        lambda: _require_coverage(store, workload, rows, draft_ids),
+    )
+    return counted
+
+
+def _order(config: TrainConfig, source: Source) -> Order:
+    """The rows of every step. EyasError if they are too many, or patience has nothing to go by."""
+    count, B = len(source.rows(config.data_seed, config.share)), config.batch_rows
+    steps = config.steps or max(1, round(config.epochs * count / B))
+    epochs = -(-steps * B // count)
+    if epochs * len(source.train_rows) > _MOST_ROWS:
+        raise EyasError(
+            f"{steps} steps of {B} rows are {epochs} epochs of {len(source.train_rows)} "
+            f"train rows, more than {_MOST_ROWS} rows; give fewer --steps or --epochs, or a larger --share"
+        )
+    if config.patience is not None and not len(source.test_rows):
+        raise EyasError(
+            f"{config.store} has no held-out rows, by which patience={config.patience} could tell a better "
+            "head; leave it out, or prepare a store with holdout above 0"
+        )
+    work = source.workload(config.ttt_steps).targets  # whatever the mask: the order is that of all of a sweep
+    wanted = order(source.train_rows, config.data_seed, steps, B, config.share, work[source.train_rows])
+    return level(wanted, work, source.groups * config.accumulate)
 
 
 def room(config: TrainConfig, head: Head) -> int:
