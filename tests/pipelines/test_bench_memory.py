@@ -12,7 +12,7 @@ from common.store_writer import FeatureWriter
 from dump.rounds import run_rounds
 from pipelines.bench import made, memory
 from pipelines.bench.memory import Sample
-from tests.train import small_store
+from tests.train import small_run, small_store
 from train.run import run
 from train.trainer import Trainer
 
@@ -92,7 +92,7 @@ def test_nothing_is_kept_of_steps_that_are_done(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "take", counted)
     url = small_store.write_store(f"{tmp_path}/store", rows=300, test=False)
     often = {"steps": 300, "batch_rows": 1, "log_every": 1, "eval_every": 1000, "save_every": 1000}
-    run(small_store.short_run(url, f"{tmp_path}/out", **often))
+    run(small_run.short_run(url, f"{tmp_path}/out", **often))
     assert ((found[300] - found[100]) / 200 < (1000, 5)).all()
 
 

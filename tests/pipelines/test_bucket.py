@@ -4,12 +4,9 @@ The server speaks the protocol of Google Cloud Storage but accepts writes of a s
 writers at once one wins is tested in tests/common/test_store_bucket.py, on a server that refuses them.
 """
 
-import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from common.store_verify import verify
 from dump import dump, prepare
 from pipelines.bench import bucket
 from tests import tiny_llama
+from tests.bucket_process import ROOT, ended, ran, started
 from tests.dump import chats
 from tests.faulty_proxy import FAULTS, Sometimes, faulty
 from train.order import listed
@@ -28,7 +26,6 @@ from train.stored import whole_teacher
 from train.stream import Stream, View
 from train.workload import Workload
 
-ROOT = Path(__file__).parents[2]
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
 URL = "gs://bucket/store"
 KINDS = {
@@ -78,25 +75,9 @@ def round_trip(model: str, folder: str, kind: str) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def run(url: str, *arguments: str) -> subprocess.Popen:
-    """A process whose gs:// is the server at `url`."""
-    environment = os.environ | bucket.environment(url) | {"no_proxy": "127.0.0.1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, **pipes)
-
-
-def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[str]]:
-    """(exit code, the lines it said that are not TensorStore's own)."""
-    try:
-        _, said = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, [line for line in said.splitlines() if not line.startswith(("I", "W", "E1"))]
-
-
 def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
     with bucket.served("bucket") as server:
-        code, said = ended(run(server, "tests.pipelines.test_bucket", model, str(tmp_path), "states"))
+        code, said = ran(server, "tests.pipelines.test_bucket", model, str(tmp_path), "states")
     assert code == 0, "\n".join(said[-20:])
 
 
@@ -104,7 +85,7 @@ def test_a_bucket_holds_what_a_folder_holds(model, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bytes_when_every_tenth_request_fails(model, tmp_path, kind):
     with bucket.served("bucket") as server, faulty(server, choose := Sometimes(0.1, len(kind))) as proxy:
-        code, said = ended(run(proxy, "tests.pipelines.test_bucket", model, str(tmp_path), kind))
+        code, said = ran(proxy, "tests.pipelines.test_bucket", model, str(tmp_path), kind)
     assert code == 0, "\n".join(said[-20:])
     assert set(FAULTS) <= choose.seen.keys(), choose.seen
     assert 0.05 < 1 - choose.seen[None] / choose.seen.total() < 0.15, choose.seen
@@ -140,10 +121,10 @@ def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
     with bucket.served("bucket") as server, faulty(server, choose := After(9, fault)) as proxy:
         command = ("pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
         command += ("--precision", "int8")
-        prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
+        prepared = started(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
         start = time.monotonic()
-        code, said = ended(run(proxy, *command))
+        code, said = ran(proxy, *command)
         seconds = time.monotonic() - start
         assert choose.happened
         assert code == ENDS[fault][0], "\n".join(said)
@@ -151,18 +132,18 @@ def test_what_ends_in_the_middle_is_one_line_and_continued(model, fault):
         assert ENDS[fault][1] in said[-1]
         assert not any("Traceback" in line for line in said)
         assert seconds < 180
-        code, said = ended(run(server, *command))
+        code, said = ran(server, *command)
         assert code == 0, "\n".join(said)
-        code, said = ended(run(server, "pipelines", "verify", "--store", URL))
+        code, said = ran(server, "pipelines", "verify", "--store", URL)
         assert code == 0, "\n".join(said)
 
 
 @pytest.mark.slow
 def test_a_machine_that_is_taken_away_while_the_bucket_hangs(model):
     with bucket.served("bucket") as server, faulty(server, choose := After(9, "hang")) as proxy:
-        prepared = run(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
+        prepared = started(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
-        dumping = run(proxy, "pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
+        dumping = started(proxy, "pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
         end = time.monotonic() + 120
         while not choose.happened and time.monotonic() < end:
             time.sleep(0.1)

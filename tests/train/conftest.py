@@ -4,14 +4,14 @@ import gc
 
 import pytest
 
-from tests.train import small_store
+from tests.train import small_run, small_store
 from train.run import run
 
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("short")
-    return small_store.short_run(small_store.write_store(str(place / "store")), str(place / "whole"))
+    return small_run.short_run(small_store.write_store(str(place / "store")), str(place / "whole"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""A run of eleven steps on a small store, and what is compared of two."""
+"""Short runs on a small store, what they leave, and what is compared of two."""
 
 import json
+from typing import Any
 
 import numpy as np
 
@@ -8,38 +9,42 @@ from tests.train.served import read_tensors
 from train.config import TrainConfig
 
 
-def config(store, out):
+def short_run(store: str, out: str, **changes: Any) -> TrainConfig:
+    """Of a run of some steps that is measured and saved on its way."""
+    settings = {"steps": 7, "batch_rows": 4, "ttt_steps": 2, "draft_vocab": 32, "learning_rate": 3e-2}
+    settings |= {"optimizer": "adamw", "log_every": 2, "eval_every": 3, "save_every": 3, "init": "normal"}
+    return TrainConfig(store, out, **settings | changes)
+
+
+def config(store: str, out: str) -> TrainConfig:
     """Small enough for a step in milliseconds; eleven steps, so that no interval divides them."""
-    return TrainConfig(
-        store=store,
-        out=out,
-        steps=11,
-        batch_rows=2,
-        ttt_steps=3,
-        draft_vocab=32,
-        optimizer="adamw",
-        learning_rate=3e-2,
-        log_every=1,
-        eval_every=4,
-        save_every=3,
-        init="normal",
-    )
+    return short_run(store, out, steps=11, batch_rows=2, ttt_steps=3, log_every=1, eval_every=4)
 
 
 def lines_of(out):
+    """The lines of metrics."""
     with open(f"{out}/metrics.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def weights_of(out):
-    return read_tensors(f"{out}/last/model.safetensors")
+def timeless(out):
+    """The lines of metrics, without the time they took."""
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines_of(out)]
+
+
+def weights_of(out, name="last"):
+    return read_tensors(f"{out}/{name}/model.safetensors")
+
+
+def assert_same_head(out, other, name):
+    """The same weights to the bit."""
+    weights = weights_of(other, name)
+    for tensor, weight in weights_of(out, name).items():
+        np.testing.assert_array_equal(weight, weights[tensor], err_msg=f"{out} {name} {tensor}")
 
 
 def assert_same_run(out, other):
-    """Same weights and same metrics, but for the time they took."""
-    for name, weight in weights_of(other).items():
-        np.testing.assert_array_equal(weights_of(out)[name], weight, err_msg=name)
-    timeless = [
-        [{n: x for n, x in line.items() if n != "seconds"} for line in lines_of(o)] for o in (out, other)
-    ]
-    assert timeless[0] == timeless[1]
+    """The same heads, and the same metrics but for the time they took."""
+    for name in ("best", "last"):
+        assert_same_head(out, other, name)
+    assert timeless(out) == timeless(other)

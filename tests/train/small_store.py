@@ -16,18 +16,10 @@ from common.config import digest
 from common.store import tensor_file
 from common.store_writer import FeatureWriter, create_features, describe_arrays, write_rows
 from tests import tiny_llama
-from train.config import TrainConfig
 
 TARGET = tiny_llama.CONFIG
 V, H, T, ROWS = TARGET["vocab_size"], TARGET["hidden_size"], 24, 15
 AUX_LAYERS = (2, 4, 5)
-
-
-def short_run(store: str, out: str, **changes: Any) -> TrainConfig:
-    """Of a run of some steps that is measured and saved on its way."""
-    settings = {"steps": 7, "batch_rows": 4, "ttt_steps": 2, "draft_vocab": 32, "learning_rate": 3e-2}
-    settings |= {"optimizer": "adamw", "log_every": 2, "eval_every": 3, "save_every": 3, "init": "normal"}
-    return TrainConfig(store, out, **settings | changes)
 
 
 def write_store(

@@ -7,11 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.errors import EyasError, MachineError
-from tests.train.served import read_tensors
+from tests.train.small_run import assert_same_head
 from train.experiment import claimed
 from train.plan import make_plan
 from train.state import Saved
@@ -180,9 +179,7 @@ def test_a_head_that_was_taken_away_is_exported_again_or_told_of(config, whole, 
         step, newest = (getattr(trainer.exported, name)["step"], trainer.step)
         trainer.finish()
     if step == newest:
-        weights = read_tensors(f"{whole}/{name}/model.safetensors")
-        for tensor, weight in read_tensors(f"{out}/{name}/model.safetensors").items():
-            np.testing.assert_array_equal(weight, weights[tensor], err_msg=tensor)
+        assert_same_head(out, whole, name)
         assert is_done(plan)
     else:
         told = f"{out}/{name} is lost, the head of step {step}; to have it made again, delete the steps from"

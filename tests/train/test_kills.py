@@ -12,7 +12,7 @@ import pytest
 
 from common import storage
 from tests.train import small_store
-from tests.train.test_sweep import assert_same
+from tests.train.small_run import assert_same_run
 from train import sweep
 from train.config import TrainConfig
 from train.run import run
@@ -105,7 +105,7 @@ def test_a_run(config, tmp_path):
     run(config)
     out = tmp_path / "out"
     killed_again_and_again([sys.executable, "-m", "pipelines", "train", *options_of(config, out)], out, 1)
-    assert_same(out, config.out)
+    assert_same_run(out, config.out)
     assert sorted(os.listdir(out)) == sorted(os.listdir(config.out)), "nothing is left behind"
 
 
@@ -119,5 +119,5 @@ def test_a_sweep(config, tmp_path):
     place = ["--store", config.store, "--model", f"{config.store}/target", "--out", str(out), "--no-plots"]
     killed_again_and_again([sys.executable, "-m", "pipelines", "sweep", str(file), *place], out, 2)
     for name in DIFFERENT:
-        assert_same(out / name, whole / name)
+        assert_same_run(out / name, whole / name)
         assert storage.list_names(str(out / name)) == storage.list_names(str(whole / name))

@@ -16,7 +16,7 @@ import pytest
 from common import storage
 from common.errors import EyasError
 from common.stopping import Stop
-from tests.train import small_store
+from tests.train import small_run, small_store
 from tests.train.test_resume import stopped_at
 from train import logs
 from train.config import TrainConfig
@@ -137,7 +137,7 @@ def test_a_signal_ends_the_waiting_for_a_service(memory, tmp_path, monkeypatch):
 def test_stdout_has_the_runs_result_alone_though_a_tracker_prints(memory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logs, "require", lambda *_: None)  # the package may be missing here
     store = small_store.write_store(str(tmp_path / "store"), test=False)
-    run(small_store.short_run(store, str(tmp_path / "out"), steps=1, log_to=["wandb"]))
+    run(small_run.short_run(store, str(tmp_path / "out"), steps=1, log_to=["wandb"]))
     assert memory.told[-1] is True
     found = capsys.readouterr()
     assert (found.out, "Run finished." in found.err) == ("", True)
@@ -251,7 +251,7 @@ def told(tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         store = small_store.write_store(str(folder / "store"))
-        config = small_store.short_run(store, str(folder / "out"), log_to=HERE)
+        config = small_run.short_run(store, str(folder / "out"), log_to=HERE)
         for step in (2, 5):
             stopped_at(step, config, patch)
         run(config)

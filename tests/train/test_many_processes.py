@@ -1,6 +1,5 @@
 """Training on several processes gives the losses of one, and ends on all of them alike."""
 
-import json
 import os
 import signal
 import time
@@ -12,9 +11,9 @@ import pytest
 from common import storage
 from pipelines.bench import bucket
 from tests import pod as miniature
-from tests.train import small_store
-from tests.train.served import read_tensors
-from train.run import TrainConfig, run
+from tests.train import small_run, small_store
+from tests.train.small_run import lines_of, weights_of
+from train.run import run
 
 TRAIN = """
 from train.run import TrainConfig, run
@@ -26,18 +25,9 @@ print(found["steps_before"], found["steps"])
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("pod")
-    return TrainConfig(
-        store=small_store.write_store(str(place / "store"), precision="int8"),
-        out=str(place / "alone"),
-        steps=2,
-        batch_rows=4,
-        ttt_steps=2,
-        draft_vocab=32,
-        optimizer="adamw",
-        learning_rate=1e-2,
-        log_every=1,
-        init="target",
-    )
+    store = small_store.write_store(str(place / "store"), precision="int8")
+    once = {"steps": 2, "log_every": 1, "eval_every": None, "save_every": None}
+    return small_run.short_run(store, str(place / "alone"), learning_rate=1e-2, init="target", **once)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +41,14 @@ def train(config, processes, devices, prelude=""):
     return miniature.wait(miniature.start(text, processes, devices), seconds=300)
 
 
-def lines_of(out):
-    return [json.loads(line) for line in storage.read_bytes(f"{out}/metrics.jsonl").splitlines()]
+def training(config, processes, devices):
+    """The processes, of which the first has told of a step."""
+    started = miniature.start(TRAIN.format(config=asdict(config)), processes, devices)
+    moment = time.monotonic() + 200
+    while not os.path.exists(f"{config.out}/metrics.jsonl") or not lines_of(config.out):
+        assert time.monotonic() < moment
+        time.sleep(0.1)
+    return started
 
 
 def require_same(out, alone):
@@ -62,9 +58,9 @@ def require_same(out, alone):
             np.testing.assert_allclose(line.get(name, 0), wanted.get(name, 0), rtol=2e-3)
         if "evaluation" in line:
             np.testing.assert_allclose(line["evaluation"]["loss"], wanted["evaluation"]["loss"], rtol=2e-3)
-    for name, weight in read_tensors(f"{alone}/last/model.safetensors").items():
-        found = read_tensors(f"{out}/last/model.safetensors")[name]
-        apart = np.abs(found.astype(np.float32) - weight.astype(np.float32))
+    found = weights_of(out)
+    for name, weight in weights_of(alone).items():
+        apart = np.abs(found[name].astype(np.float32) - weight.astype(np.float32))
         # Adam steps as far by a gradient that is nothing but rounding as by any other
         assert (apart > 0.02 * np.abs(weight.astype(np.float32)).max()).mean() < 0.01, name
 
@@ -128,11 +124,7 @@ if me == 1:
 def test_a_signal_to_one_process_saves_the_state_of_all(config, tmp_path):
     config = replace(config, steps=4000, save_every=4000, eval_every=4000)
     here = replace(config, out=f"{tmp_path}/out", dp=4)
-    started = miniature.start(TRAIN.format(config=asdict(here)), 2, 2)
-    moment = time.monotonic() + 200
-    while not os.path.exists(f"{here.out}/metrics.jsonl") or not lines_of(here.out):
-        assert time.monotonic() < moment
-        time.sleep(0.1)
+    started = training(here, 2, 2)
     asked = time.monotonic()
     started[1].send_signal(signal.SIGTERM)
     found = miniature.wait(started)
@@ -192,11 +184,7 @@ def test_two_processes_keep_a_run_in_a_bucket_and_one_goes_on(config, alone):
 @pytest.mark.timeout(900)
 def test_who_loses_another_process_says_so_and_is_started_again(config, tmp_path):
     here = replace(config, out=f"{tmp_path}/out", dp=4, steps=4000, save_every=4000, eval_every=4000)
-    started = miniature.start(TRAIN.format(config=asdict(here)), 2, 2)
-    moment = time.monotonic() + 200
-    while not os.path.exists(f"{here.out}/metrics.jsonl") or not lines_of(here.out):
-        assert time.monotonic() < moment
-        time.sleep(0.1)
+    started = training(here, 2, 2)
     started[1].kill()
     found = miniature.wait(started)
     assert [p.code for p in found] == [42, -signal.SIGKILL], found

@@ -10,7 +10,7 @@ from common import storage
 from common.errors import EyasError
 from common.store import Store
 from pipelines.compare import runs
-from tests.train import small_store
+from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, weights_of
 from train import evaluate, optimizer
 from train.config import EvaluateConfig
@@ -22,7 +22,7 @@ from train.run import run
 def config(tmp_path_factory):
     """Everything that the optimiser keeps beside the weights; six steps."""
     folder = tmp_path_factory.mktemp("options")
-    return small_store.short_run(
+    return small_run.short_run(
         small_store.write_store(str(folder / "store")),
         str(folder / "whole"),
         steps=6,
@@ -120,7 +120,7 @@ def test_what_a_run_is_continued_with_mixes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("train.plan.evaluations", lambda *_: (2, 4))  # of 5 held-out rows
     out = str(tmp_path / "out")
     store = small_store.write_store(str(tmp_path / "store"))
-    still = small_store.short_run(store, out, eval_every=None, learning_rate=1e-9, patience=2)
+    still = small_run.short_run(store, out, eval_every=None, learning_rate=1e-9, patience=2)
     first = run(still)
     assert (first["steps"], first["best"]["step"], first["last"]["rows"]) == (6, 2, 4)
     later = run(replace(still, eval_every=1, patience=3))

@@ -1,10 +1,9 @@
 """Evaluations and checkpoints cost a twentieth of a run at most, whatever its length."""
 
-import json
-
 import pytest
 
 from tests.train import small_store
+from tests.train.small_run import lines_of
 from train import pace
 from train.pace import Saving, evaluations
 from train.run import TrainConfig, run
@@ -57,8 +56,7 @@ def test_a_run_that_is_left_to_itself_is_measured_and_saved(tmp_path):
         init="normal",
     )
     found = run(config)
-    with open(f"{config.out}/metrics.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    lines = lines_of(config.out)
     measured = [line for line in lines if "evaluation" in line]
     every, rows = evaluations(60, 2, small_store.T, 20)
     assert rows < 20

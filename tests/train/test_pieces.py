@@ -11,7 +11,7 @@ from common.errors import EyasError
 from common.mesh import make_mesh
 from common.params import initialise
 from common.rows import Rows
-from tests.train import small_store
+from tests.train import small_run, small_store
 from tests.train.small_run import lines_of, weights_of
 from train import loss, pieces, placing, targets
 from train.evaluate import Evaluator
@@ -167,7 +167,7 @@ def test_a_run_in_pieces_is_that_of_whole_rows(url, tmp_path):
         "log_every": 1,
     }
     for name, chips in (("whole", {}), ("pieces", {"sp": 4, "accumulate": 2})):
-        run(small_store.short_run(url, f"{tmp_path}/{name}", learning_rate=1e-3, **given, **chips))
+        run(small_run.short_run(url, f"{tmp_path}/{name}", learning_rate=1e-3, **given, **chips))
     whole, found = (lines_of(tmp_path / name) for name in ("whole", "pieces"))
     for line, expected in zip(found, whole, strict=True):
         for key in expected.keys() - {"seconds"}:

@@ -1,6 +1,5 @@
 """What a run leaves on disk: continued, it is an uninterrupted run's."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import pytest
 from common import pod, stopping
 from common.errors import EyasError, MachineError
 from common.lock import locked
-from tests.train.served import read_tensors
+from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, together
 from train.experiment import claimed
 from train.exported import Exported
@@ -26,12 +25,6 @@ from train.step import State
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("told_once")
-
-
-def lines_of(out):
-    """The lines of metrics, without the time they took."""
-    with open(f"{out}/metrics.jsonl", encoding="utf-8") as file:
-        return [{n: x for n, x in json.loads(line).items() if n != "seconds"} for line in file]
 
 
 def stopped_at(step, config, monkeypatch):
@@ -55,10 +48,7 @@ def test_a_run_stopped_after_any_step_loses_no_line(config, whole, tmp_path, mon
     here = replace(config, out=str(tmp_path / "out"))
     stopped_at(step, here, monkeypatch)
     run(here)
-    assert lines_of(here.out) == lines_of(whole)
-    last = read_tensors(f"{whole}/last/model.safetensors")
-    for name, weight in read_tensors(f"{here.out}/last/model.safetensors").items():
-        np.testing.assert_array_equal(weight, last[name], err_msg=name)
+    assert_same_run(here.out, whole)
 
 
 def test_a_run_that_is_stopped_while_its_evaluation_compiles_has_all_of_its_steps(
@@ -96,7 +86,7 @@ def test_an_evaluation_that_is_done_again_has_one_line(config, whole, tmp_path, 
         with pytest.raises(MachineError, match="killed"):
             run(here)
     run(here)
-    assert lines_of(here.out) == lines_of(whole)
+    assert_same_run(here.out, whole)
 
 
 def test_the_best_head_is_the_one_that_the_metrics_name_after_a_kill_and_with_other_evaluations(

@@ -1,10 +1,9 @@
 """A run in a bucket: stopped and continued it is the run of a local folder; it has one process at a time.
 
-The libraries read where gs:// is when they are loaded, so whatever uses the server is a process of its own.
+Whatever uses the server is a process of its own.
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common import kvstore, lease, storage
@@ -24,15 +22,15 @@ from common.store import Store
 from pipelines.bench import bucket
 from pipelines.compare import runs
 from pipelines.copy_head import copy_head
+from tests.bucket_process import ended, ran, started
 from tests.faulty_proxy import Sometimes, faulty
-from tests.train import small_store
-from tests.train.served import read_tensors
-from tests.train.test_resume import lines_of, stopped_at
+from tests.train import small_run, small_store
+from tests.train.small_run import assert_same_run, lines_of
+from tests.train.test_resume import stopped_at
 from train import evaluate
 from train.config import EvaluateConfig
 from train.run import TrainConfig, run
 
-ROOT = Path(__file__).parents[2]
 OUT = "gs://bucket/runs/one"
 HOLD = (
     "import sys; from common.lock import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
@@ -40,7 +38,7 @@ HOLD = (
 
 
 def config_of(folder: str) -> TrainConfig:
-    return small_store.short_run(f"{folder}/store", f"{folder}/out")
+    return small_run.short_run(f"{folder}/store", f"{folder}/out")
 
 
 def fetched(url: str, folder: str) -> str:
@@ -49,14 +47,6 @@ def fetched(url: str, folder: str) -> str:
     for name in fs.find(path):
         storage.write_bytes(f"{folder}{name.removeprefix(path)}", fs.cat_file(name))
     return folder
-
-
-def same_run(found: str, expected: str) -> None:
-    assert lines_of(found) == lines_of(expected)
-    for name in ("best", "last"):
-        weights = read_tensors(f"{expected}/{name}/model.safetensors")
-        for tensor, weight in read_tensors(f"{found}/{name}/model.safetensors").items():
-            np.testing.assert_array_equal(weight, weights[tensor], err_msg=tensor)
 
 
 def whole_way(folder: str) -> None:
@@ -69,14 +59,14 @@ def whole_way(folder: str) -> None:
     assert runs.read(OUT, 10).state == "stopped"
     one_at_a_time(here)
     assert run(here)["steps_before"] == 4
-    same_run(fetched(OUT, f"{folder}/continued"), config.out)
+    assert_same_run(fetched(OUT, f"{folder}/continued"), config.out)
     assert runs.read(OUT, 10).state == "done"
     head_is_used(here, config)
     # Of a machine that died while it wrote its last state, everything is there but the mark.
     fs, path = storage.filesystem(f"{OUT}/state/7/commit_success.txt")
     fs.rm_file(path)
     assert run(here)["steps_before"] == 6
-    same_run(fetched(OUT, f"{folder}/again"), config.out)
+    assert_same_run(fetched(OUT, f"{folder}/again"), config.out)
 
 
 def one_at_a_time(config: TrainConfig) -> None:
@@ -140,27 +130,6 @@ def lease_alone() -> None:
     ):
         raise AssertionError("taken")
     storage.filesystem(place)[0].rm_file(storage.filesystem(place)[1])
-
-
-def started(url: str, *arguments: str) -> subprocess.Popen:
-    """A process whose gs:// is the server."""
-    environment = os.environ | bucket.environment(url) | {"no_proxy": "127.0.0.1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, **pipes)
-
-
-def ended(process: subprocess.Popen, seconds: float = 280) -> tuple[int, list[str]]:
-    """(exit code, the lines that are not TensorStore's own)."""
-    try:
-        _, said = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, [x for x in said.splitlines() if not x.startswith(("I", "W", "E1"))]
-
-
-def ran(url: str, *arguments: str) -> tuple[int, list[str]]:
-    """`ended` of what was started."""
-    return ended(started(url, *arguments))
 
 
 def test_a_folder_of_a_bucket_has_one_process_at_a_time():

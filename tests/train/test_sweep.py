@@ -1,6 +1,5 @@
 """Several heads from one stream: each is the head that it would be alone, whatever becomes of the others."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,8 +16,8 @@ from common.errors import DamagedError, EyasError
 from common.lock import locked
 from common.params import initialise
 from common.store import Store
-from tests.train import small_store
-from tests.train.served import read_tensors
+from tests.train import small_run, small_store
+from tests.train.small_run import assert_same_run, lines_of
 from train import sweep, together
 from train.evaluate import Evaluator, score_all
 from train.heads.eagle3 import Eagle3
@@ -36,7 +35,7 @@ from train.workload import Workload
 def common(tmp_path_factory):
     place = tmp_path_factory.mktemp("sweep")
     store = small_store.write_store(str(place / "store"))
-    return small_store.short_run(store, str(place / "alone"), steps=6, log_every=1, save_every=2)
+    return small_run.short_run(store, str(place / "alone"), steps=6, log_every=1, save_every=2)
 
 
 def configs_of(common, out, **different):
@@ -58,20 +57,6 @@ def alone(common, tmp_path_factory):
     return out
 
 
-def lines_of(folder):
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        return [{n: x for n, x in json.loads(line).items() if n != "seconds"} for line in file]
-
-
-def assert_same(found, expected):
-    """The same weights to the bit, and the same metrics."""
-    for name in ("best", "last"):
-        weights = read_tensors(f"{expected}/{name}/model.safetensors")
-        for tensor, weight in read_tensors(f"{found}/{name}/model.safetensors").items():
-            np.testing.assert_array_equal(weight, weights[tensor], err_msg=f"{found} {name} {tensor}")
-    assert lines_of(found) == lines_of(expected)
-
-
 def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone, tmp_path, monkeypatch):
     read, reading = [], Store.read
 
@@ -85,7 +70,7 @@ def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone,
     found = sweep.run(configs_of(common, out, **TWO), out)
     assert (found["done"], found["failed"]) == (["slow", "half"], {})
     for name in TWO:
-        assert_same(f"{out}/{name}", f"{alone}/{name}")
+        assert_same_run(f"{out}/{name}", f"{alone}/{name}")
     store = Store.open(common.store)
     rows = store.split_rows("train")
     work = Workload(store, rows, common.ttt_steps).targets[rows]
@@ -110,7 +95,7 @@ def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tm
             sweep.run(configs, out)
     sweep.run(configs, out)
     for name in TWO:
-        assert_same(f"{out}/{name}", f"{alone}/{name}")
+        assert_same_run(f"{out}/{name}", f"{alone}/{name}")
     before = {name: os.stat(f"{out}/{name}/last/model.safetensors").st_mtime_ns for name in TWO}
     capsys.readouterr()
     more = configs | configs_of(common, out, added={"seed": 7, "steps": 1})
@@ -155,7 +140,7 @@ def test_one_that_comes_to_nothing_ends_alone_and_says_why(common, alone, tmp_pa
     assert found["failed"] == {"bad": "the loss is nan at step 2; use a lower --learning-rate"}
     assert found["done"] == ["slow", "half"]
     for name in TWO:
-        assert_same(f"{out}/{name}", f"{alone}/{name}")
+        assert_same_run(f"{out}/{name}", f"{alone}/{name}")
     assert storage.read_json(f"{out}/bad/{FAILED}")["step"] == 2
     assert sweep.run(configs, out)["failed"] == found["failed"], "it is left alone"
     os.remove(f"{out}/bad/{FAILED}")
@@ -288,14 +273,14 @@ def test_whatever_differs_each_head_is_what_it_is_alone(common, tmp_path):
     assert sweep.run(configs_of(common, out, **different), out, at_once=7)["failed"] == {}
     for name, config in configs_of(common, by_itself, **different).items():
         run(config)
-        assert_same(f"{out}/{name}", f"{by_itself}/{name}")
+        assert_same_run(f"{out}/{name}", f"{by_itself}/{name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["topk", "draft", "full"])
 def test_other_teachers_losses_and_optimisers_share_a_stream_and_nothing_else(tmp_path, codec):
     store = small_store.write_store(str(tmp_path / "store"), codec, "int8")
-    same = small_store.short_run(store, str(tmp_path), steps=2, log_every=1, eval_every=2, ttt_steps=2)
+    same = small_run.short_run(store, str(tmp_path), steps=2, log_every=1, eval_every=2, ttt_steps=2)
     stored = {"teacher": "stored", "loss": "lk-alpha", "optimizer": "adamw", "anchors": 0.5}
     different = {
         "stored": stored | {"draft_vocab": None if codec == "draft" else 48},
@@ -305,7 +290,7 @@ def test_other_teachers_losses_and_optimisers_share_a_stream_and_nothing_else(tm
     assert sweep.run(configs_of(same, out, **different), out)["failed"] == {}
     for name, config in configs_of(same, by_itself, **different).items():
         run(config)
-        assert_same(f"{out}/{name}", f"{by_itself}/{name}")
+        assert_same_run(f"{out}/{name}", f"{by_itself}/{name}")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from pipelines.speculate.run import run
 from pipelines.speculate.table import table
 from tests import tiny_llama
 from tests.dump.chats import write_model
-from tests.train.small_store import short_run
+from tests.train.small_run import short_run
 from train.config import EvaluateConfig
 from train.evaluate import estimate, load_head
 from train.export import export
