@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.codec import Codec, encode_states, square_sums
-from common.mesh import compiler_options, sharding, ways
+from common.compiling import compiler_options
+from common.mesh import sharding, ways
 from common.progress import note
 from common.rows import Rows
 from dump import target

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from common.mesh import compiler_options, sharding, spec
+from common.compiling import compiler_options
+from common.mesh import sharding, spec
 from common.params import shapes
 from dump import target
 from dump.config import DumpConfig

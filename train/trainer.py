@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import pod, storage
+from common.compiling import training_options
 from common.config import to_json
 from common.errors import EyasError
-from common.mesh import training_options
 from common.progress import note
 from common.stopping import interruptible
 from train import losses, optimizer, placing

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common.mesh import sharding, training_options, ways
+from common.compiling import training_options
+from common.mesh import sharding, ways
 from common.params import shapes
 from common.progress import note
 from common.splash import BLOCK
