@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from common import storage
+from common.config import knobs
 from common.errors import EyasError
 from common.stopping import Stop
 from tests.train import small_run, small_store
@@ -275,6 +276,11 @@ def test_a_tracker_has_what_metrics_has_each_number_once(request, name):
         if place.is_file():  # and no link to a place of its library's own
             assert SECRET.encode() not in place.read_bytes(), f"{place} has a secret"
     assert storage.read_json(str(folder / "out" / logs.FILE))[name]["train"] == 7
+
+
+def test_every_tracker_can_be_chosen():
+    (choices,) = (knob.setting.choices for knob in knobs(TrainConfig) if knob.name == "log_to")
+    assert set(choices) == TRACKERS.keys()
 
 
 def test_it_is_not_part_of_what_the_run_is(tmp_path):
