@@ -27,7 +27,6 @@ _LAST = 2**30  # padding's segment: behind all others, so that no document's blo
 class _Form(NamedTuple):
     scale: float
     window: int | None
-    softcap: float | None
     return_lse: bool
 
 
@@ -39,18 +38,17 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(scale * q k) v [B, T, N, e] over earlier-or-equal positions of the same segment.
 
     `window`: only the latest `window` keys, the query's own included. `sinks_N`: a logit a head that takes
-    part in the softmax and carries no value. `softcap`: logits become softcap * tanh(logits / softcap).
-    `return_lse`: also the logsumexp of the logits [B, T, N], float32, by which more keys can join later.
+    part in the softmax and carries no value. `return_lse`: also the logsumexp of the logits [B, T, N],
+    float32, by which more keys can join later.
     Differentiable in q, k, v and sinks. Formulas: FlashAttention (arXiv 2205.14135), with the cotangent of
     the logsumexp added.
     """
-    form = _Form(scale, window, softcap, return_lse)
+    form = _Form(scale, window, return_lse)
     out, lse = _attend(form, q_BTNd, k_BTJd, v_BTJe, sinks_N, segments_BT)
     return (out, lse) if return_lse else out
 
@@ -68,9 +66,7 @@ def _computed(form: _Form, q, k, v, sinks, segments) -> tuple[jax.Array, jax.Arr
         return out, lse if form.return_lse else None
 
     def by(kernels):
-        return lambda *arrays: kernels.attend(
-            *arrays, form.scale, form.window, sinks, form.softcap, form.return_lse
-        )
+        return lambda *arrays: kernels.attend(*arrays, form.scale, form.window, sinks, form.return_lse)
 
     served = {name: by(kernels) for name, kernels in _KERNELS.items() if kernels.serves(q, v)}
     return jax.lax.platform_dependent(q, k, v, segments, **served, default=blockwise)
@@ -106,7 +102,7 @@ def _pulled_back(form: _Form, *arrays: jax.Array) -> tuple[jax.Array, jax.Array,
         return jax.lax.map(lambda row: _row_back(form, *row), arrays)
 
     def by(kernels):
-        return lambda *arrays: kernels.pull_back(*arrays, form.scale, form.window, form.softcap)
+        return lambda *arrays: kernels.pull_back(*arrays, form.scale, form.window)
 
     served = {name: by(kernels) for name, kernels in _KERNELS.items() if kernels.serves(arrays[0], arrays[2])}
     return jax.lax.platform_dependent(*arrays, **served, default=blockwise)
@@ -143,8 +139,7 @@ def _segments(form: _Form, segments_T: jax.Array) -> tuple[jax.Array, jax.Array]
 def _logits(form: _Form, q_JRd, k_JSd, segments_nQ, i, j) -> tuple[jax.Array, jax.Array]:
     """(float32 logits [J, R, S] of block i's queries for block j's keys, unmasked; bool [1, R, S], what is
     seen)."""
-    s = einsum("jrd,jsd->jrs", q_JRd, k_JSd)
-    s = s * form.scale if form.softcap is None else form.softcap * jnp.tanh(s * (form.scale / form.softcap))
+    s = einsum("jrd,jsd->jrs", q_JRd, k_JSd) * form.scale
     Q = segments_nQ.shape[1]
     apart_QS = (i - j) * Q + jnp.arange(Q)[:, None] - jnp.arange(Q)[None]
     seen_QS = (segments_nQ[i][:, None] == segments_nQ[j][None]) & (apart_QS >= 0)
@@ -203,8 +198,6 @@ def _row_back(form: _Form, q_TNd, k_TJd, v_TJe, segments_T, lse_TN, g_TNe, shift
             s, seen = _logits(form, q_JRd, k[j], segments, i, j)
             p = jnp.where(seen, jnp.exp(s - lse_JR1), 0.0)
             ds = p * (einsum("jre,jse->jrs", g_JRe, v[j]) - shift_JR1) * form.scale
-            if form.softcap is not None:
-                ds = ds * (1 - jnp.square(s / form.softcap))
             p, ds = p.astype(q.dtype), ds.astype(q.dtype)
             dq = dq + einsum("jrs,jsd->jrd", ds, k[j])
             dk = dk.at[j].add(einsum("jrd,jrs->jds", q_JRd, ds))

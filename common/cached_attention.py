@@ -68,14 +68,13 @@ def attend_to_cache(
     scale: float,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
-    softcap: float | None = None,
 ) -> jax.Array:
     """softmax(scale * q k) v [B, m, N, e] over the cache's places up to each query's own.
 
     `read(start, S)` gives keys [B, S, J, d] and values [B, S, J, e] of the cache's `length` places, the
-    queries' own among them; what lies behind a query may be anything finite. `window`, `sinks_N` and
-    `softcap` are those of common.attention.attend. Blocks behind all queries, or before all windows, are not
-    read; a sequence's result does not depend, to the last bit, on which blocks the others need.
+    queries' own among them; what lies behind a query may be anything finite. `window` and `sinks_N` are those
+    of common.attention.attend. Blocks behind all queries, or before all windows, are not read; a sequence's
+    result does not depend, to the last bit, on which blocks the others need.
     """
     S = min(BLOCK, length)
     keys, values = jax.eval_shape(lambda: read(jnp.int32(0), S))
@@ -89,7 +88,6 @@ def attend_to_cache(
         start = jnp.minimum(j * S, length - S)  # the last block may begin within the one before
         k_BSJd, v_BSJe = read(start, S)
         s = einsum("bjgmd,bsjd->bjgms", q_BJGmd, k_BSJd) * scale
-        s = s if softcap is None else softcap * jnp.tanh(s / softcap)
         places_S = start + jnp.arange(S, dtype=jnp.int32)
         seen_BmS = new.sees(places_S, window) & (places_S >= j * S)[None, None]
         s = jnp.where(seen_BmS[:, None, None], s, _MASKED)

@@ -30,7 +30,6 @@ class _Form(NamedTuple):
 
     scale: float
     window: int | None
-    softcap: float | None
     queries: int
     groups: int
 
@@ -49,14 +48,13 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """([B, T, N, e], logsumexp [B, T, N] if it is asked for); `interpret` runs the kernel's steps one by one,
     on any device."""
     (B, T, N, _), J, e = q_BTNd.shape, k_BTJd.shape[2], v_BTJe.shape[-1]
-    form = _Form(scale, window, softcap, QUERIES, N // J)
+    form = _Form(scale, window, QUERIES, N // J)
     segments_BL = _segments(segments_BT)
     first_Bn, _ = _bounds(form, segments_BL)
     q, k, v = (_filled(x) for x in (q_BTNd, k_BTJd, v_BTJe))
@@ -91,13 +89,12 @@ def pull_back(
     shift_BTN: jax.Array,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The cotangents of q, k and v. `lse` as `attend` gives it, with sinks in it if there are any; `shift` is
     sum(out * d out) - d lse."""
     (B, T, N, d), J, e = q_BTNd.shape, k_BTJd.shape[2], v_BTJe.shape[-1]
-    form = _Form(scale, window, softcap, QUERIES // 2, N // J)
+    form = _Form(scale, window, QUERIES // 2, N // J)
     segments_BL = _segments(segments_BT)
     first_Bn, last_Bm = _bounds(form, segments_BL)
     q, k, v, g = (_filled(x) for x in (q_BTNd, k_BTJd, v_BTJe, g_BTNe))
@@ -179,8 +176,7 @@ def _bounds(form: _Form, segments_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _logits(form: _Form, q_QD, k_SD, segments_ref, i, j) -> tuple[jax.Array, jax.Array]:
     """(float32 logits [Q, S] of block i's queries for block j's keys, unmasked; bool, what is seen)."""
-    s = triton.dot(q_QD, k_SD.T)
-    s = s * form.scale if form.softcap is None else form.softcap * jnp.tanh(s * (form.scale / form.softcap))
+    s = triton.dot(q_QD, k_SD.T) * form.scale
     queries, keys = i * form.queries + jnp.arange(form.queries), j * KEYS + jnp.arange(KEYS)
     own, other = (segments_ref[pl.ds(at * size, size)] for at, size in ((i, form.queries), (j, KEYS)))
     seen = (own[:, None] == other[None]) & (queries[:, None] >= keys[None])
@@ -216,9 +212,6 @@ def _cotangents(form: _Form, s_QS, seen_QS, lse_Q, g_QE, v_SE, shift_Q) -> tuple
     """(the probabilities [Q, S], the cotangent of q k) in float32."""
     p = jnp.where(seen_QS, jnp.exp2((s_QS - lse_Q[:, None]) * _LOG2E), 0.0)
     ds = p * (triton.dot(g_QE, v_SE.T) - shift_Q[:, None]) * form.scale
-    if form.softcap is not None:
-        capped = s_QS / form.softcap
-        ds = ds * (1 - capped * capped)
     return p, ds
 
 

@@ -30,14 +30,13 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """([B, T, N, e], logsumexp [B, T, N] if it is asked for); `interpret` runs the kernel's steps one by one,
     on any device."""
     T, N = q_BTNd.shape[1:3]
-    kernel = _kernel(T, N, window, softcap, interpret, save_residuals=return_lse)
+    kernel = _kernel(T, N, window, interpret, save_residuals=return_lse)
 
     def row(q_TNd, k_TJd, v_TJe, segments_T) -> tuple[jax.Array, jax.Array | None]:
         q, k, v = (_heads_first(x) for x in (q_TNd, k_TJd, v_TJe))
@@ -58,17 +57,16 @@ def pull_back(
     shift_BTN: jax.Array,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The cotangents of q, k and v. `lse` as `attend` gives it, with sinks in it if there are any; `shift` is
     sum(out * d out) - d lse."""
     T, N = q_BTNd.shape[1:3]
-    kernel = _kernel(T, N, window, softcap, interpret)
+    kernel = _kernel(T, N, window, interpret)
     blocks = dict.fromkeys(("bq", "bkv"), kernel.kwargs["block_sizes"].block_q)
     same = {name: kernel.kwargs[name] for name in ("is_mqa", "mask_value", "mask_function", "interpret")}
     same |= dict.fromkeys(("q_layout", "k_layout", "v_layout"), kernels.QKVLayout.HEAD_DIM_MINOR)
-    same |= blocks | {"attn_logits_soft_cap": softcap}
+    same |= blocks | {"attn_logits_soft_cap": None}
 
     def row(q_TNd, k_TJd, v_TJe, segments_T, lse_TN, g_TNe, shift_TN):
         q, k, v, g = (_heads_first(x) for x in (q_TNd, k_TJd, v_TJe, g_TNe))
@@ -98,7 +96,7 @@ def _size(T: int) -> int:
 
 
 def _kernel(
-    T: int, N: int, window: int | None, softcap: float | None, interpret: bool, **options: Any
+    T: int, N: int, window: int | None, interpret: bool, **options: Any
 ) -> kernels.SplashAttentionKernel:
     size = _size(T)
     block = max(b for b in range(LANES, BLOCK + 1, LANES) if size % b == 0)
@@ -110,7 +108,6 @@ def _kernel(
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-        attn_logits_soft_cap=softcap,
         interpret=interpret,
         **options,
     )

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def plain(q, k, v, segments, scale, window=None, sinks=None, softcap=None):
+def plain(q, k, v, segments, scale, window=None, sinks=None):
     """(out, logsumexp) with all T x T logits."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     s = jnp.einsum("btnd,bsnd->bnts", q, k, precision="highest") * scale
-    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
     apart = np.arange(s.shape[-1])[:, None] - np.arange(s.shape[-1])[None]
     seen = (apart >= 0) & (apart < (window or 10**6))
     s = jnp.where((segments[:, None, :, None] == segments[:, None, None]) & seen[None, None], s, -jnp.inf)
@@ -21,7 +20,7 @@ def plain(q, k, v, segments, scale, window=None, sinks=None, softcap=None):
 
 
 def made(T, N, J, d, e, options):
-    """(arrays, cotangents of output and logsumexp, form, sinks, softcap); the second row ends in padding."""
+    """(arrays, cotangents of output and logsumexp, form, sinks); the second row ends in padding."""
     rng = np.random.default_rng(0)
     shapes = (2, T, N, d), (2, T, J, d), (2, T, J, e), (2, T, N, e)
     q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
@@ -29,19 +28,19 @@ def made(T, N, J, d, e, options):
     segments = np.sort(rng.integers(1, 4, (2, T)), 1).astype(np.int32)
     segments[1, -9:] = 0
     sinks = jnp.asarray(rng.normal(size=N), jnp.bfloat16) if options.get("sinks") else None
-    return (q, k, v, segments), (g, g_lse), (d**-0.5, options.get("window")), sinks, options.get("softcap")
+    return (q, k, v, segments), (g, g_lse), (d**-0.5, options.get("window")), sinks
 
 
 def require_formula(kernels, *shape, interpret):
     """The kernels' outputs are `plain`'s, and so are their gradients of output and logsumexp together."""
-    (q, k, v, segments), (g, g_lse), form, sinks, softcap = made(*shape)
-    out, lse = kernels.attend(q, k, v, segments, *form, sinks, softcap, return_lse=True, interpret=interpret)
+    (q, k, v, segments), (g, g_lse), form, sinks = made(*shape)
+    out, lse = kernels.attend(q, k, v, segments, *form, sinks, return_lse=True, interpret=interpret)
     shift = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - g_lse
-    back = kernels.pull_back(q, k, v, segments, lse, g, shift, *form, softcap, interpret=interpret)
+    back = kernels.pull_back(q, k, v, segments, lse, g, shift, *form, interpret=interpret)
 
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
     wide = None if sinks is None else sinks.astype(jnp.float32)
-    expected, pull = jax.vjp(lambda *x: plain(*x, segments, *form, wide, softcap), *exact)
+    expected, pull = jax.vjp(lambda *x: plain(*x, segments, *form, wide), *exact)
     pulled = pull((g.astype(jnp.float32), g_lse))
     for value, wanted in zip((out, lse, *back), (*expected, *pulled), strict=True):
         value, wanted = (np.asarray(x, np.float32) for x in (value, wanted))

@@ -11,7 +11,7 @@ from tests.common.plain_attention import made, require_formula
 SHAPES = [
     (130, 2, 1, 64, 64, {}),  # rows that are no multiples of the kernels' blocks
     (300, 1, 1, 80, 80, {"window": 40, "sinks": True}),  # heads that are no power of two
-    (256, 4, 2, 192, 128, {"softcap": 3.0}),  # keys wider than values
+    (256, 4, 2, 192, 128, {}),  # keys wider than values
 ]
 
 
@@ -24,10 +24,10 @@ def test_the_kernels_are_the_plain_formula(T, N, J, d, e, options):
 @pytest.mark.parametrize(("T", "N", "J", "d", "e", "options"), SHAPES)
 def test_a_program_for_gpus_is_made_of_the_kernels(T, N, J, d, e, options):
     """Also where no GPU is: lowering turns kernels into Triton's own language, with its rules of shapes."""
-    arrays, (g, _), form, sinks, softcap = made(T, N, J, d, e, options)
+    arrays, (g, _), form, sinks = made(T, N, J, d, e, options)
     lse = jnp.zeros((2, T, N))
-    forward = jax.jit(lambda *x: flash.attend(*x, *form, sinks, softcap, return_lse=True))
-    back = jax.jit(lambda *x: flash.pull_back(*x, *form, softcap))
+    forward = jax.jit(lambda *x: flash.attend(*x, *form, sinks, return_lse=True))
+    back = jax.jit(lambda *x: flash.pull_back(*x, *form))
     for step, given, count in ((forward, arrays, 1), (back, (*arrays, lse, g, lse), 2)):
         text = step.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @__gpu$xla.gpu.triton") == count

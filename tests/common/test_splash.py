@@ -8,7 +8,7 @@ from tests.common.plain_attention import require_formula
 SHAPES = [
     (130, 4, 2, 64, 64, {}),  # rows and heads that are no multiples of the kernels' lanes
     (256, 4, 4, 128, 128, {"window": 40, "sinks": True}),
-    (256, 4, 1, 192, 128, {"softcap": 3.0}),  # keys wider than values
+    (256, 4, 1, 192, 128, {}),  # keys wider than values
 ]
 
 
