@@ -6,7 +6,6 @@ differences.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -15,9 +14,6 @@ import types
 import typing
 from collections.abc import Iterable
 from typing import Any
-
-from common.errors import EyasError
-from common.texts import printable
 
 DTYPES = ("float32", "bfloat16")  # of computing
 FLOAT8 = "float8_e4m3fn"
@@ -121,15 +117,6 @@ def knobs(config: type) -> list[Knob]:
     kinds = typing.get_type_hints(config)
     found = [field for field in dataclasses.fields(config) if "setting" in field.metadata]
     return [Knob(f.name, _without_none(kinds[f.name]), f.default, f.metadata["setting"]) for f in found]
-
-
-def require_known(found: Iterable[str], known: Iterable[str], where: str) -> None:
-    """EyasError names the first of the names that is not known, and the one that may be meant."""
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise EyasError(f"{where}: {printable(name)} is unknown; {advice}")
 
 
 def given(config: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How the processes of a pod meet: what was given by hand is checked, and the others are waited for."""
+"""How the processes of a pod meet: what was given by hand is checked, and the others are waited for. And what
+is said where JAX aborts this one because the first is gone."""
 
 import ctypes
 import os

@@ -5,17 +5,20 @@ slice that [dump] and [train] are laid out for. A field given on the command lin
 the recipe's over the configuration's own default.
 """
 
+import difflib
 import os
 import re
 import time
 import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from typing import Any
 
-from common.config import knobs, require_known
+from common.config import knobs
 from common.errors import EyasError, RestartError
 from common.library_errors import explained, is_librarys, reason
+from common.texts import printable
 from dump.config import DumpConfig, PrepareConfig
 from train.config import TrainConfig
 
@@ -74,6 +77,15 @@ def chips(slice_name: str) -> int:
     if slice_name != "cpu" and not found:
         raise ValueError(f"slice={slice_name!r} is unknown; write cpu or, say, v6e-16")
     return int(found[2]) // (2 if found[1] in ("v5p", "v4") else 1) if found else 1
+
+
+def require_known(found: Iterable[str], known: Iterable[str], where: str) -> None:
+    """EyasError names the first of the names that is not known, and the one that may be meant."""
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise EyasError(f"{where}: {printable(name)} is unknown; {advice}")
 
 
 def names() -> list[str]:

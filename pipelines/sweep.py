@@ -18,10 +18,10 @@ import tomllib
 from typing import Any
 
 from common import storage
-from common.config import knobs, require_known
+from common.config import knobs
 from common.errors import EyasError
 from common.texts import printable
-from pipelines.recipes import beneath
+from pipelines.recipes import beneath, require_known
 from train.config import TrainConfig
 
 ONE_STREAM = ("batch_rows", "data_seed", "dp", "sp", "cache", "memory")  # what is the stream's, and so common
