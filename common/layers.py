@@ -131,8 +131,3 @@ def wide_tables(cos: jax.Array, sin: jax.Array, D: int, start: int = 0) -> tuple
         return jnp.pad(both, [*lead, (start, behind)], constant_values=fill)
 
     return wide(cos, 1.0), wide(sin, 0.0)
-
-
-def swiglu(x: jax.Array, gate_FH: jax.Array, up_FH: jax.Array, down_HF: jax.Array) -> jax.Array:
-    """down(silu(gate(x)) * up(x))."""
-    return linear(jax.nn.silu(linear(x, gate_FH)) * linear(x, up_FH), down_HF)

@@ -7,7 +7,7 @@ N query and J key/value heads, d head_dim, S keys.
 import jax
 import jax.numpy as jnp
 
-from common.layers import apply_rope, rms_norm, rope_tables, swiglu
+from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.rope import inverse_frequencies
 from train.batch import Batch, Frozen, Params
 from train.heads.eagle3 import Eagle3
@@ -64,7 +64,8 @@ def loss(c: Eagle3, params: Params, frozen: Frozen, batch: Batch, mask_BT: jax.A
         mixed = _attend(apply_rope(q, tables), keys, values, see, d**-0.5).reshape(B, T, N * d)
         state += mixed @ params[f"{attention}o_proj.weight"].T
         wide = rms_norm(state, params["midlayer.post_attention_layernorm.weight"], c.rms_eps)
-        state += swiglu(wide, *(params[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        gate, up, down = (params[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        state += linear(jax.nn.silu(linear(wide, gate)) * linear(wide, up), down)
         logits_BTV = rms_norm(state, params["norm.weight"], c.rms_eps) @ params["lm_head.weight"].T
         entropy_BT = -(_shift(p_BTV, 1 + step) * jax.nn.log_softmax(logits_BTV, -1)).sum(-1)
         counts = _shift(taught, 1 + step) & (_shift(segments, 1 + step) == segments)
