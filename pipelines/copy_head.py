@@ -55,7 +55,8 @@ def copy_head(
         else:
             write = _converted(head, described, store, out, layout, target)
     write()
-    how = launch.commands(verdicts(found.limits(config), layout), target or "TARGET", out, layout)
+    made = launch.Served(out, layout, found.method)
+    how = launch.commands(verdicts(found.limits(config), layout), target or "TARGET", made)
     lines = "\n".join([*check(out, config), "to serve it:", *how]).splitlines()
     return [f"{out}: written and checked", *(f"  {line}" for line in lines)]
 

@@ -44,11 +44,18 @@ class Command(NamedTuple):
         return " \\\n".join(lines)
 
 
+class Served(NamedTuple):
+    """A head's folder, its layout and what servers call its kind (train/heads: Head.method)."""
+
+    folder: str
+    layout: str
+    method: str
+
+
 def command(
     server: str,
     target: str,
-    head: str | None,
-    layout: str,
+    head: Served | None,
     tokens: int = TOKENS,
     chips: int = 1,
     environment: Mapping[str, str] = {},
@@ -58,35 +65,33 @@ def command(
     `tokens` are drafted a step, as a chain; the weights are divided over `chips`.
     """
     make = _sglang if server in _SGLANG else _vllm
-    return Command(tuple(make(server, target, head, layout, tokens, chips)), environment)
+    return Command(tuple(make(server, target, head, tokens, chips)), environment)
 
 
-def commands(found: Mapping[str, Verdict], target: str, head: str, layout: str) -> list[str]:
+def commands(found: Mapping[str, Verdict], target: str, head: Served) -> list[str]:
     """For each server that takes the head its name, as a comment, and the command."""
     lines = []
     for name in ("vllm", "tpu-inference", "sglang", "sglang-jax"):
         if found[name].taken:
-            made = command(name, target, head, layout, environment=found[name].environment)
+            made = command(name, target, head, environment=found[name].environment)
             lines += [f"# {SERVERS[name].title}", made.text()]
     return lines
 
 
-def _vllm(
-    _: str, target: str, head: str | None, layout: str, tokens: int, chips: int
-) -> list[tuple[str, ...]]:
-    itself = layout == SPECULATORS and head is not None  # its config.json names target, method and tokens
-    options: list[tuple[str, ...]] = [("vllm", "serve", head if itself and head else target)]
+def _vllm(_: str, target: str, head: Served | None, tokens: int, chips: int) -> list[tuple[str, ...]]:
+    itself = (
+        head is not None and head.layout == SPECULATORS
+    )  # its config.json names target, method and tokens
+    options: list[tuple[str, ...]] = [("vllm", "serve", head.folder if itself else target)]
     if chips > 1:
         options.append(("--tensor-parallel-size", str(chips)))
     if head and not itself:
-        how = {"method": "eagle3", "model": head, "num_speculative_tokens": tokens}
+        how = {"method": head.method, "model": head.folder, "num_speculative_tokens": tokens}
         options.append(("--speculative-config", json.dumps(how)))
     return options
 
 
-def _sglang(
-    server: str, target: str, head: str | None, layout: str, tokens: int, chips: int
-) -> list[tuple[str, ...]]:
+def _sglang(server: str, target: str, head: Served | None, tokens: int, chips: int) -> list[tuple[str, ...]]:
     options: list[tuple[str, ...]] = [("python", "-m", _SGLANG[server], "--model-path", target)]
     if chips > 1:
         options.append(("--tp-size", str(chips)))
@@ -95,8 +100,8 @@ def _sglang(
     if not head:
         return options
     options += [
-        ("--speculative-algorithm", "EAGLE3"),
-        ("--speculative-draft-model-path", head),
+        ("--speculative-algorithm", head.method.upper()),
+        ("--speculative-draft-model-path", head.folder),
         ("--speculative-num-steps", str(tokens)),
         ("--speculative-eagle-topk", "1"),
         ("--speculative-num-draft-tokens", str(tokens + 1)),

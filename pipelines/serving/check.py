@@ -66,7 +66,7 @@ def _checked(
     folders = {name: os.path.join(out, name) for name in (PORTABLE, *layouts)}
     for layout, folder in folders.items():
         copy_head(config.head, store, folder, ("vllm",), layout, model)
-    served = _Served(config, environment.ready(config.environment), model, out, prompts)
+    served = _Served(config, environment.ready(config.environment), model, head.method, out, prompts)
     note(
         f"serve-check: {len(prompts)} answers of the target alone, {served.plain_tokens} tokens each at most"
     )
@@ -88,10 +88,16 @@ class _Served:
     """Answers of one server after another."""
 
     def __init__(
-        self, config: ServeCheckConfig, program: str, model: str, out: str, prompts: list[list[int]]
+        self,
+        config: ServeCheckConfig,
+        program: str,
+        model: str,
+        method: str,
+        out: str,
+        prompts: list[list[int]],
     ) -> None:
-        self._config, self._program, self._model, self._out = config, program, model, out
-        self._prompts = prompts
+        self._config, self._program, self._model, self._method = config, program, model, method
+        self._out, self._prompts = out, prompts
         # Drafts at an answer's end reach beyond it.
         self.plain_tokens = config.answer_tokens + launch.TOKENS
         self._length = max(map(len, prompts)) + self.plain_tokens + 2 * launch.TOKENS
@@ -99,7 +105,8 @@ class _Served:
     def __call__(self, head: str | None, layout: str, tokens: int) -> tuple[list[list[int]], Drafts | None]:
         """(the answers, the drafts that the server counted)"""
         config = self._config
-        command = launch.command("vllm", self._model, head, layout)
+        served = launch.Served(head, layout, self._method) if head else None
+        command = launch.command("vllm", self._model, served)
 
         def on(port: int) -> list[str]:
             here = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]

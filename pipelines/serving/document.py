@@ -70,7 +70,8 @@ def commands() -> str:
 def _of_recipe(recipe: recipes.Recipe) -> str:
     lines = [f"### {recipe.name}", "", "```sh"]
     if recipe.model == recipes.EMBEDDED:
-        options = launch.command("vllm", ".cache/smollm2-135m", f"heads/{recipe.name}", PORTABLE)
+        served = launch.Served(f"heads/{recipe.name}", PORTABLE, Eagle3.method)
+        options = launch.command("vllm", ".cache/smollm2-135m", served)
         made = launch.Command((*options.options, *launch.CPU_OPTIONS), launch.CPU)
         return "\n".join([*lines, "# vLLM for CPUs", made.text(), "```"])
     config, size = _published(recipe.name)
@@ -85,9 +86,8 @@ def _of_recipe(recipe: recipes.Recipe) -> str:
             continue
         place = f"heads/{recipe.name}" + (f"-{TPU}" if layout == TPU else "")
         chips = _chips(size, _MEMORY[name])
-        made = launch.command(
-            name, recipe.model, place, layout, chips=chips, environment=found[layout].environment
-        )
+        served = launch.Served(place, layout, Eagle3.method)
+        made = launch.command(name, recipe.model, served, chips=chips, environment=found[layout].environment)
         lines += [f"# {SERVERS[name].title}, {chips} x {_MEMORY[name] / 1e9:.0f} GB", made.text()]
     return "\n".join([*lines, "```", *([""] if refused else []), *refused])
 

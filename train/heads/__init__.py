@@ -22,6 +22,7 @@ class Head(Protocol):
     """The sizes of a head; its parameters are a flat dict. All methods are pure."""
 
     options: ClassVar[tuple[str, ...]]  # the fields of the training's configuration that are this kind's
+    method: ClassVar[str]  # what vLLM calls the kind, and in capitals SGLang
     hidden_size: int
     vocab_size: int  # of the target
     draft_vocab_size: int
@@ -159,7 +160,7 @@ class Head(Protocol):
         ...
 
 
-HEADS: dict[str, type[Head]] = {"eagle3": Eagle3}
+HEADS: dict[str, type[Head]] = {"eagle3": Eagle3}  # by the names of --kind
 
 
 def read_serving_config(path: str, config: Any, num_target_layers: int) -> Head:

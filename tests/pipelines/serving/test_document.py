@@ -30,12 +30,15 @@ def test_every_recipe_has_commands_that_name_its_target_and_its_head(name):
 
 
 def test_a_command_is_what_is_run_and_can_be_typed():
-    made = launch.command("vllm", "org/t", "a head", "portable", chips=4, environment={"A": "b c"})
+    head = launch.Served("a head", "portable", "eagle3")
+    made = launch.command("vllm", "org/t", head, chips=4, environment={"A": "b c"})
     assert shlex.split(made.text().replace("\\\n", " ")) == ["A=b c", *made.arguments()]
     spec = json.loads(made.arguments()[-1])
     assert spec == {"method": "eagle3", "model": "a head", "num_speculative_tokens": launch.TOKENS}
-    assert launch.command("vllm", "org/t", "h", "speculators").arguments() == ["vllm", "serve", "h"]
-    alone = launch.command("sglang", "org/t", None, "portable").arguments()
+    speculators = head._replace(layout="speculators")
+    assert launch.command("vllm", "org/t", speculators).arguments() == ["vllm", "serve", "a head"]
+    alone = launch.command("sglang", "org/t", None).arguments()
     assert alone == ["python", "-m", "sglang.launch_server", "--model-path", "org/t"]
-    tree = launch.command("sglang-jax", "t", "h", "portable", tokens=5).arguments()
-    assert tree[tree.index("--speculative-num-draft-tokens") + 1] == "6"
+    chain = launch.command("sglang-jax", "t", head._replace(method="other"), tokens=5).arguments()
+    assert chain[chain.index("--speculative-num-draft-tokens") + 1] == "6"
+    assert chain[chain.index("--speculative-algorithm") + 1] == "OTHER"

@@ -19,6 +19,7 @@ class Eagle3(sizes.Sizes):
     """See train/heads: Head."""
 
     options: ClassVar[tuple[str, ...]] = sizes.OPTIONS
+    method: ClassVar[str] = sizes.METHOD
 
     @classmethod
     def for_target(

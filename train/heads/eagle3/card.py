@@ -5,7 +5,7 @@ from typing import Any
 
 from train import launch, servers
 from train.heads.eagle3.limits import limits
-from train.heads.eagle3.sizes import Sizes
+from train.heads.eagle3.sizes import METHOD, Sizes
 from train.serving_config import canonical_rope
 
 _CARD = """---
@@ -68,7 +68,7 @@ def model_card(head: Sizes, metadata: Mapping[str, Any], target: dict[str, Any],
             f"| {servers.SERVERS[name].title} {servers.SERVERS[name].version} | {_cell(verdict.text())} |"
             for name, verdict in found.items()
         ),
-        commands="\n".join(launch.commands(found, "TARGET", "HEAD", layout)),
+        commands="\n".join(launch.commands(found, "TARGET", launch.Served("HEAD", layout, METHOD))),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 

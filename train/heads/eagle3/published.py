@@ -14,7 +14,7 @@ from common import schema
 from common.aux_layers import default_aux_layers
 from common.errors import EyasError
 from common.schema import NotRequired, TypedDict
-from train.heads.eagle3.sizes import Sizes, parameters, rope_of
+from train.heads.eagle3.sizes import METHOD, Sizes, parameters, rope_of
 from train.serving_config import AUX_KEY
 
 _ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
@@ -55,7 +55,7 @@ class _Fields(TypedDict):
 def is_published(config: dict[str, Any]) -> bool:
     """Whether a config.json is of an EAGLE3 head, in one of the two layouts."""
     if _SPECULATORS in config:
-        return config[_SPECULATORS] == "eagle3"
+        return config[_SPECULATORS] == METHOD
     named = config.get("architectures")
     return isinstance(named, list) and len(named) == 1 and named[0] in _ARCHITECTURES
 

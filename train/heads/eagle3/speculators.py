@@ -7,6 +7,7 @@ Read off vllm-project/speculators `models/eagle3/{config,core}.py` and vLLM
 from typing import Any
 
 from common.errors import EyasError
+from train.heads.eagle3.sizes import METHOD
 from train.launch import TOKENS
 from train.serving_config import AUX_KEY
 
@@ -30,7 +31,7 @@ def write(portable: dict[str, Any], aux: list[int], target: dict[str, Any], veri
     scaling = portable["rope_scaling"] or {"rope_type": "default"}
     return {
         "architectures": ARCHITECTURES,
-        "speculators_model_type": "eagle3",
+        "speculators_model_type": METHOD,
         "speculators_version": _VERSION,
         **{name: portable[name] for name in _OUTSIDE},
         "norm_before_fc": False,
@@ -39,7 +40,7 @@ def write(portable: dict[str, Any], aux: list[int], target: dict[str, Any], veri
         "tie_word_embeddings": False,
         "torch_dtype": portable["torch_dtype"],
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": METHOD,
             "default_proposal_method": "greedy",
             "proposal_methods": [
                 {
