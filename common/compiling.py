@@ -38,7 +38,8 @@ def compiler_options(mesh: Mesh, kernels: bool = False) -> dict[str, str]:
 def training_options(mesh: Mesh) -> dict[str, str]:
     """What `compile` is told of a training step: on TPUs more fast memory for a matmul's tiles.
 
-    The other options for a target's pass took the compiler too long with a step's many loops.
+    The other options for a target's pass took the compiler too long with a step's many loops. On CPUs wider
+    vectors change nothing of a step (4.77 CPU seconds beside 4.80 of the one in `make bench`).
     """
     name = "xla_tpu_scoped_vmem_limit_kib"
     return {name: _TPU_OPTIONS[name]} if mesh.devices.flat[0].platform == "tpu" else {}
