@@ -5,8 +5,10 @@ import os
 import pytest
 
 from common import storage
+from dump.config import PrepareConfig
 from dump.dump import DumpConfig, run
 from tests.dump import tiny
+from tests.dump.chats import CHATS, write_model
 from tests.dump.tiny import ROWS, contents
 
 
@@ -41,3 +43,14 @@ def dumped(config, whole, tmp_path):
     for name, data in whole.items():
         storage.write_bytes(f"{tmp_path}/dumped/{name}", data)
     return f"{tmp_path}/dumped"
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("chat")))
+
+
+@pytest.fixture
+def prepare_config(chat_model, tmp_path):
+    """Of the file of chats, into a store of the test's own."""
+    return PrepareConfig((str(CHATS),), chat_model, str(tmp_path / "store"), length=256, holdout=0.2)

@@ -9,18 +9,13 @@ import pytest
 
 from common.errors import EyasError
 from common.store import Store
-from dump.prepare import PrepareConfig, run
-from tests.dump.chats import CHATS, chat, write_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("model")))
+from dump.prepare import run
+from tests.dump.chats import CHATS, chat
 
 
 @pytest.fixture
-def config(model, tmp_path):
-    return PrepareConfig((str(CHATS),), model, str(tmp_path / "store"), length=256, holdout=0.2)
+def config(prepare_config):
+    return prepare_config
 
 
 def test_several_files_are_one_data_set(config, tmp_path):

@@ -22,14 +22,9 @@ from pipelines.bench.published import PUBLISHED
 from tests.dump.chats import CHATML, CHATS, chat, write_model
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
-def config(model, tmp_path):
-    return PrepareConfig((str(CHATS),), model, str(tmp_path / "store"), length=256, holdout=0.2)
+def config(prepare_config):
+    return prepare_config
 
 
 def contents(folder):

@@ -4,7 +4,6 @@ The server speaks the protocol of Google Cloud Storage but accepts writes of a s
 writers at once one wins is tested in tests/common/test_store_bucket.py, on a server that refuses them.
 """
 
-import signal
 import sys
 import time
 
@@ -18,7 +17,7 @@ from common.store_verify import verify
 from dump import dump, prepare
 from pipelines.bench import bucket
 from tests import tiny_llama
-from tests.bucket_process import ROOT, ended, ran, started
+from tests.bucket_process import ROOT, ended, ran, started, taken_away
 from tests.dump import chats
 from tests.faulty_proxy import FAULTS, Sometimes, faulty
 from train.order import listed
@@ -144,16 +143,8 @@ def test_a_machine_that_is_taken_away_while_the_bucket_hangs(model):
         prepared = started(server, "pipelines", "prepare", "--model", model, "--store", URL, "--data", CHATS)
         assert ended(prepared)[0] == 0
         dumping = started(proxy, "pipelines", "dump", "--model", model, "--store", URL, "--block-rows", "1")
-        end = time.monotonic() + 120
-        while not choose.happened and time.monotonic() < end:
-            time.sleep(0.1)
-        assert choose.happened
-        dumping.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        code, said = ended(dumping)
-        assert code == 42, "\n".join(said)
-        assert said[-1].startswith("Error: dump stopped")
-        assert time.monotonic() - start < 12
+        said = taken_away(dumping, lambda: choose.happened, 120)
+        assert said.startswith("Error: dump stopped")
 
 
 if __name__ == "__main__":

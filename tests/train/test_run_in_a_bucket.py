@@ -4,7 +4,6 @@ Whatever uses the server is a process of its own.
 """
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from common.store import Store
 from pipelines.bench import bucket
 from pipelines.compare import runs
 from pipelines.copy_head import copy_head
-from tests.bucket_process import ended, ran, started
+from tests.bucket_process import ran, started, taken_away
 from tests.faulty_proxy import Sometimes, faulty
 from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, lines_of
@@ -180,18 +179,9 @@ def command(folder: Path) -> tuple[str, ...]:
 def test_a_machine_that_is_taken_away_while_the_bucket_hangs(tmp_path, place):
     """Whatever is written then, a head or a state, is not waited for."""
     with bucket.served("bucket") as server, faulty(server, choose := Once(place, "hang")) as proxy:
-        process = started(proxy, *command(tmp_path))
-        moment = time.monotonic() + 200
-        while not choose.begun and time.monotonic() < moment:
-            time.sleep(0.1)
-        assert choose.begun
-        process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        code, said = ended(process, 60)
-        assert time.monotonic() - start < 12
-        assert code == 42, "\n".join(said)
-        assert "stopped; " in said[-1]
-        assert said[-1].startswith("Error: ")
+        said = taken_away(started(proxy, *command(tmp_path)), lambda: choose.begun, 200)
+        assert "stopped; " in said
+        assert said.startswith("Error: ")
 
 
 ENDS = {
