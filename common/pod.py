@@ -196,8 +196,8 @@ def require_same(value: dict[str, Any], what: str) -> None:
 def check() -> None:
     """Raises Stopped if another process is asked to stop, and waits for this one to hear of it: for inside of
     a `together`, where something is waited for that is this process's alone."""
-    for number in _Pod.stopped:
-        raise Stopped(number)
+    if _Pod.stopped:
+        raise Stopped(_Pod.stopped[0])
 
 
 @contextmanager
