@@ -15,7 +15,7 @@ from common.store import Store
 from pipelines.compare.runs import require_not_in_a_run
 from train import launch
 from train.check_export import check
-from train.evaluate import draft_ids_of
+from train.draft_maps import read_draft_ids
 from train.export import MADE, TRAINED_FOR, WEIGHTS, export
 from train.heads import read_serving_config
 from train.servers import SPECULATORS, require, verdicts
@@ -79,7 +79,7 @@ def _converted(
         out,
         {name: tensors.read(source) for name, source in sources.items()},
         head,
-        draft_ids_of(head, tensors),
+        read_draft_ids(folder, tensors, head),
         config,
         dtype=described["torch_dtype"],
         metadata=_made(folder),

@@ -6,6 +6,8 @@ Dimensions: N draft vocabulary, V target vocabulary.
 import numpy as np
 
 from common.errors import EyasError
+from common.safetensors import Checkpoint
+from train.heads import Head
 
 
 def vocabulary_maps(draft_ids: np.ndarray, N: int, V: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +25,21 @@ def vocabulary_maps(draft_ids: np.ndarray, N: int, V: int) -> tuple[np.ndarray, 
     t2d = np.zeros(V, np.bool_)
     t2d[ids] = True
     return ids - np.arange(N), t2d
+
+
+def read_draft_ids(folder: str, tensors: Checkpoint, head: Head) -> np.ndarray:
+    """The target ids int32 [N], ascending, of the draft vocabulary of the head in `folder`, whose tensors are
+    these. EyasError for maps that are no such ids."""
+    N, V = head.draft_vocab_size, head.vocab_size
+    if "d2t" not in tensors.tensors:
+        if N < V:
+            raise EyasError(f"{folder} lacks d2t, the map of its {N} of {V} tokens; fetch the head again")
+        return np.arange(N, dtype=np.int32)
+    d2t_N = tensors.read("d2t").astype(np.int64)
+    t2d_V = tensors.read("t2d").astype(bool) if "t2d" in tensors.tensors else None
+    if d2t_N.shape != (N,):
+        raise EyasError(f"{folder}: d2t has shape {list(d2t_N.shape)}, expected [{N}]; fetch the head again")
+    return check_maps(folder, d2t_N, t2d_V, V).astype(np.int32)
 
 
 def check_maps(path: str, d2t_N: np.ndarray, t2d_V: np.ndarray | None, V: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from common.stopping import interruptible
 from train import check_export, ngram, pieces, placing
 from train.batch import Batch, Frozen, Params
 from train.config import EvaluateConfig
+from train.draft_maps import read_draft_ids
 from train.heads import Head, read_serving_config
 from train.metrics import Sums, add, summarise
 from train.order import each_once, permutation
@@ -156,12 +157,4 @@ def _load_head(folder: str, target: dict[str, Any]) -> tuple[Head, dict[str, np.
     tensors = Checkpoint.open(folder)
     sources = head.sources(tensors.tensors, folder)
     params = {name: tensors.read(sources[name]).astype(np.float32) for name in head.parameters()}
-    return head, params, draft_ids_of(head, tensors)
-
-
-def draft_ids_of(head: Head, tensors: Checkpoint) -> np.ndarray:
-    """The target ids int32 [N] of the draft vocabulary of a folder that was checked."""
-    ids = np.arange(head.draft_vocab_size)
-    if "d2t" in tensors.tensors:
-        ids = ids + tensors.read("d2t")
-    return ids.astype(np.int32)
+    return head, params, read_draft_ids(folder, tensors, head)

@@ -1,6 +1,6 @@
 """A published head, read from its safetensors, to be trained on.
 
-Dimensions: N draft vocabulary, V target vocabulary.
+Dimensions: N draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from common.errors import EyasError, RestartError
 from common.folders import read_as_one
 from common.safetensors import FLOATS, Checkpoint
 from common.store import Store
-from train.draft_maps import check_maps
+from train.draft_maps import read_draft_ids
 from train.export import TRAINED_FOR, target_identity
 from train.heads import HEADS, Head
 
@@ -69,7 +69,7 @@ def _open(folder: str, store: Store) -> Published:
     for name, declared in head.parameters().items():
         tensors.require(sources[name], declared.shape, FLOATS)
     _require_embedding(folder, tensors, store)
-    ids = _draft_ids(folder, tensors, head)
+    ids = read_draft_ids(folder, tensors, head)
     sums = {name: zarr.crc32(tensors.read(source)) for name, source in sources.items()}
     return Published(folder, head, ids, {"config": digest(config), "tensors": sums}, tensors, sources)
 
@@ -113,16 +113,3 @@ def _require_embedding(folder: str, tensors: Checkpoint, store: Store) -> None:
                 f"{folder}: row {row} of its {name} is not that of {target_identity(store)['target']}, the "
                 f"target of {store.url}; give a store of the head's target"
             )
-
-
-def _draft_ids(folder: str, tensors: Checkpoint, head: Head) -> np.ndarray:
-    N, V = head.draft_vocab_size, head.vocab_size
-    if "d2t" not in tensors.tensors:
-        if N < V:
-            raise EyasError(f"{folder} lacks d2t, the map of its {N} of {V} tokens; fetch the head again")
-        return np.arange(N, dtype=np.int32)
-    d2t_N = tensors.read("d2t").astype(np.int64)
-    t2d_V = tensors.read("t2d").astype(bool) if "t2d" in tensors.tensors else None
-    if d2t_N.shape != (N,):
-        raise EyasError(f"{folder}: d2t has shape {list(d2t_N.shape)}, expected [{N}]; fetch the head again")
-    return check_maps(folder, d2t_N, t2d_V, V).astype(np.int32)
