@@ -23,6 +23,7 @@ from common.texts import first_line
 from train.step import State
 
 _KEPT = 2  # a machine that dies while saving leaves the one before
+_ADVICE = "delete that step's folder to continue from the state before it"
 
 
 class _Evaluation(TypedDict):
@@ -56,7 +57,7 @@ def _checksums(state: State) -> dict[str, int]:
     return {name: int(x) for name, x in jax.device_get(_sums(state)).items()}
 
 
-def _crc32(step: int, noted: dict[str, Any]) -> int:
+def _crc32(step: int | None, noted: dict[str, Any]) -> int:
     rest = {name: value for name, value in noted.items() if name != "crc32"}
     return zlib.crc32(json.dumps([step, rest], sort_keys=True).encode())
 
@@ -109,8 +110,7 @@ class Saved:
             if is_librarys(error) or (isinstance(error, OSError) and not no_folder):
                 raise explained(error, self._place) from error
             raise EyasError(
-                f"{self._place} holds a step that cannot be read ({first_line(error)}); delete that step's "
-                "folder to continue from the state before it"
+                f"{self._place} holds a step that cannot be read ({first_line(error)}); {_ADVICE}"
             ) from error
 
     @contextmanager
@@ -134,50 +134,33 @@ class Saved:
     def restore(self, like: State, where: State) -> tuple[State, dict[str, Any]]:
         """(the newest state, in the shapes and dtypes of `like`, lying as `where` says; what `save` was given
         beside it, by name)."""
+        wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, where)
         step = self.step()
-        place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
-        try:
-            found = self._read(step, like, where)
-        except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
-            if is_refusal(error):
-                raise explained(error, place) from error
-            raise EyasError(f"{place} cannot be read ({first_line(error)}); {advice}") from error
-        state, noted = found["state"], self._checked(step, found["noted"])
+        found = self._read(step, state=ocp.args.StandardRestore(wanted))
+        state, noted = found["state"], found["noted"]
         damaged = [name for name, found in _checksums(state).items() if found != noted["sums"].get(name)]
         if damaged:
-            raise EyasError(f"{place} is damaged: {damaged[0]} is not what was saved; {advice}")
+            raise EyasError(f"{self._place}/{step} is damaged: {damaged[0]} is not what was saved; {_ADVICE}")
         return state, noted
 
     def noted(self) -> tuple[int, dict[str, Any]] | None:
         """(step, last) of the newest state, of which nothing else is read; None if there is none."""
         step = self.step()
-        if step is None:
-            return None
-        place, advice = f"{self._place}/{step}", "delete it to continue from the state before it"
-        args = ocp.args.Composite(noted=ocp.args.JsonRestore())
+        return None if step is None else (step, self._read(step)["noted"]["last"])
+
+    def _read(self, step: int | None, **wanted: ocp.args.CheckpointArgs) -> dict[str, Any]:
+        """What is `wanted` of a saved state by name, and "noted", unchanged since `save` wrote it."""
+        place, args = f"{self._place}/{step}", ocp.args.Composite(noted=ocp.args.JsonRestore(), **wanted)
         try:
-            found = dict(self._manager.restore(step, args=args).items())["noted"]
-        except Exception as error:
+            found = dict(self._manager.restore(step, args=args).items())
+        except Exception as error:  # orbax, TensorStore and JSON have exceptions of many kinds
             if is_refusal(error):
                 raise explained(error, place) from error
-            raise EyasError(f"{place} cannot be read ({first_line(error)}); {advice}") from error
-        return step, self._checked(step, found)["last"]
-
-    def _checked(self, step: int, noted: Any) -> dict[str, Any]:
-        """What `save` noted beside the state of this step, unchanged."""
-        place, advice = (
-            f"{self._place}/{step}/noted",
-            f"delete {self._place}/{step} to continue from the state before it",
-        )
-        found = schema.check(_Noted, noted, place, advice)
-        if found["crc32"] != _crc32(step, found):
-            raise EyasError(f"{place} is not what was saved at step {step}; {advice}")
-        return found
-
-    def _read(self, step: int | None, like: State, where: State) -> Any:
-        wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, where)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), noted=ocp.args.JsonRestore())
-        return dict(self._manager.restore(step, args=args).items())
+            raise EyasError(f"{place} cannot be read ({first_line(error)}); {_ADVICE}") from error
+        noted = schema.check(_Noted, found["noted"], f"{place}/noted", _ADVICE)
+        if noted["crc32"] != _crc32(step, noted):
+            raise EyasError(f"{place}/noted is not what was saved at step {step}; {_ADVICE}")
+        return found | {"noted": noted}
 
     @property
     def is_busy(self) -> bool:
