@@ -41,6 +41,12 @@ class Array(TypedDict):
     shard: list[Size]
 
 
+class Prepared(TypedDict):
+    """How rows were made; `data` are names without folders."""
+
+    data: NotRequired[list[str]]
+
+
 class Rows(TypedDict):
     """Rows, their tokens T, the target's vocabulary V; sums of the files and of token_counts [V]."""
 
@@ -51,6 +57,7 @@ class Rows(TypedDict):
     files: dict[FileName, Sha256]
     token_counts_crc32: Crc32
     tokenizer_hash: NotRequired[Sha256]
+    config: NotRequired[Prepared]
 
 
 class Target(TypedDict):

@@ -72,6 +72,8 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
 
     Example: eyas dump --model qwen3-32b --store gs://bucket/qwen3-32b --data gs://bucket/chats.parquet
     """
+    from common.manifest import read_manifest
+    from common.progress import note
     from common.store import has_rows
     from dump import dump as stage
     from dump.prepare import run as prepare_rows
@@ -82,7 +84,11 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
     rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data}) if data else None
 
     def prepare_unless_prepared() -> None:
-        if rows and not has_rows(store):
+        if rows and has_rows(store):
+            names = read_manifest(store)["rows"].get("config", {}).get("data", [])
+            made = f" from {', '.join(names)}" if names else ""
+            note(f"{store} has its rows already{made}: --data is not read; for other data name another store")
+        elif rows:
             prepare_rows(fetch(rows, cache))
 
     pod.told(prepare_unless_prepared)  # the others wait

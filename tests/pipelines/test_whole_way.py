@@ -20,10 +20,14 @@ def write_target(folder):
     tiny_llama.write_weights(str(folder))
 
 
-def eyas(*args):
+def invoked(*args):
     result = CliRunner().invoke(cli.main, [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return result
+
+
+def eyas(*args):
+    return invoked(*args).stdout
 
 
 def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path, monkeypatch):
@@ -36,7 +40,9 @@ def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path, monkeypatc
     place = ("--model", "./model/", "--store", "../x/../störe/")
     counts = json.loads(eyas("prepare", *place, "--data", CHATS, "--length", 256, "--holdout", 0.2))
     assert counts["read"] == counts["kept"] + sum(n for name, n in counts.items() if "dropped_" in name)
-    dumped = json.loads(eyas("dump", *place, "--data", CHATS, "--block-rows", 4))
+    again = invoked("dump", *place, "--data", "other.jsonl", "--block-rows", 4)
+    assert "störe/ has its rows already from chats.jsonl: --data is not read" in again.stderr
+    dumped = json.loads(again.stdout)
     assert dumped["blocks_before"] == 0
     store = here.parent / "störe"
     place = ("--model", f"file://{here}/model", "--store", f"file://{store}")
