@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from common import flash, splash
-from common.layers import einsum
+from common.layers import MASKED, einsum
 
 _KERNELS = {"tpu": splash, "cuda": flash}  # by jax's names of platforms; elsewhere XLA makes the program
 KEPT = "attended"  # names what a jax.checkpoint around attend should keep
 BLOCK = 256  # queries, and keys: large enough for full matmuls, small enough to skip half of the keys
-_MASKED = -1e30  # finite: a query that sees nothing of a block gives no NaN
 _LAST = 2**30  # padding's segment: behind all others, so that no document's block looks at it
 
 
@@ -159,7 +158,7 @@ def _row(form: _Form, sinks_N, q_TNd, k_TJd, v_TJe, segments_T) -> tuple[jax.Arr
         zero_JR = jnp.zeros_like(q_JRd[..., 0], jnp.float32)
         out = jnp.zeros_like(q_JRd[..., :1], jnp.float32) * jnp.zeros((1, 1, v.shape[-1]), jnp.float32)
         if sinks_N is None:
-            return zero_JR + _MASKED, zero_JR, out
+            return zero_JR + MASKED, zero_JR, out
         sinks = jnp.repeat(sinks_N.astype(jnp.float32).reshape(J, N // J), R * J // N, 1)
         return zero_JR + sinks, zero_JR + 1, out
 
@@ -169,7 +168,7 @@ def _row(form: _Form, sinks_N, q_TNd, k_TJd, v_TJe, segments_T) -> tuple[jax.Arr
         def of_keys(j, carry):
             top, total, out = carry
             s, seen = _logits(form, q_JRd, k[j], segments, i, j)
-            s = jnp.where(seen, s, _MASKED)
+            s = jnp.where(seen, s, MASKED)
             new = jnp.maximum(top, s.max(-1))
             p, fade = jnp.exp(s - new[..., None]), jnp.exp(top - new)
             mixed = einsum("jrs,jse->jre", p.astype(v.dtype), v[j])

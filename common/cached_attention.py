@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common.layers import einsum
+from common.layers import MASKED, einsum
 
 BLOCK = 256  # positions of the cache that are read at once
-_MASKED = -1e30  # finite: a query that sees nothing of a block gives no NaN
 
 
 class Tree(NamedTuple):
@@ -90,14 +89,14 @@ def attend_to_cache(
         s = einsum("bjgmd,bsjd->bjgms", q_BJGmd, k_BSJd) * scale
         places_S = start + jnp.arange(S, dtype=jnp.int32)
         seen_BmS = new.sees(places_S, window) & (places_S >= j * S)[None, None]
-        s = jnp.where(seen_BmS[:, None, None], s, _MASKED)
+        s = jnp.where(seen_BmS[:, None, None], s, MASKED)
         peak = jnp.maximum(top, s.max(-1, keepdims=True))
         p, fade = jnp.exp(s - peak), jnp.exp(top - peak)
         mixed = einsum("bjgms,bsje->bjgme", p.astype(v_BSJe.dtype), v_BSJe)
         return peak, total * fade + p.sum(-1, keepdims=True), out * fade + mixed
 
     zero = jnp.zeros((B, J, N // J, m, 1), jnp.float32)
-    top, total = zero + _MASKED, zero
+    top, total = zero + MASKED, zero
     if sinks_N is not None:
         top, total = zero + sinks_N.astype(jnp.float32).reshape(1, J, N // J, 1, 1), zero + 1
     empty = jnp.zeros((*zero.shape[:-1], values.shape[-1]), jnp.float32)

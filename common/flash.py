@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from common.layers import MASKED
+
 QUERIES = 128  # positions of a block; half of it where cotangents take the room
 KEYS = 64
 _LOG2E = math.log2(math.e)
-_MASKED = -1e30  # finite: a block of which a query sees nothing gives no NaN
 _LAST = 2**30  # padding's segment: behind all others
 _MOST = 256  # the blocks of larger heads do not fit in a program's registers
 
@@ -58,7 +59,7 @@ def attend(
     segments_BL = _segments(segments_BT)
     first_Bn, _ = _bounds(form, segments_BL)
     q, k, v = (_filled(x) for x in (q_BTNd, k_BTJd, v_BTJe))
-    sinks = jnp.full(N, _MASKED, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
+    sinks = jnp.full(N, MASKED, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
     L, n, D, E = *segments_BL.shape[1:], first_Bn.shape[1], q.shape[-1], v.shape[-1]
 
     def block(size: int) -> pl.BlockSpec:
@@ -101,7 +102,7 @@ def pull_back(
     L, n, m, D, E = segments_BL.shape[1], first_Bn.shape[1], last_Bm.shape[1], q.shape[-1], v.shape[-1]
     lse, shift = (
         jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, L - T)), constant_values=fill)
-        for x, fill in ((lse_BTN, -_MASKED), (shift_BTN, 0.0))
+        for x, fill in ((lse_BTN, -MASKED), (shift_BTN, 0.0))
     )
 
     def own(positions: int, size: int) -> pl.BlockSpec:
@@ -193,7 +194,7 @@ def _attend(form, q_ref, k_ref, v_ref, segments_ref, first_ref, sinks_ref, out_r
         top, total, out = carry
         at = pl.ds(j * KEYS, KEYS)
         s, seen = _logits(form, q, k_ref[at, :], segments_ref, i, j)
-        s = jnp.where(seen, s * _LOG2E, _MASKED)
+        s = jnp.where(seen, s * _LOG2E, MASKED)
         new = jnp.maximum(top, s.max(1))
         p, fade = jnp.exp2(s - new[:, None]), jnp.exp2(top - new)
         v = v_ref[at, :]

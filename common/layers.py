@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MASKED = -1e30  # a logit that counts nothing; finite, so that a softmax of nothing else gives no NaN
+
 
 def compute_dtype(asked: str | None) -> str:
     """The type of matmuls that was asked for; else float32 on CPU, bfloat16 on accelerators."""

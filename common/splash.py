@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
+from common.layers import MASKED
+
 LANES = 128  # the kernel's blocks are multiples of it
 BLOCK = 512  # queries and keys at a time: scores of a block stay in fast memory
-_UNSEEN = 1e30  # logsumexp of what is filled in: it gives nothing back
 
 
 def serves(q_BTNd: jax.Array, v_BTJe: jax.Array) -> bool:
@@ -72,7 +73,7 @@ def pull_back(
         q, k, v, g = (_heads_first(x) for x in (q_TNd, k_TJd, v_TJe, g_TNe))
         lse, shift = (
             jnp.pad(x.T, ((0, 0), (0, q.shape[1] - T)), constant_values=fill)
-            for x, fill in ((lse_TN, _UNSEEN), (shift_TN, 0.0))
+            for x, fill in ((lse_TN, -MASKED), (shift_TN, 0.0))  # what is filled in gives nothing back
         )
         given = q, k, v, _segments(segments_T), None, lse, g, shift
         dq = kernels._splash_attention_bwd_dq(*given, mask_info=kernel.dq_mask_info, **same)
