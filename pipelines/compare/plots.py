@@ -26,6 +26,9 @@ _DASHES = ("-", "--", ":", "-.", (0, (4, 5)))
 _DPI = 150
 _NAME = 40  # characters of a run's name in the legend
 _GROUPS = 8
+_TOLD_APART = 16  # curves of a chart; of more, the first ones are in colours before the others in grey
+_NAMED = 8  # of those
+_OTHERS = "#c3c8ce"
 _SHOWN = 100  # points of a curve, about
 _STYLE = {
     "svg.hashsalt": "eyas",  # the same file for the same runs
@@ -108,19 +111,28 @@ def _draw(axis: Axes, group: Group, chart: _Chart, against: str) -> None:
         for k in range(getattr(run, chart.kind).mean[chart.name].shape[1]):
             _line(axis, run, chart._replace(k=k), against, k, f"k = {k + 1} (step {k})", 8)
         return
-    for n, row in enumerate(group.rows):
+    rows, named = group.rows, _NAMED if len(group.rows) > _TOLD_APART else len(group.rows)
+    for row in rows[named:]:
+        _line(axis, row.run, chart, against, None, "", 0)
+    for n, row in enumerate(rows[:named]):
         _line(axis, row.run, chart, against, n, _label(group, n), 13 if n == 0 else 7)
+    if others := len(rows) - named:
+        axis.plot([], [], color=_OTHERS, linewidth=0.8, label=f"{others} others, in the page by name")
 
 
-def _line(axis: Axes, run: Run, chart: _Chart, against: str, n: int, label: str, star: float) -> None:
-    """The n-th curve of a chart; one without values still has its line in the legend."""
+def _line(axis: Axes, run: Run, chart: _Chart, against: str, n: int | None, label: str, star: float) -> None:
+    """The n-th curve of a chart, None: one of the others, which has no star. One without values still has its
+    line in the legend."""
     curve: Curve = getattr(run, chart.kind)
     values = curve.mean[chart.name]
     values = values[:, chart.k] if chart.k < values.shape[1] else np.full(len(values), math.nan)
     starts = np.arange(0, len(values), max(1, round(len(values) / _SHOWN)))
     x, y = (means(some[:, None], starts)[:, 0] for some in (getattr(curve, against), values))
+    if n is None:
+        axis.plot(x, y, color=_OTHERS, linewidth=0.8)
+        return
     look = {"color": PALETTE[n % len(PALETTE)], "linestyle": _DASHES[n // len(PALETTE) % len(_DASHES)]}
-    axis.plot(x, y, label=label, linewidth=1.2, **look)
+    axis.plot(x, y, label=label, linewidth=1.2, zorder=3 - n / 100, **look)  # better ones over others
     if run.best and chart.name in (GREEDY, SAMPLED):
         at = getattr(run.best, against), run.best.at(chart.name, chart.k)
         axis.plot(*at, marker="*", markersize=star, color=look["color"])

@@ -11,6 +11,9 @@ from pipelines.compare.runs import GREEDY, SAMPLED, Evaluation
 from pipelines.report import columns
 
 _BY_K_SHOWN = 10  # runs whose figures by k the terminal shows
+# Columns of `cells`, from the end, that a narrow terminal goes without: the last head's figures but for its
+# length, the best one's accuracy and loss, tokens/s, training loss, tokens, step, time.
+_LEFT_OUT = ((-8, -7, -6), (-12, -11), (-2,), (-5,), (-4,), (-10,), (-3,))
 
 
 class Cell(NamedTuple):
@@ -95,9 +98,14 @@ def _heads(row: Row) -> list[tuple[str, Evaluation]]:
     return [(label, head) for label, head in (("best", best), ("last", last)) if head]
 
 
-def table(found: dict[str, Any]) -> str:
-    """The groups as text: a line a run, best first and marked; then the first runs' figures by k."""
-    return "\n\n".join([*map(_group_text, found["groups"]), *(f"note: {line}" for line in found["notes"])])
+def table(found: dict[str, Any], width: int | None = None) -> str:
+    """The groups as text: a line a run, best first and marked; then the first runs' figures by k.
+
+    Lines of runs have `width` characters, where that can be reached without their names, settings and
+    lengths; None: as many as they need.
+    """
+    groups = [_group_text(group, width) for group in found["groups"]]
+    return "\n\n".join([*groups, *(f"note: {line}" for line in found["notes"])])
 
 
 def title(group: Group) -> str:
@@ -112,15 +120,29 @@ def store_name(group: Group) -> str:
     return f"{url} ({mark})" if url else mark
 
 
-def _group_text(group: Group) -> str:
+def _group_text(group: Group, width: int | None) -> str:
     lines = [heading(group), *([cell.text for cell in cells(group, n)] for n in range(len(group.rows)))]
-    parts = [f"{title(group)}\n{columns(lines)}"]
+    shown = _narrowed(lines, width)
+    parts = [f"{title(group)}\n{columns(shown)}"]
+    if left_out := len(lines[0]) - len(shown[0]):
+        parts.append(f"({left_out} columns that have no room here are in the page)")
     for name, figure, first in kinds_by_k(group)[:-1]:
         if lines := by_k(group.rows[:_BY_K_SHOWN], figure, first):
             parts.append(f"{name}\n{columns(lines)}")
     if len(group.rows) > _BY_K_SHOWN:
         parts.append(f"(figures by k of the other {len(group.rows) - _BY_K_SHOWN} runs are in the page)")
     return "\n\n".join(parts)
+
+
+def _narrowed(lines: list[list[str]], width: int | None) -> list[list[str]]:
+    """The lines without as many columns as it takes to have them `width` characters long."""
+    kept, shown = list(range(-len(lines[0]), 0)), lines
+    for some in _LEFT_OUT:
+        if width is None or max(map(len, columns(shown).splitlines())) <= width:
+            break
+        kept = [i for i in kept if i not in some]
+        shown = [[line[i] for i in kept] for line in lines]
+    return shown
 
 
 def to_json(found: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Runs beside each other, or one alone: compare, report."""
 
+import shutil
+import sys
 from typing import Any
 
 import click
@@ -59,5 +61,6 @@ def show_runs(config: Any, as_json: bool) -> None:
     from pipelines.compare.tables import table, to_json
 
     found = stage.run(config)
-    show(to_json(found)) if as_json else click.echo(table(found))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    show(to_json(found)) if as_json else click.echo(table(found, width))
     note(f"written: {', '.join(found['written'])}")

@@ -67,6 +67,19 @@ def test_runs_are_ranked_by_the_head_in_best_and_what_differs_is_named(sweep):
     assert f"{group.rows[0].run.best.values['length_greedy_by_k'][3]:.3f}" in text
 
 
+@pytest.mark.parametrize("width", [40, 90, 120, 160, 400])
+def test_a_table_is_as_wide_as_the_terminal_and_keeps_what_runs_are_ranked_by(sweep, width):
+    found = compared(sweep)
+    whole, text = table(found).splitlines(), table(found, width).splitlines()
+    heading, *rows = text[1:5]
+    assert len(rows) == 3
+    assert max(map(len, text[1:5])) <= max(width, 80)
+    for name in ("run", "seed", "learning_rate", "best, k=7", "last, k=7", "state"):
+        assert name in heading
+    assert (text[1:5] == whole[1:5]) == (width >= max(map(len, whole[1:5])))
+    assert ("have no room here" in "".join(text)) == (text[1:5] != whole[1:5])
+
+
 def test_each_run_counts_once_however_it_is_named(sweep, monkeypatch):
     monkeypatch.chdir(sweep)
     assert sorted(*names(compared(sweep, sweep / "fast", "fast/", "."))) == ["fast", "middle", "slow"]

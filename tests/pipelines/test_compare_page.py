@@ -77,6 +77,24 @@ def test_plots_of_a_run(three, tmp_path):
     assert xml.etree.ElementTree.parse(files[2]).getroot().tag.endswith("svg")
 
 
+@pytest.mark.parametrize(
+    ("runs", "named", "others"), [(16, 16, ""), (17, 8, "9 others, in the page by name")]
+)
+def test_a_plot_of_many_runs_names_and_colours_those_that_can_be_told_apart(tmp_path, runs, named, others):
+    plots = pytest.importorskip("pipelines.compare.plots", reason="the extra `plot` is not installed")
+    for n in range(runs):
+        write_run(tmp_path / f"run{n}", steps=4, eval_every=2, quality=1 - n / 100)
+    figure = plots._figure(compared(tmp_path)["groups"])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.split()[0] for label in labels[1 : named + 1]] == [str(n + 1) for n in range(named)]
+    assert labels[named + 1 :] == ([others] if others else [])
+    for axis in figure.axes:
+        curves = [line for line in axis.get_lines() if len(line.get_xdata()) > 1]
+        looks = {(line.get_color(), str(line.get_linestyle())) for line in curves}
+        assert len(curves) == runs
+        assert len(looks) == named + bool(others)
+
+
 @pytest.mark.slow
 def test_plots_of_many_runs_whatever_their_names(three, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
