@@ -1,6 +1,7 @@
-"""A head that is told what the target will say: a kind of its own behind the protocol."""
+"""Heads that are told what the target will say: kinds of their own behind the protocol."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,43 @@ class Oracle:
         far = behind.astype(jnp.float32)
         logits = jnp.where(behind <= rank[..., None], 0.2 * far, -9.0 - far / self.vocab_size)
         return state_BmH, logits, cache
+
+
+class Known(NamedTuple):
+    """`logits` [K, V, V]: of what follows each token, as the k-th one drafted comes to stand behind it."""
+
+    embed_VH: Any
+    logits_KVV: Any
+
+
+@dataclass(frozen=True)
+class Informed:
+    """Knows `Known` of one prompt, behind whose last token, at `index`, it drafts."""
+
+    vocab_size: int
+    index: int
+    aux_layers: tuple[int, ...] = (2, 4)
+
+    @property
+    def hidden_size(self):
+        return self.vocab_size
+
+    def empty_cache(self, sequences, length, dtype):
+        return {"nothing": jnp.zeros((1, sequences, 1))}
+
+    def begin(self, ready, aux_BmAH):
+        return jnp.zeros((*aux_BmAH.shape[:2], self.vocab_size))
+
+    def step(self, ready, cache, embedded_BmH, state_BmH, new):
+        token_Bm = (embedded_BmH[..., None, :] == ready.embed_VH[None, None]).all(-1).argmax(-1)
+        k_Bm = jnp.clip(new.positions_Bm - self.index, 0, len(ready.logits_KVV) - 1)
+        return state_BmH, ready.logits_KVV[k_Bm, token_Bm], cache
+
+
+def informed(known: Known, index: int, ids, aux_layers, **how) -> tuple[Drafting, Drafter]:
+    """As an engine takes it; it drafts the tokens `ids`."""
+    V = len(known.embed_VH)
+    return Drafting(Informed(V, index, aux_layers), **how), Drafter(known, jnp.eye(V)[ids], ids)
 
 
 def drafting(head: Oracle, **how) -> tuple[Drafting, Drafter]:
