@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.recipes import Recipe
+from train.names import AT_MOST, GREEDY_BY_K, SAMPLED_BY_K
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -25,14 +26,14 @@ def table(found: Mapping[str, Any]) -> str:
     by_step = [["", *(f"step {k}" for k in range(steps))]]
     by_step += [numbers(f"head {name}", head[name]) for name in ("acc", "cond_acc", "full_acc", "alpha")]
     by_step += [numbers(f"{name} acc", found[name]["acc"]) for name in others]
-    most = ", at most" if head.get("sampled_at_most") else ""
+    most = ", at most" if head.get(AT_MOST) else ""
     by_k = [["tokens drafted at once", *(f"k={k}" for k in range(1, steps + 1))]]
     by_k += [
-        numbers("head, temperature 0", head["length_greedy_by_k"]),
-        numbers(f"head, temperature 1, sampled drafts{most}", head["length_sampled_by_k"]),
+        numbers("head, temperature 0", head[GREEDY_BY_K]),
+        numbers(f"head, temperature 1, sampled drafts{most}", head[SAMPLED_BY_K]),
         numbers(f"  the same, of answers that the target drew{most}", head["length_drawn_by_k"]),
     ]
-    by_k += [numbers(f"{name}, temperature 0", found[name]["length_greedy_by_k"]) for name in others]
+    by_k += [numbers(f"{name}, temperature 0", found[name][GREEDY_BY_K]) for name in others]
     accepted = ", ".join(f"{share:.3f}" for share in head["accepted_greedy"])
     return (
         f"by position, {head['counted']:,} answer positions\n{columns(by_step)}\n\n"

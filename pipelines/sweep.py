@@ -23,11 +23,12 @@ from common.errors import EyasError
 from common.texts import printable
 from pipelines.recipes import beneath, require_known
 from train.config import TrainConfig
+from train.names import EXPERIMENT
 
 ONE_STREAM = ("batch_rows", "data_seed", "dp", "sp", "cache", "memory")  # what is the stream's, and so common
 _PARTS = ("settings", "experiments", "grid")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,99}")
-_FILES = ("experiment.json", "compare.html", "compare.png", "compare.svg")  # which lie beside the heads
+_FILES = (EXPERIMENT, "compare.html", "compare.png", "compare.svg")  # which lie beside the heads
 _MOST = 1000  # experiments
 
 

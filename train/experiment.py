@@ -17,9 +17,8 @@ from common.errors import EyasError
 from common.lock import FILE as LOCK
 from common.lock import locked, watched
 from common.schema import TypedDict
-from train.plan import FILE, Plan
-
-_WRITTEN = {"state", "best", "last"}  # what is made again where it is gone
+from train.names import EXPERIMENT, FOLDERS
+from train.plan import Plan
 
 
 class _Experiment(TypedDict):
@@ -57,7 +56,8 @@ def _claimed(plan: Plan) -> Iterator[Callable[[], None]]:
     with locked(out) as require_ours, _nothing_left(out):
         calls, call = _calls(plan), _call(plan)
         if calls[-1:] != [call]:
-            storage.write_json(storage.join(out, FILE), {"identity": plan.identity, "calls": [*calls, call]})
+            made = {"identity": plan.identity, "calls": [*calls, call]}
+            storage.write_json(storage.join(out, EXPERIMENT), made)
         yield require_ours
 
 
@@ -74,8 +74,10 @@ def _nothing_left(out: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if not is_same() and {n for n in os.listdir(path) if not storage.is_partial(n)} <= _WRITTEN:
-                    shutil.rmtree(path)
+                if not is_same():
+                    left = {name for name in os.listdir(path) if not storage.is_partial(name)}
+                    if left <= set(FOLDERS):  # these are made again where they are gone
+                        shutil.rmtree(path)
 
 
 def _call(plan: Plan) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _calls(plan: Plan) -> list[dict[str, Any]]:
     """The calls that the folder has had, each unlike the one before; [] where it has no experiment yet.
     EyasError if it has anything else."""
     out = plan.config.out
-    place = storage.join(out, FILE)
+    place = storage.join(out, EXPERIMENT)
     if not storage.exists(place):
         foreign = [n for n in storage.list_names(out) if n != LOCK and not storage.is_partial(n)]
         if foreign:

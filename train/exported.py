@@ -10,7 +10,8 @@ from common.progress import note
 from train import placing
 from train.batch import Params
 from train.export import WEIGHTS, export, target_identity
-from train.metrics import LENGTH, SINCE_BEST, better
+from train.metrics import better
+from train.names import LENGTH, SINCE_BEST
 from train.plan import Plan
 from train.stored import at_most
 
@@ -108,7 +109,7 @@ def _facts(plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         how = f"chain of {plan.config.ttt_steps}, held-out answers walked through as a server does"
         sampled = "; ".join(filter(None, (how, at_most(plan.store))))
         facts |= {
-            f"estimated acceptance length, temperature 0 ({how})": evaluation["length_greedy"],
+            f"estimated acceptance length, temperature 0 ({how})": evaluation[LENGTH],
             f"the same, temperature 1 with sampled drafts ({sampled})": evaluation["length_sampled"],
             "held-out rows": evaluation["rows"],
             "of their answers, the target's own first choice": f"{evaluation['own_text']:.1%} of the tokens",

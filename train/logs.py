@@ -23,6 +23,7 @@ from common.progress import note
 from common.schema import Count, TypedDict
 from common.stopping import Stopped
 from common.texts import install
+from train.names import EVALUATION, METRICS
 
 FILE = "trackers.json"
 FOLDER = "tensorboard"  # of event files, in the run's own
@@ -30,10 +31,8 @@ _PROJECT = "eyas"  # unless the tracker's own environment variable names one
 _SECONDS = 5.0  # between two tellings: a bucket is written at each
 _LAST, _STOPPED = 60.0, 4.0  # that a tracker has for the last lines, of a run that is done or that is stopped
 _LOOK = 0.1  # between two looks whether the run is asked to stop meanwhile
-_silent: set[str] = (
-    set()
-)  # those that did not answer at a run's end: other runs of this process wait for none
-_KEPT = "metrics.jsonl has it all"
+_silent: set[str] = set()  # did not answer at a run's end: other runs of this process wait for none
+_KEPT = f"{METRICS} has it all"
 
 
 class Tracker(Protocol):
@@ -172,13 +171,13 @@ class _Told(TypedDict):
 
 
 def _part(line: dict[str, Any]) -> str:
-    return "eval" if "evaluation" in line else "train"
+    return "eval" if EVALUATION in line else "train"
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by name: `train/loss`, `eval/acc/0` of the first draft step."""
     part, found = _part(line), {}
-    for name, value in line.get("evaluation", line).items():
+    for name, value in line.get(EVALUATION, line).items():
         if isinstance(value, list):
             found |= {f"{part}/{name}/{k}": float(x) for k, x in enumerate(value)}
         elif name != "step":

@@ -30,11 +30,9 @@ import numpy as np
 
 from train import pieces
 from train.loss import Scores
+from train.names import LENGTH
 from train.targets import drafting_index
 from train.walk import Walk, answers, by_position, lengths, walk
-
-LENGTH = "length_greedy"  # what one head is better by than another
-SINCE_BEST = "evaluations_since_best"  # of a run; its name in metrics.jsonl
 
 
 class Sums(NamedTuple):

@@ -11,6 +11,7 @@ from common.errors import EyasError
 from common.library_errors import library_errors
 from common.progress import note
 from common.schema import Count, TypedDict
+from train.names import EVALUATION, METRICS
 
 
 class _Line(TypedDict):
@@ -29,7 +30,7 @@ class Lines:
 
     def __init__(self, out: str, step: int, measured: int):
         """EyasError if a line is no metrics'; half a line at the end, of a run that was killed, is none."""
-        self._url = storage.join(out, "metrics.jsonl")
+        self._url = storage.join(out, METRICS)
         self._unwritten = False
         self._file: BinaryIO = io.BytesIO()
         self.before: list[dict[str, Any]] = []
@@ -43,10 +44,10 @@ class Lines:
                 if not line.endswith(b"\n"):
                     continue
                 found = self._parse(line, number)
-                if found["step"] <= (measured if "evaluation" in found else step):
+                if found["step"] <= (measured if EVALUATION in found else step):
                     kept.append(line)
                     self.before.append(found)
-                elif "evaluation" in found:
+                elif EVALUATION in found:
                     self.again.append(found["step"])
         if step and not kept:
             note(f"{self._url} has lost its lines up to step {step}; the weights do not need them")

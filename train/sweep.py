@@ -23,14 +23,12 @@ from common.storage import require_room
 from train import together
 from train.config import TrainConfig
 from train.experiment import claimed, require_own
-from train.plan import FILE as EXPERIMENT
+from train.names import EXPERIMENT, FAILED
 from train.plan import Plan, make_plan, room
 from train.run import SMALLER
 from train.source import Source
 from train.stream import Stream
 from train.trainer import Trainer, is_done
-
-FAILED = "failed.json"  # in the folder of a run that came to nothing, and why
 
 
 class _Failed(TypedDict):

@@ -11,7 +11,7 @@ from common.progress import Progress
 from common.stopping import Stop
 from train.batch import Batch
 from train.evaluate import score_all
-from train.metrics import LENGTH
+from train.names import LENGTH
 from train.stream import Stream
 from train.trainer import Trainer
 

@@ -23,8 +23,8 @@ from train.batch import Batch, Params
 from train.evaluate import Evaluator
 from train.exported import Exported, lost
 from train.logs import Logs
-from train.metrics import LENGTH, SINCE_BEST
 from train.metrics_file import Lines
+from train.names import EVALUATION, LENGTH, SINCE_BEST
 from train.noise import noised
 from train.pace import Saving
 from train.plan import Plan
@@ -288,7 +288,7 @@ class Trainer:
         if metrics:
             self._require_finite(found)
             with pod.together():
-                self._tell(self._now() | {"evaluation": found})
+                self._tell(self._now() | {EVALUATION: found})
                 self._lines.flush()
         self.exported.keep(self._weights(), found)
         if self.done and self.step < self.plan.steps:

@@ -24,6 +24,7 @@ from common import storage
 from common.errors import MachineError
 from common.progress import note
 from dump import prepare
+from train.names import METRICS
 
 _SECONDS, _COLLECTED = 0.1, 2.0  # between two looks, between two collections of cycles
 _WIDE = 256  # blocks of 17 MB
@@ -141,7 +142,7 @@ def figures(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     steps = ["--steps", str(_STEPS), "--log-every", "1", "--save-every", str(_STEPS)]
     smaller = ["--batch-rows", "1", "--ttt-steps", "2", "--draft-vocab", "1024"]
     train = ["train", "--store", small, "--out", out, *steps, *smaller]
-    trained = watched(_COMMAND, train, f"{out}/metrics.jsonl", f"{place}/train.samples")
+    trained = watched(_COMMAND, train, f"{out}/{METRICS}", f"{place}/train.samples")
     return {
         "dump.rss_growth": {
             "value": growth(wide),

@@ -14,8 +14,8 @@ import numpy as np
 from pipelines.compare.curves import Curve
 from pipelines.compare.ranking import Group, Row, length
 from pipelines.compare.readable import duration, number, percent, tokens
-from pipelines.compare.runs import GREEDY, SAMPLED
 from pipelines.compare.tables import by_k, cells, heading, kinds_by_k, title
+from train.names import GREEDY_BY_K, SAMPLED_BY_K
 
 COLOURS, DASHES = 8, 5  # of page.css
 _FOLDER = resources.files("pipelines.compare") / "web"
@@ -96,7 +96,7 @@ def _facts(group: Group) -> list[tuple[str, str, str]]:
         drawn = f"temperature 1, {drafts}{group.at_most}"
         found += [
             ("acceptance length", number(length(run, group.k)), at),
-            ("the same, sampled", number(length(run, group.k, SAMPLED)), drawn),
+            ("the same, sampled", number(length(run, group.k, SAMPLED_BY_K)), drawn),
             ("first token right", percent(best.at("acc", 0)), "acc_0, held-out rows"),
         ]
         own = best.number("own_text")
@@ -118,8 +118,8 @@ def _run_data(row: Row, k: int) -> dict[str, Any]:
     run = row.run
     best = run.best and {
         "at": _numbers([run.best.step, run.best.tokens, run.best.seconds]),
-        "greedy": _numbers(run.best.by_k(GREEDY)),
-        "sampled": _numbers(run.best.by_k(SAMPLED)),
+        "greedy": _numbers(run.best.by_k(GREEDY_BY_K)),
+        "sampled": _numbers(run.best.by_k(SAMPLED_BY_K)),
     }
     return {
         "name": row.name,

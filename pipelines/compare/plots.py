@@ -17,8 +17,9 @@ from matplotlib.ticker import EngFormatter
 from common.texts import printable
 from pipelines.compare.curves import Curve, means
 from pipelines.compare.ranking import Group
-from pipelines.compare.runs import GREEDY, SAMPLED, Run
+from pipelines.compare.runs import Run
 from pipelines.compare.tables import store_name
+from train.names import GREEDY_BY_K, SAMPLED_BY_K
 
 # Those of page.css on light paper.
 PALETTE = ("#174674", "#e87417", "#00a2a2", "#8b2e46", "#a274ff", "#b98b5d", "#a20000", "#5d17a2")
@@ -68,7 +69,7 @@ def _figure(groups: Sequence[Group]) -> Figure:
         for axis, against in zip(pair, ("tokens", "seconds"), strict=True):
             _draw(axis, group, chart, against)
         pair[0].set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
-        if chart.name == GREEDY:
+        if chart.name == GREEDY_BY_K:
             legend += _legend(group, pair[0])
     figure.legend(handles=legend, loc="outside right upper", fontsize=8, frameon=False)
     return figure
@@ -95,8 +96,8 @@ def _charts(group: Group) -> list[_Chart]:
     drafted, step = ("by k", "by step k") if one else (f"k = {group.k}", "step 0")
     sampled = f"{drafted}{group.at_most}"
     return [
-        _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY, k),
-        _Chart(f"Estimated acceptance length, temperature 1, {sampled}", "evaluated", SAMPLED, k),
+        _Chart(f"Estimated acceptance length, temperature 0, {drafted}{where}", "evaluated", GREEDY_BY_K, k),
+        _Chart(f"Estimated acceptance length, temperature 1, {sampled}", "evaluated", SAMPLED_BY_K, k),
         _Chart(f"Accuracy acc_k, held-out, {step}", "evaluated", "acc", 0),
         _Chart(f"Held-out loss, {step}", "evaluated", "loss", 0),
         _Chart("Training loss, sum over steps", "trained", "loss", 0),
@@ -133,7 +134,7 @@ def _line(axis: Axes, run: Run, chart: _Chart, against: str, n: int | None, labe
         return
     look = {"color": PALETTE[n % len(PALETTE)], "linestyle": _DASHES[n // len(PALETTE) % len(_DASHES)]}
     axis.plot(x, y, label=label, linewidth=1.2, zorder=3 - n / 100, **look)  # better ones over others
-    if run.best and chart.name in (GREEDY, SAMPLED):
+    if run.best and chart.name in (GREEDY_BY_K, SAMPLED_BY_K):
         at = getattr(run.best, against), run.best.at(chart.name, chart.k)
         axis.plot(*at, marker="*", markersize=star, color=look["color"])
 

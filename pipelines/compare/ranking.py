@@ -13,7 +13,8 @@ from typing import Any
 from common import storage
 from common.errors import EyasError
 from common.texts import printable
-from pipelines.compare.runs import AT_MOST, GREEDY, SAMPLED, Run
+from pipelines.compare.runs import Run
+from train.names import AT_MOST, GREEDY_BY_K, SAMPLED_BY_K
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Group:
         return ", at most" if any(head and head.values.get(AT_MOST) for head in heads) else ""
 
 
-def length(run: Run, k: int, name: str = GREEDY) -> float:
+def length(run: Run, k: int, name: str = GREEDY_BY_K) -> float:
     """The walked acceptance length of the run's best head at drafts of `k` tokens; NaN if it has none."""
     return run.best.at(name, k - 1) if run.best else math.nan
 
@@ -80,7 +81,7 @@ def group(found: Sequence[Run], k: int | None = None) -> list[Group]:
 
 
 def _order(run: Run, k: int, name: str) -> tuple[bool, float, float, str]:
-    greedy, sampled = length(run, k), length(run, k, SAMPLED)
+    greedy, sampled = length(run, k), length(run, k, SAMPLED_BY_K)
     return math.isnan(greedy), -greedy, -sampled if math.isfinite(sampled) else 0.0, name
 
 

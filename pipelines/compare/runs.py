@@ -1,7 +1,6 @@
 """Runs as training leaves them on disk, read for people to look at: finished, in progress, stopped, damaged.
 
-Every key of experiment.json and metrics.jsonl that is looked at is named in this file. What cannot be read is
-left out and becomes a note, one line that names it.
+What cannot be read is left out and becomes a note, one line that names it.
 
 Dimensions: N lines, K steps of the rollout (tokens drafted), P points of a curve.
 """
@@ -21,15 +20,21 @@ from common.errors import EyasError
 from common.lock import in_use
 from common.schema import Count, TypedDict
 from pipelines.compare.curves import Curve, thin
+from train.names import (
+    EVALUATION,
+    EXPERIMENT,
+    FAILED,
+    FOLDERS,
+    GREEDY_BY_K,
+    LENGTH,
+    METRICS,
+    SAMPLED_BY_K,
+    SINCE_BEST,
+)
 
-EXPERIMENT, METRICS, FAILED = "experiment.json", "metrics.jsonl", "failed.json"
-_MADE_BY_TRAINING = ("best", "last", "state")
-LENGTH, GREEDY, SAMPLED = "length_greedy", "length_greedy_by_k", "length_sampled_by_k"
-AT_MOST = "sampled_at_most"  # of an evaluation: what is sampled is a bound
-SINCE_BEST = "evaluations_since_best"
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")
-EVALUATED = (GREEDY, SAMPLED, "acc", "loss")
+EVALUATED = (GREEDY_BY_K, SAMPLED_BY_K, "acc", "loss")
 # Fields of the configuration that the identity holds as they were decided, or that are places.
 _DECIDED = ("store", "out", "cache", "memory", "log_to", "epochs", "steps", "draft_vocab", "ffn", "dtype")
 _DEPTH = 4  # folders below the one that is named
@@ -121,7 +126,7 @@ class Run:
     @property
     def steps_drafted(self) -> int:
         """K, as far as its evaluations tell; 0 without any."""
-        return len(self.best.by_k(GREEDY)) if self.best else 0
+        return len(self.best.by_k(GREEDY_BY_K)) if self.best else 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -155,7 +160,7 @@ def require_not_in_a_run(place: str) -> None:
     path = place if storage.is_remote(place) else os.path.realpath(storage.local_path(place))
     folder, name = posixpath.split(path.rstrip("/"))
     while name and not folder.endswith(":"):
-        if name in _MADE_BY_TRAINING and storage.exists(f"{folder}/{EXPERIMENT}"):
+        if name in FOLDERS and storage.exists(f"{folder}/{EXPERIMENT}"):
             raise EyasError(f"{place} lies in {name}/ of a run, which training writes; name another place")
         folder, name = posixpath.split(folder)
 
@@ -184,7 +189,7 @@ def read(url: str, points: int) -> Run:
     seconds = _column([line.get("seconds") for line in lines])[:, 0]
     when = np.array([line["step"] for line in evaluations], np.float64)
     at = (when, *(_column([line.get(name) for line in evaluations])[:, 0] for name in ("tokens", "seconds")))
-    measured = [line["evaluation"] for line in evaluations]
+    measured = [line[EVALUATION] for line in evaluations]
     heads = [Evaluation(int(s), t, c, v) for s, t, c, v in zip(*at, measured, strict=True)]
     reached = int(max([0, *steps[-1:], *when[-1:]]))
     done = reached >= identity["steps"] or _gave_up(heads, call["config"])
@@ -260,7 +265,7 @@ def _lines(url: str, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[
     if not storage.exists(url):
         notes.append(f"{url} is missing: nothing has been logged yet")
         return [], []
-    kinds: dict[str, list[dict[str, Any]]] = {"loss": [], "evaluation": []}
+    kinds: dict[str, list[dict[str, Any]]] = {"loss": [], EVALUATION: []}
     bad: list[int] = []
     lines = storage.read_bytes(url).splitlines(keepends=True)
     for number, text in enumerate(lines, 1):
@@ -275,7 +280,7 @@ def _lines(url: str, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[
     if bad:
         many = f"and {len(bad) - 1} more are" if len(bad) > 1 else "is"
         notes.append(f"{url}: line {bad[0]} {many} damaged or out of order, and left out")
-    return kinds["loss"], kinds["evaluation"]
+    return kinds["loss"], kinds[EVALUATION]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
@@ -285,7 +290,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     good = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**53
-    return line if good and isinstance(line.get("evaluation", {}), dict) else None
+    return line if good and isinstance(line.get(EVALUATION, {}), dict) else None
 
 
 def _columns(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from common.texts import printable
 from pipelines.compare.ranking import Group, Row, text
 from pipelines.compare.readable import duration, number, tokens
-from pipelines.compare.runs import GREEDY, SAMPLED, Evaluation
+from pipelines.compare.runs import Evaluation
 from pipelines.report import columns
+from train.names import GREEDY_BY_K, SAMPLED_BY_K
 
 _BY_K_SHOWN = 10  # runs whose figures by k the terminal shows
 # Columns of `cells`, from the end, that a narrow terminal goes without: the last head's figures but for its
@@ -61,7 +62,7 @@ def _sorted_by(value: Any) -> float | str:
 
 
 def _figures(head: Evaluation | None, k: int) -> list[Cell]:
-    wanted = ((GREEDY, k - 1), (SAMPLED, k - 1), ("acc", 0), ("loss", 0))
+    wanted = ((GREEDY_BY_K, k - 1), (SAMPLED_BY_K, k - 1), ("acc", 0), ("loss", 0))
     found = [head.at(*one) if head else math.nan for one in wanted]
     return [_cell(f"{value:.3f}" if math.isfinite(value) else "-", value) for value in found]
 
@@ -70,8 +71,8 @@ def kinds_by_k(group: Group) -> list[tuple[str, str, int]]:
     """(title, name, k of the first number) of what is shown by k."""
     drafted = "Estimated acceptance length by tokens drafted at once, temperature"
     return [
-        (f"{drafted} 0", GREEDY, 1),
-        (f"{drafted} 1 with sampled drafts{group.at_most}", SAMPLED, 1),
+        (f"{drafted} 0", GREEDY_BY_K, 1),
+        (f"{drafted} 1 with sampled drafts{group.at_most}", SAMPLED_BY_K, 1),
         ("Accuracy acc_k by step k of the draft, held-out rows", "acc", 0),
         ("Loss by step k of the draft, held-out rows", "loss", 0),
     ]

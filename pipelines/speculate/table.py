@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipelines.report import columns
+from train.names import AT_MOST
 
 
 def table(found: dict[str, Any]) -> str:
@@ -57,7 +58,7 @@ def _estimate(found: dict[str, Any]) -> list[str]:
         return []
     s, estimate = found["settings"], found["estimate"]
     way = "greedy" if s["temperature"] == 0 else "sampled"
-    most = "at most " if s["temperature"] and estimate.get("sampled_at_most") else ""
+    most = "at most " if s["temperature"] and estimate.get(AT_MOST) else ""
     accepted = ", ".join(_number(share) for share in estimate[f"accepted_{way}"])
     length = _number(estimate[f"length_{way}"])
     own = f"; the text is the target's own choice at {estimate['own_text']:.1%}"

@@ -48,10 +48,15 @@ def refused(result, code=2):
     return line
 
 
-def test_help_is_instant_because_nothing_heavy_is_imported():
-    code = (
-        "import sys, pipelines.cli; print({'jax', 'transformers', 'tensorstore', 'numpy'} & {*sys.modules})"
-    )
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("pipelines.cli", {"jax", "transformers", "tensorstore", "numpy"}),  # every --help
+        ("pipelines.compare", {"jax", "transformers", "tensorstore"}),  # which reads what training wrote
+    ],
+)
+def test_what_answers_at_once_imports_nothing_heavy(module, heavy):
+    code = f"import sys, {module}; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

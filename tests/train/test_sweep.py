@@ -21,12 +21,11 @@ from tests.train.small_run import assert_same_run, lines_of
 from train import sweep, together
 from train.evaluate import Evaluator, score_all
 from train.heads.eagle3 import Eagle3
-from train.metrics import LENGTH
+from train.names import FAILED, LENGTH
 from train.order import order
 from train.plan import Plan
 from train.run import run
 from train.source import Source
-from train.sweep import FAILED
 from train.trainer import Trainer
 from train.workload import Workload
 
