@@ -7,9 +7,7 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +17,6 @@ from common.errors import EyasError, RestartError
 SECONDS = 300  # for all processes to start
 _LONGER = 8.0  # seconds that the first process, which the others ask, waits longer
 _PATIENCE = 8.0  # seconds after which the user is told
-_LOOK_SECONDS = 0.5  # between two looks whether to stop
 _ANSWER = 2.0  # seconds for the first process to take a connection
 _handlers: list[Any] = []  # the system calls them: they are kept
 
@@ -32,20 +29,14 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """
     import jax  # only here: every verb imports this file
 
-    joined: Future = Future()
+    def joined() -> None:
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=2 * SECONDS)
 
-    def join() -> None:
-        try:
-            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=2 * SECONDS)
-            joined.set_result(None)
-        except BaseException as error:
-            joined.set_exception(error)
-
-    threading.Thread(target=join, name="pod-join", daemon=True).start()
     start, last = time.monotonic(), SECONDS + (_LONGER if process == 0 else 0)
     told = False
-    while not joined.done():
-        wait([joined], _LOOK_SECONDS)
+
+    def check() -> None:
+        nonlocal told
         stopping.check()
         seconds = time.monotonic() - start
         if seconds > last:
@@ -53,7 +44,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         if seconds > _PATIENCE and not told:
             told = True
             progress.note("waiting for the other processes of the pod: the same command runs on every host")
-    joined.result()
+
+    stopping.interruptible(joined, check)
 
 
 def check_given(coordinator: str | None, processes: int | None, process: int | None) -> None:

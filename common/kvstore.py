@@ -8,7 +8,6 @@ import functools
 import os
 import posixpath
 import re
-from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,7 +21,6 @@ from common.texts import is_unicode
 _QUIET = {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}  # less in that time, and a request has failed
 INDICES = "cache_pool#indices"  # what of arrays is kept in memory: the indices of shards, never chunks
 _INDEX_BYTES = 64 << 20  # as TensorStore counts: 0.15 kB and 16 bytes a chunk of what takes 4 kB and them
-_LOOK_SECONDS = 0.5  # between two looks whether who waits is asked to stop
 _BUCKET = re.compile(r"(gs|gcs|s3)://([^/]+)/?(.*)")
 _DRIVERS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
@@ -47,11 +45,7 @@ def context() -> ts.Context:
 def result(future: ts.Future) -> Any:
     """What a request gives. Raises Stopped if the main thread is asked to stop meanwhile: a server may not
     answer for minutes."""
-    while not future.done():
-        with suppress(TimeoutError):
-            future.result(timeout=_LOOK_SECONDS)
-        stopping.check()
-    return future.result()
+    return stopping.awaited(future, stopping.check)
 
 
 def folder(url: str) -> dict:

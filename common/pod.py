@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
@@ -32,7 +32,6 @@ from common.texts import first_line
 
 LOST_SECONDS = 15  # without a sign of life a process counts as lost
 _BEAT_SECONDS = 1.0
-_LOOK_SECONDS = 0.5  # between two looks whether who waits is asked to stop
 _GRACE_SECONDS = 8.0  # for a process to reach the exchange in which it learns of an error
 _PATIENCE_MS = 24 * 3600 * 1000  # processes may be far apart in reading; only the watch ends a wait
 _ALIVE, _FAILED, _LEFT, _EXCHANGE = "eyas/alive/", "eyas/failed/", "eyas/left/", "eyas/exchange/"
@@ -129,17 +128,18 @@ def exchange(value: Any) -> list[Any]:
 def _wait_for_all(barrier: str) -> None:
     """Waits until all have come. Who is asked to stop meanwhile announces that: the others may not come for
     hours, and Python hears no signal while its main thread waits inside of JAX."""
-    come = _Pod.waiter.submit(_Pod.client.wait_at_barrier, barrier, _PATIENCE_MS)
     asked = False
-    while not come.done():
-        wait([come], _LOOK_SECONDS)
+
+    def hear() -> None:
+        nonlocal asked
         try:
             stopping.check()
         except Stopped as stop:
             if not asked:
                 _announce(stop)
             asked = True
-    come.result()
+
+    stopping.awaited(_Pod.waiter.submit(_Pod.client.wait_at_barrier, barrier, _PATIENCE_MS), hear)
     if asked:
         _withdraw()
 

@@ -10,13 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from common.errors import EyasError, RestartError
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", covariant=True)
 STOPPED = "stopped; the same command continues"
 _NOTE = "\nstopping at the next step; once more stops at once\n"
 _CHECK_SECONDS = 0.2
@@ -25,6 +25,14 @@ _CHECK_SECONDS = 0.2
 _UNSEEN, _MOST = 6.0, 9.0
 leave: Callable[[int], None] = os._exit  # of a pod's process the end that the others hear of (common/pod.py)
 _checked: list["Stop"] = []  # those that `check` looks at, the innermost last
+
+
+class Awaited(Protocol[Value]):
+    """A future of concurrent.futures, or of TensorStore."""
+
+    def done(self) -> bool: ...
+
+    def result(self, timeout: float | None = None) -> Value: ...
 
 
 class Stopped(KeyboardInterrupt):
@@ -144,9 +152,11 @@ def interruptible(work: Callable[[], Value], check: Callable[[], None]) -> Value
     return awaited(found, check)
 
 
-def awaited(found: Future[Value], check: Callable[[], None]) -> Value:
+def awaited(found: Awaited[Value], check: Callable[[], None]) -> Value:
     """The result of `found`, with `check` called meanwhile, whose exception leaves the work alone."""
-    while not wait([found], _CHECK_SECONDS).done:
+    while not found.done():
+        with suppress(TimeoutError):
+            return found.result(timeout=_CHECK_SECONDS)
         check()
     return found.result()
 
