@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from typing import Any
 
+from common import storage
 from common.config import knobs
 from common.errors import EyasError, RestartError
 from common.library_errors import explained, is_librarys, reason
+from common.progress import note
 from common.texts import printable
 from dump.config import DumpConfig, PrepareConfig
 from train.config import TrainConfig
@@ -32,7 +34,8 @@ _FOLDER = resources.files("pipelines") / "recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One target. `model` is a Hub id or "embedded"; sizes are those of its config.json.
+    """One target. `model` is a Hub id or "embedded"; sizes are those of its config.json, `quantised` whether
+    that tells of quantised weights.
 
     `prepare`, `dump` and `train` are fields of the stages' configurations by name; `dump_slice` and
     `train_slice` name TPU slices (v6e-16), or "cpu".
@@ -46,6 +49,7 @@ class Recipe:
     vocab_size: int
     dump_slice: str
     train_slice: str
+    quantised: bool = False
     prepare: dict[str, Any] = field(default_factory=dict)
     dump: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +59,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, kind) or not value:
                 raise ValueError(f"{name}={value!r} must be a {kind.__name__}, and not empty")
+        if not isinstance(self.quantised, bool):
+            raise ValueError(f"quantised={self.quantised!r} must be true or false")
         for stage in ("dump", "train"):
             part, slice_name = getattr(self, stage), getattr(self, f"{stage}_slice")
             other = "tp" if stage == "dump" else "sp"
@@ -120,11 +126,39 @@ def parse(name: str, data: bytes) -> Recipe:
         raise EyasError(f"recipe {name}.toml: {error}") from None
 
 
-def find(model: str | None) -> Recipe | None:
-    """The recipe that MODEL names; None where MODEL is absent, a folder, a URL or a Hub id."""
-    if not model or "/" in model or os.path.isdir(model):
-        return None
-    return load(model)
+def named(model: str) -> Recipe | None:
+    """The recipe that MODEL names; None where MODEL is a folder, a URL or a Hub id."""
+    return None if "/" in model or os.path.isdir(model) else load(model)
+
+
+def find(model: str, cache: str) -> Recipe | None:
+    """The recipe that MODEL names, or that is for what a folder, a URL or a Hub id has in its config.json."""
+    if recipe := named(model):
+        return recipe
+    place = storage.join(folder(model, cache, weights=False), "config.json")
+    return of_target(storage.read_object(place), model) if storage.exists(place) else None
+
+
+def of_target(config: dict[str, Any], what: str) -> Recipe | None:
+    """The recipe for targets with such a config.json; None if there is none.
+
+    It is laid out for their sizes and for weights that are as large; of several such, whose settings are the
+    same, one. Says so, of `what`.
+    """
+    inner = config.get("text_config")
+    sizes = config | (inner if isinstance(inner, dict) else {})
+    for recipe in map(load, names()):
+        same = (
+            config.get("architectures") == [recipe.architecture]
+            and sizes.get("num_hidden_layers") == recipe.layers
+            and sizes.get("hidden_size") == recipe.hidden_size
+            and sizes.get("vocab_size", recipe.vocab_size) == recipe.vocab_size  # Gemma's files leave it out
+            and bool(sizes.get("quantization_config")) == recipe.quantised
+        )
+        if same:
+            note(f"{what} has the sizes of the recipe {recipe.name}: its settings hold where none is given")
+            return recipe
+    return None
 
 
 def beneath(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +178,7 @@ def folder(model: str, cache: str, weights: bool = True) -> str:
     Without `weights` it may lack those, so that what it is can be looked at first. EyasError if it is none of
     them or cannot be fetched.
     """
-    recipe = find(model)
+    recipe = named(model)
     if recipe is not None and recipe.model == EMBEDDED:
         from pipelines import embedded
 

@@ -6,12 +6,12 @@ from common import storage
 from common.config import digest
 from common.errors import EyasError
 from common.store import Store
-from pipelines.recipes import Recipe
+from pipelines.recipes import named
 
 
-def require_same_target(store: str, model: str, recipe: Recipe | None) -> None:
+def require_same_target(store: str, model: str) -> None:
     """EyasError if the store's features are of another model than MODEL, as far as that can be told here."""
-    opened = Store.open(store)
+    opened, recipe = Store.open(store), named(model)
     if recipe is None:
         if os.path.isdir(model):
             opened.require_target(digest(storage.read_json(storage.join(model, "config.json"))))

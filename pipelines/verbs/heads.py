@@ -15,6 +15,15 @@ from train.config import EvaluateConfig, TrainConfig
 from train.servers import LAYOUTS, SERVERS
 
 
+def recipe_of(model: str, store: str) -> recipes.Recipe | None:
+    """The recipe that MODEL names, or that is for the target of the store's features."""
+    from common.store import Store
+
+    if recipe := recipes.named(model):
+        return recipe
+    return recipes.of_target(Store.open(store).target_config(), f"the target of {store}")
+
+
 @click.command()
 @model_option
 @store_option
@@ -34,10 +43,10 @@ def train(model: str, store: str, out: str, **given: Any) -> None:
     from pipelines.same_target import require_same_target
     from train import run as stage
 
-    recipe = recipes.find(model)
-    config = configure(TrainConfig, recipe, "train", given | {"store": store, "out": out})
     with pod.together():
-        require_same_target(store, model, recipe)
+        recipe = recipe_of(model, store)
+        config = configure(TrainConfig, recipe, "train", given | {"store": store, "out": out})
+        require_same_target(store, model)
     show(stage.run(config))
 
 
@@ -67,11 +76,11 @@ def sweep(file: str, model: str, store: str, out: str | None, at_once: int | Non
     from pipelines.same_target import require_same_target
     from train import sweep as training
 
-    recipe = recipes.find(model)
     place = out or stage.default_out(file)
     with pod.together():
+        recipe = recipe_of(model, store)
         configs = stage.read(file, store, place, recipe.train if recipe else {})
-        require_same_target(store, model, recipe)
+        require_same_target(store, model)
     found = training.run(configs, place, at_once)
     with pod.together():
         if pod.is_first():
@@ -119,7 +128,7 @@ def speculate(cache: str, model: str, head: str, as_json: bool, **given: Any) ->
 
     config = configure(SpeculateConfig, None, "", given | {"model": model, "head": head})
     if config.store:
-        require_same_target(config.store, model, recipes.find(model))
+        require_same_target(config.store, model)
     found = run(fetch(config, cache))
     show(found) if as_json else click.echo(table(found))
 

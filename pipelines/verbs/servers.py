@@ -4,7 +4,6 @@ from typing import Any
 
 import click
 
-from pipelines import recipes
 from pipelines.options import options
 from pipelines.serving.config import BenchServerConfig, ServeCheckConfig
 from pipelines.verbs.shared import configure, fetch, model_option, show, store_option
@@ -33,7 +32,7 @@ def serve_check(
 
     place = {"head": head, "store": store, "model": model, "out": out or f"{head.rstrip('/')}-served"}
     config = configure(ServeCheckConfig, None, "", given | place)
-    require_same_target(store, model, recipes.find(model))
+    require_same_target(store, model)
     found = stage.run(fetch(config, cache))
     show(found) if as_json else click.echo(stage.table(found))
     stage.require_agreement(found, config.tolerance)

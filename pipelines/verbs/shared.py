@@ -16,7 +16,8 @@ model_option = click.option(
     "--model",
     default="smollm2-135m",
     show_default=True,
-    help="A recipe (see `eyas targets`), a Hugging Face folder, a gs:// prefix or a Hub id.",
+    help="A recipe (see `eyas targets`), or a Hugging Face folder, gs:// prefix or Hub id, for which a "
+    "recipe of the same sizes holds.",
 )
 data_option = click.option(
     "--data",

@@ -54,7 +54,7 @@ def prepare(cache: str, data: tuple[str, ...], model: str, store: str, **given: 
     from dump.prepare import run
 
     place = {"model": model, "data": data or (recipes.EMBEDDED,), "store": store}
-    config = configure(PrepareConfig, recipes.find(model), "prepare", given | place)
+    config = configure(PrepareConfig, recipes.find(model, cache), "prepare", given | place)
     show(run(fetch(config, cache))["counts"])
 
 
@@ -78,7 +78,7 @@ def dump(cache: str, data: tuple[str, ...], model: str, store: str, **given: Any
     from dump import dump as stage
     from dump.prepare import run as prepare_rows
 
-    recipe = recipes.find(model)
+    recipe = recipes.find(model, cache)
     place = {"model": model, "store": store}
     config = configure(DumpConfig, recipe, "dump", given | place)
     rows = configure(PrepareConfig, recipe, "prepare", place | {"data": data}) if data else None

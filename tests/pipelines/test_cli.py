@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import aiohttp
@@ -22,11 +22,13 @@ from common import storage
 from common.config import knobs
 from common.errors import EyasError, MachineError
 from common.stopping import Stopped
+from common.store import Store
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli, recipes
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.same_target import require_same_target
 from pipelines.speculate.config import SpeculateConfig
+from pipelines.verbs import heads
 from pipelines.verbs.shared import configure
 from tests.dump import chats, tiny
 from train.config import EvaluateConfig, TrainConfig
@@ -328,10 +330,22 @@ def test_a_store_of_another_model_is_refused(dumped, place):
     other = tiny.write_model(str(place.parent / "other"), tied=True)
     assert "target" in refused(invoke("dump", "--store", dumped, "--model", other))
     with pytest.raises(EyasError, match="holds features of another model"):
-        require_same_target(dumped, other, None)
+        require_same_target(dumped, other)
     with pytest.raises(EyasError, match=r"another model \(model: layers 8\) than llama-3.1-8b \(layers 32\)"):
-        require_same_target(dumped, "llama-3.1-8b", recipes.load("llama-3.1-8b"))
-    require_same_target(dumped, str(place / "model"), None)
+        require_same_target(dumped, "llama-3.1-8b")
+    require_same_target(dumped, str(place / "model"))
+
+
+def test_the_stores_target_tells_the_recipe_of_training_where_the_model_may_be_out_of_reach(
+    dumped, monkeypatch
+):
+    target = Store.open(dumped).features["target"]
+    sizes = {name: target[name] for name in ("architecture", "layers", "hidden_size", "vocab_size")}
+    assert heads.recipe_of("gs://no-such-bucket/model", dumped) is None
+    mine = replace(recipes.load("llama-3.1-8b"), name="mine", **sizes)
+    monkeypatch.setattr(recipes, "names", lambda: ["mine"])
+    monkeypatch.setattr(recipes, "load", {"mine": mine}.get)
+    assert heads.recipe_of("gs://no-such-bucket/model", dumped) is mine
 
 
 @pytest.mark.parametrize("verb", ["prepare", "dump", "train", "export", "regenerate", "compare", "verify"])

@@ -3,11 +3,15 @@
 from dataclasses import fields
 
 import pytest
+from huggingface_hub import constants as of_hub
 
+from common import storage
 from common.errors import EyasError
 from dump.config import DumpConfig, PrepareConfig
 from dump.target.families import FAMILIES
 from pipelines import recipes
+from pipelines.bench.published import PUBLISHED
+from tests.pipelines.hub import serve
 
 GOOD = """
 model = "owner/name"
@@ -72,14 +76,57 @@ def test_a_recipes_learning_rate_is_that_of_its_own_optimiser_alone():
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
     with pytest.raises(EyasError, match=r"'smollm3' is no folder and no recipe.* or one of .*smollm2-135m"):
-        recipes.find("smollm3")
+        recipes.named("smollm3")
 
 
-def test_folders_urls_and_hub_ids_are_no_recipes(tmp_path):
-    for model in (None, str(tmp_path), "gs://bucket/model", "owner/name"):
-        assert recipes.find(model) is None
+def test_folders_urls_and_hub_ids_name_no_recipe(tmp_path):
+    for model in (str(tmp_path), "gs://bucket/model", "owner/name"):
+        assert recipes.named(model) is None
     assert recipes.folder(str(tmp_path), "cache") == str(tmp_path)
     assert recipes.folder("gs://bucket/model", "cache") == "gs://bucket/model"
+
+
+def settings(recipe):
+    return recipe.prepare, recipe.dump, recipe.train, recipe.dump_slice, recipe.train_slice
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_targets_config_tells_the_recipe(name):
+    """Also of one that was trained further; of two recipes for the same sizes the settings are the same."""
+    found = recipes.of_target(PUBLISHED[name] | {"_name_or_path": "mine", "eos_token_id": 3}, "mine")
+    assert settings(found) == settings(recipes.load(name))
+
+
+def test_a_config_of_other_sizes_or_weights_tells_no_recipe():
+    config = PUBLISHED["llama-3.1-8b"]
+    others = (
+        {"num_hidden_layers": 31},
+        {"hidden_size": "4096"},
+        {"vocab_size": 128257},
+        {"architectures": []},
+    )
+    for other in (
+        *others,
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"text_config": {"vocab_size": 1}},
+    ):
+        assert recipes.of_target(config | other, "mine") is None
+    assert recipes.of_target({"text_config": None, "architectures": "LlamaForCausalLM"}, "mine") is None
+
+
+def test_a_model_has_one_recipe_in_a_folder_at_a_url_and_on_the_hub(tmp_path, monkeypatch, capsys):
+    config = storage.json_bytes(PUBLISHED["llama-3.1-8b"])
+    places = str(tmp_path / "model"), "memory://recipes/model"
+    for place in places:
+        storage.write_bytes(f"{place}/config.json", config)
+    with serve("owner/model", {"config.json": config}) as hub:
+        monkeypatch.setattr(of_hub, "ENDPOINT", hub.url)
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(of_hub, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        for model in (*places, "owner/model"):
+            assert recipes.find(model, str(tmp_path)) == recipes.load("llama-3.1-8b")
+            assert f"{model} has the sizes of the recipe llama-3.1-8b" in capsys.readouterr().err
+    assert recipes.find(str(tmp_path), str(tmp_path)) is None, "which is no model at all"
 
 
 @pytest.mark.parametrize(("name", "chips"), [("cpu", 1), ("v6e-16", 16), ("v5e-8", 8), ("v5p-32", 16)])
