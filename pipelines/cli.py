@@ -18,7 +18,7 @@ ON_A_POD = ("dump", "train", "sweep")  # the same command on every host
     show_envvar=True,
     default=".cache",
     show_default=True,
-    help="Where models and conversations are fetched to.",
+    help="Where models and conversations are fetched to; --cache of a verb keeps what it reads of a store.",
 )
 @click.option(
     "--coordinator",

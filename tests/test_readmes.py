@@ -1,5 +1,6 @@
-"""What the READMEs name is there: files behind links, targets of make, options of verbs."""
+"""What the READMEs and errors name is there: files behind links, targets of make, options of verbs."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +21,8 @@ OF_OTHERS = {
     "--port",
     "--enable-auto-tool-choice",
     "--option",
-}  # gcloud, vLLM, "any"
+    "--upgrade",
+}  # gcloud, vLLM, "any", pip
 
 
 def options() -> set[str]:
@@ -38,6 +40,20 @@ def test_links_targets_and_options_are_there(path):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) - OF_OTHERS
     assert named <= options(), named - options()
+
+
+def advised(path: Path) -> set[str]:
+    """The options that the errors of a file name."""
+    raised = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    texts = [node.value for one in raised for node in ast.walk(one) if isinstance(node, ast.Constant)]
+    return {name for text in map(str, texts) for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
+
+
+def test_options_that_errors_advise_are_there():
+    found = {path: advised(path) for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    assert sum(map(len, found.values())) > 50
+    known = options() | OF_OTHERS
+    assert not {str(path): names - known for path, names in found.items() if names - known}
 
 
 @pytest.mark.parametrize("verb", sorted(main.commands))

@@ -86,7 +86,7 @@ def require_trees(cfg: TargetConfig) -> None:
     if any(getattr(layer.attention, "recurrent", False) for layer in cfg.layers):
         raise EyasError(
             f"{cfg.architecture} has layers that keep a state, of which a tree would need one a branch; "
-            "draft a chain (--topk 1)"
+            "draft a chain (--eagle-topk 1)"
         )
 
 

@@ -29,7 +29,7 @@ class SpeculateConfig:
     steps: int = setting(
         3, "Tokens drafted behind one another: k of a chain, the depth of a tree.", least=1, most=64
     )
-    topk: int = setting(1, "Children of a node of EAGLE's tree; 1: a chain.", least=1, most=64)
+    eagle_topk: int = setting(1, "Children of a node of EAGLE's tree; 1: a chain.", least=1, most=64)
     draft_tokens: int | None = setting(
         None,
         "Nodes of the tree, its root too, as SGLang counts them.",
@@ -57,10 +57,12 @@ class SpeculateConfig:
         check(self)
         if not self.store and not self.prompts:
             raise ValueError("there is nothing to answer: give --store, --prompts or both")
-        if self.topk > 1 and self.draft_tokens is None:
-            some = min(4 * self.steps, _met(self.steps, self.topk)) + 1
-            raise ValueError(f"topk={self.topk} drafts a tree: give --draft-tokens, such as {some}")
-        _require_shape(self.steps, self.topk, self.nodes, self.sampled_drafts)
+        if self.eagle_topk > 1 and self.draft_tokens is None:
+            some = min(4 * self.steps, _met(self.steps, self.eagle_topk)) + 1
+            raise ValueError(
+                f"eagle_topk={self.eagle_topk} drafts a tree: give --draft-tokens, such as {some}"
+            )
+        _require_shape(self.steps, self.eagle_topk, self.nodes, self.sampled_drafts)
         for name in given(self, ("sampled_drafts", "top_p", "top_k")) if not self.temperature else ():
             raise ValueError(f"{name} has no meaning at temperature 0, which is greedy; give --temperature")
 
@@ -76,10 +78,12 @@ def _require_shape(steps: int, topk: int, nodes: int, sampled: bool) -> None:
     if not steps < nodes <= met + 1:
         raise ValueError(
             f"draft_tokens={nodes} must be {steps + 1} to {met + 1}: the root counts, and steps={steps} of "
-            f"topk={topk} meet {met} others"
+            f"eagle_topk={topk} meet {met} others"
         )
     if sampled and topk > 1:
-        raise ValueError(f"sampled drafts are for chains (topk=1); topk={topk} drafts the likeliest tokens")
+        raise ValueError(
+            f"sampled drafts are for chains (eagle_topk=1); eagle_topk={topk} drafts the likeliest tokens"
+        )
 
 
 def _met(steps: int, topk: int) -> int:

@@ -38,13 +38,15 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     """
     cfg = target.read_config(config.model)
     require_length(cfg, config.model, config.length)
-    if config.topk > 1:
+    if config.eagle_topk > 1:
         decoding.require_trees(cfg)
     target.check(config.model, cfg)
     chat = Chat.load(config.model)
     head = evaluate.load_head(config.head, cfg.text)
-    if config.topk > (words := head[0].draft_vocab_size):
-        raise EyasError(f"topk={config.topk}, but the draft vocabulary of {config.head} has {words} tokens")
+    if config.eagle_topk > (words := head[0].draft_vocab_size):
+        raise EyasError(
+            f"eagle_topk={config.eagle_topk}, but the draft vocabulary of {config.head} has {words} tokens"
+        )
     storage.require_file(config.out)
     source = Source(config.store) if config.store else None
     sets = [] if source is None else [_held_out(config, source)]
@@ -91,7 +93,7 @@ def engines(config: SpeculateConfig, cfg: target.TargetConfig, loaded: Any) -> t
     ready, output = jax.jit(lambda x: (head.ready(x, dtype), head.output(x).astype(dtype)))(params)
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
     how = cfg, weights, config.slots, config.length, sampling
-    shape = Drafting(head, config.steps, config.nodes, config.topk, config.sampled_drafts)
+    shape = Drafting(head, config.steps, config.nodes, config.eagle_topk, config.sampled_drafts)
     drafting = Engine(*how, shape, Drafter(ready, output, jnp.asarray(ids)))
     note(f"speculate: {config.model} with {config.head}; programs are compiled when they are first needed")
     return drafting, Engine(*how) if config.plain else None

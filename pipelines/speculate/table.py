@@ -9,7 +9,8 @@ from train.names import AT_MOST
 def table(found: dict[str, Any]) -> str:
     """Prompt sets and categories, then contexts, then the estimates of `eval`."""
     s = found["settings"]
-    kind = f"chain of {s['steps']}" if s["topk"] == 1 else f"tree: {s['steps']} steps, topk {s['topk']}"
+    tree = f"tree: {s['steps']} steps, topk {s['eagle_topk']}"
+    kind = tree if s["eagle_topk"] > 1 else f"chain of {s['steps']}"
     kind += f", {s['nodes']} tokens a draft with its root"
     drawn = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
     drawn += ", sampled drafts" if s["sampled_drafts"] else ""

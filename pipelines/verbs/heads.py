@@ -119,7 +119,7 @@ def speculate(cache: str, model: str, head: str, as_json: bool, **given: Any) ->
 
     Example: eyas speculate --model Qwen/Qwen3-0.6B --head runs/qwen3-0.6b/best --prompts question.jsonl
 
-    Example: eyas speculate --head runs/smollm2-135m/best --store stores/smollm2-135m --topk 8 --steps 5
+    Example: eyas speculate --head runs/smollm2-135m/best --store stores/smollm2-135m --eagle-topk 8 --steps 5
     --draft-tokens 32
     """
     from pipelines.same_target import require_same_target

@@ -86,7 +86,7 @@ def test_greedy_answers_are_the_plain_ones(name, tmp_path):
     assert chain == plain
     assert set(steps) == {1, 2, 3, 4}, "drafts of every length are accepted"
     if name == "qwen3_next":
-        with pytest.raises(EyasError, match=r"keep a state.*--topk 1"):
+        with pytest.raises(EyasError, match=r"keep a state.*--eagle-topk 1"):
             model.answers(oracle(model, plain, **TREE))
         return
     tree, of_tree = model.answers(oracle(model, plain, **TREE))

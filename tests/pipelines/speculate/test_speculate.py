@@ -63,7 +63,9 @@ def test_prompt_sets_have_figures_by_category_and_context(model, head, tmp_path)
     asked = [{"question_id": n, "category": "ab"[n % 2], "turns": ["Q?"] * (1 + n % 2)} for n in range(5)]
     path.write_text("\n".join(map(json.dumps, asked)))
     config = SpeculateConfig(model, head, prompts=(str(path),), length=LENGTH, max_tokens=8, slots=2)
-    config = replace(config, steps=2, topk=2, draft_tokens=5, out=str(tmp_path / "new" / "figures.json"))
+    config = replace(
+        config, steps=2, eagle_topk=2, draft_tokens=5, out=str(tmp_path / "new" / "figures.json")
+    )
     found = run(config)
     assert json.loads(Path(config.out).read_text()) == found
     of_set = found["sets"]["question"]
@@ -140,7 +142,7 @@ def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, tra
     assert measured["drafts"] == walked["drafts"]
     assert measured["acceptance_length"] == pytest.approx(walked["length_greedy"])
     assert measured["accepted"] == pytest.approx(walked["accepted_greedy"])
-    tree = run(replace(config, topk=3, draft_tokens=12))["sets"]["held out"]
+    tree = run(replace(config, eagle_topk=3, draft_tokens=12))["sets"]["held out"]
     assert tree["identical"] == ROWS // 2
     assert tree["acceptance_length"] > measured["acceptance_length"]
 
@@ -171,10 +173,10 @@ def test_sampled_drafts_are_accepted_as_often_as_the_walk_through_their_answers_
     ("changes", "message"),
     [
         ({"store": None}, "give --store, --prompts or both"),
-        ({"topk": 4}, "give --draft-tokens"),
-        ({"topk": 4, "draft_tokens": 3}, "draft_tokens=3 must be 4 to 37"),
+        ({"eagle_topk": 4}, "give --draft-tokens"),
+        ({"eagle_topk": 4, "draft_tokens": 3}, "draft_tokens=3 must be 4 to 37"),
         ({"draft_tokens": 8}, "draft_tokens=8 must be 4 to 4"),
-        ({"topk": 2, "draft_tokens": 6, "sampled_drafts": True, "temperature": 1.0}, "are for chains"),
+        ({"eagle_topk": 2, "draft_tokens": 6, "sampled_drafts": True, "temperature": 1.0}, "are for chains"),
         ({"sampled_drafts": True}, "sampled_drafts has no meaning at temperature 0"),
         ({"top_k": 5}, "top_k has no meaning at temperature 0"),
     ],
