@@ -7,6 +7,7 @@ differences.
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import struct
@@ -113,9 +114,10 @@ class Knob:
 
 
 def knobs(config: type) -> list[Knob]:
-    """The fields of a configuration class that have a setting, in order."""
-    kinds = typing.get_type_hints(config)
+    """The fields of a configuration class that have a setting, in order; inherited ones behind its own."""
+    kinds, own = typing.get_type_hints(config), inspect.get_annotations(config)
     found = [field for field in dataclasses.fields(config) if "setting" in field.metadata]
+    found.sort(key=lambda field: field.name not in own)
     return [Knob(f.name, _without_none(kinds[f.name]), f.default, f.metadata["setting"]) for f in found]
 
 

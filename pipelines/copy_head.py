@@ -17,7 +17,7 @@ from train import launch
 from train.check_export import check
 from train.draft_maps import read_draft_ids
 from train.export import MADE, TRAINED_FOR, WEIGHTS, export
-from train.heads import read_serving_config
+from train.heads.head import read_serving_config
 from train.servers import SPECULATORS, require, verdicts
 
 _Described = TypedDict("_Described", {TRAINED_FOR: NotRequired[dict[str, str]]})
@@ -47,6 +47,10 @@ def copy_head(
         described = storage.read_json(storage.join(head, "config.json"))
         found = read_serving_config(head, described, config["num_hidden_layers"])
         layout = layout or found.layout_of(described)
+        if layout not in found.layouts:
+            raise EyasError(
+                f"{head} cannot be exported in the layout {layout}; its kind has {', '.join(found.layouts)}"
+            )
         require(verdicts(found.limits(config), layout), servers, head)
         if layout == found.layout_of(described):
             names = [name for name in _FILES if storage.exists(storage.join(head, name))]

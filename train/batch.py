@@ -8,11 +8,33 @@ what a chip has of them.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from common.mesh import RULES
 
 AXIS = "chip"  # over which the head's weights, and the frozen ones, lie divided; see common/mesh.py
 Params = dict[str, jax.Array]
+
+
+class Inputs(NamedTuple):
+    """The target's states that a head reads at an index: those that enter its layers `aux_layers`, then the
+    last one if `last`."""
+
+    aux_layers: tuple[int, ...]
+    last: bool = False
+
+    @property
+    def count(self) -> int:
+        """S, how many they are."""
+        return len(self.aux_layers) + self.last
+
+    def of(self, aux_BTAH: jax.Array, last_BTH: jax.Array | None) -> jax.Array:
+        """[B, t, S, H], of the positions that have aux states."""
+        if not self.last:
+            return aux_BTAH
+        assert last_BTH is not None
+        last_BtH = last_BTH[:, : aux_BTAH.shape[1]]
+        return jnp.concatenate([aux_BTAH, last_BtH[:, :, None].astype(aux_BTAH.dtype)], 2)
 
 
 class Batch(NamedTuple):
@@ -22,7 +44,7 @@ class Batch(NamedTuple):
     segment_ids: jax.Array  # int32 [B, T]; 0 is padding
     positions: jax.Array  # int32 [B, T]
     aux_hidden: jax.Array  # [B, T, A, H]; [B, t, A, H] of a piece, whose own positions are t of T
-    last_hidden: jax.Array | None  # [B, T, H]; None where it is not to teach
+    last_hidden: jax.Array | None  # [B, T, H]; None where it neither teaches nor is read
     draft_logprobs: jax.Array | None  # [B, T, D], over the target's whole vocabulary
     argmax: jax.Array  # int32 [B, T], target ids
     logsumexp: jax.Array | None  # float32 [B, T]; of last_hidden's logits
@@ -33,6 +55,7 @@ class Batch(NamedTuple):
     topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
     row: jax.Array | None = None  # int32 [B], of the store
     later: Params | None = None  # live, targets and count of the steps behind step 0, where they differ
+    draws: jax.Array | None = None  # uint32 [B, 2], a row's key for random numbers; None in scoring
 
 
 class Frozen(NamedTuple):

@@ -14,7 +14,7 @@ from common.storage import as_local, join, list_names, read_json
 from train import servers
 from train.draft_maps import check_maps
 from train.export import WEIGHTS
-from train.heads import Head, read_serving_config
+from train.heads.head import Head, read_serving_config
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from common import row_cache
 from common.config import DEFAULT_DTYPE, DTYPES, check, require_with, setting
+from train.heads import KINDS, settings_of
 
 STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
@@ -34,8 +35,9 @@ def _check_batch(batch_rows: int, dp: int, accumulate: int = 1) -> None:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What to train. `store`: a complete feature store; `out`: the experiment's folder."""
+class TrainConfig(*KINDS.values()):
+    """What to train. `store`: a complete feature store; `out`: the experiment's folder. What can be chosen
+    about each kind of head is inherited."""
 
     store: str
     out: str
@@ -115,22 +117,6 @@ class TrainConfig:
         choices=("recompute", "stored"),
         otherwise="from states where the store has last_hidden of every row",
     )
-    kind: str = setting("eagle3", "Kind of the head.", choices=("eagle3",))
-    layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)
-    fc_norm: bool = setting(False, "EAGLE3.1: norm each aux state before they are joined.")
-    norm_output: bool = setting(False, "EAGLE3.1: feed the normed state to the next step.")
-    norm_before_residual: bool = setting(False, "Add the first layer's results to the normed state.")
-    lm_head: str = setting(
-        "own",
-        "The head's output: trained (own), or kept as the target's lm_head (frozen) or embedding (tied).",
-        choices=("own", "frozen", "tied"),
-    )
-    aux_layers: tuple[int, ...] | None = setting(
-        None, "Which of the dumped aux layers the head reads: 2,16,29.", least=0, otherwise="all"
-    )
-    ffn: int | None = setting(
-        None, "Width of the head's feed-forward part.", least=1, otherwise="the target's"
-    )
     eval_every: int | None = setting(
         None, "Steps between evaluations.", least=1, otherwise="chosen so that they cost little"
     )
@@ -154,6 +140,10 @@ class TrainConfig:
     memory: float = setting(4.0, "GiB of each host's memory for batches that are read ahead.", above=0)
     dp: int = setting(1, "Chips (or groups of them) that each take other rows of a batch.", least=1)
     sp: int = _sp()
+    kind: str = setting("eagle3", "Kind of the head.", choices=tuple(KINDS))
+    aux_layers: tuple[int, ...] | None = setting(
+        None, "Which of the dumped aux layers the head reads: 2,16,29.", least=0, otherwise="all"
+    )
 
     @property
     def init_folder(self) -> str | None:
@@ -170,6 +160,11 @@ class TrainConfig:
                 f"teacher_temperature={self.teacher_temperature} does not go with loss={self.loss}; give 1, "
                 f"or one of the losses {', '.join(_TEMPERED)}"
             )
+        own = settings_of(self.kind)
+        for kind in KINDS:
+            for name in settings_of(kind):
+                if name not in own:
+                    require_with(self, name, "kind", kind)
         require_with(self, "cooldown", "schedule", "wsd")
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise ValueError(

@@ -21,12 +21,12 @@ from train import check_export, ngram, pieces, placing
 from train.batch import Batch, Frozen, Params
 from train.config import EvaluateConfig
 from train.draft_maps import read_draft_ids
-from train.heads import Head, read_serving_config
+from train.heads.head import Head, read_serving_config
 from train.metrics import Sums, add, summarise
 from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
-from train.stored import at_most, whole_teacher
+from train.stored import at_most, require_inputs, whole_teacher
 from train.stream import Stream, View
 
 
@@ -61,7 +61,7 @@ class Evaluator:
         capacity = workload.capacity(wanted.rows, groups)
         # The whole teacher, whatever the training's was.
         teacher = whole_teacher(source.store)
-        self.view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers)
+        self.view = View(wanted, workload, capacity, teacher, draft_ids, head.inputs)
         self.score: Callable = source.once(
             ("score", repr(head), ttt_steps, str(dtype), answer_tokens),
             lambda: jax.jit(score_step(head, source.mesh, ttt_steps, dtype, answer_tokens)),
@@ -123,11 +123,7 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
     if not len(rows):
         raise EyasError(f"{config.store} has no held-out rows; prepare a store with holdout above 0")
     head, params, draft_ids = load_head(config.head, store.target_config())
-    if not set(head.aux_layers) <= set(store.features["aux_layers"]):
-        raise EyasError(
-            f"{config.head} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
-            f"{store.features['aux_layers']}; dump a store with --aux-layers like the head's"
-        )
+    require_inputs(head.inputs, store, config.head)
     pieces.require(store.length, source.pieces, config.ttt_steps, store.url)
     head.require_pieces(source.pieces, config.head)
     dtype = jnp.dtype(compute_dtype(config.dtype))

@@ -14,7 +14,7 @@ from common.folders import write_folder
 from common.storage import is_remote, local_path
 from common.store import Store, tensor_file
 from train.draft_maps import vocabulary_maps
-from train.heads import Head
+from train.heads.head import Head
 from train.servers import PORTABLE
 from train.serving_config import DTYPES
 

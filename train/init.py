@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from common.params import initialise
 from train import placing
 from train.batch import Params
-from train.heads import Head
+from train.heads.head import Head
 from train.sample import Sample
 
 _START = 2**31  # a fold of the key beyond those of parameters

@@ -45,7 +45,7 @@ class Command(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A head's folder, its layout and what servers call its kind (train/heads: Head.method)."""
+    """A head's folder, its layout and what servers call its kind (train/heads/head.py: Head.method)."""
 
     folder: str
     layout: str

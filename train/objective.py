@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.batch import Batch, Frozen, Params, by_steps, pick
-from train.heads import Head
+from train.heads.head import Head
 from train.loss import Reads, Scores, Teacher, score, weighted_loss
 from train.losses import Loss
 from train.targets import ahead, drafting_index, slots, valid_targets

@@ -73,7 +73,7 @@ def with_halo(batch: Batch, steps: int) -> Batch:
     back = [(piece + 1, piece) for piece in range(pieces - 1)]
 
     def longer(name: str, x: Any) -> Any:
-        if x is None or x.ndim < 2 or name == "aux_hidden":
+        if x is None or x.ndim < 2 or name in ("aux_hidden", "draws"):
             return x
         return jnp.concatenate([x, jax.lax.ppermute(x[:, :size], _POSITION, back)], 1)
 

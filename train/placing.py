@@ -21,7 +21,7 @@ from common.mesh import RULES, sharding, spec, ways
 from common.params import Declaration, Param
 from train.batch import AXIS, Batch, Frozen, Params
 
-_BY_CHIP = ("live", "targets", "count", "later")
+_BY_CHIP, _BY_ROW = ("live", "targets", "count", "later"), ("row", "draws")
 
 
 def layout(declared: Declaration, mesh: Mesh) -> Declaration:
@@ -83,7 +83,7 @@ def batch_specs(batch: Batch) -> Batch:
     """What a shard_map is told of a batch, of which only what is there is looked at."""
 
     def of(name: str) -> Any:
-        axes = ("chip",) if name in _BY_CHIP else ("batch",) if name == "row" else ("batch", "position")
+        axes = ("chip",) if name in _BY_CHIP else ("batch",) if name in _BY_ROW else ("batch", "position")
         return None if getattr(batch, name) is None else spec(axes)
 
     return Batch(**{name: of(name) for name in Batch._fields})

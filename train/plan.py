@@ -25,13 +25,14 @@ from common.store import Store
 from train import logs, optimizer, pieces, placing
 from train.batch import Params
 from train.config import TrainConfig
-from train.heads import HEADS, Head
+from train.heads import KINDS, settings_of
+from train.heads.head import HEADS, Head
 from train.init import start
 from train.order import Order, level, order
 from train.pace import evaluations
 from train.sample import Sample
 from train.source import Source
-from train.stored import teaching_arrays, whole_teacher
+from train.stored import require_inputs, teaching_arrays, whole_teacher
 from train.stream import Stream, View
 from train.targets import drafted_targets
 from train.warm_start import Published, open_published
@@ -45,8 +46,8 @@ _MOST_ROWS = 2**28  # of all epochs, those outside of a share too: they are put 
 # A run may be continued with other values of these: they change nothing of the weights, or their rounding,
 _FREE = ("out", "log_every", "log_to", "cache", "memory", "eval_every", "save_every", "patience")
 _FREE += ("accumulate", "dp", "sp")
-# or decide on something else that the identity holds.
-_RESOLVED = ("epochs", "steps", "draft_vocab", "ffn", "dtype", "store", "teacher")
+# or decide on something else that the identity holds, as what is chosen about a kind of head does.
+_RESOLVED = ("epochs", "steps", "draft_vocab", "dtype", "store", "teacher")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Plan:
     def sample(self) -> Sample:
         """What the head is told of its target before it trains."""
         c = self.config
-        how = self.head.aux_layers, self.head.rms_eps, c.init == "fitted", self.dtype
+        how = self.head.inputs, self.head.rms_eps, c.init == "fitted", self.dtype
         return self.source.sample(self.view.workload, c.data_seed, c.share, *how)
 
     def initial(self, sample: Sample) -> Params:
@@ -126,12 +127,13 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(
             f"out={config.out} is in the store {store.url}, which is read only; name another folder"
         )
-    teacher = _teacher(config, store)
     if config.anchors < 1 and config.ttt_steps == 1:
         note(f"train: anchors={config.anchors:g} does nothing with ttt_steps=1, which has no later steps")
-    published = open_published(config.init_folder, store) if config.init_folder else None
+    published = open_published(config.init_folder, config.kind, store) if config.init_folder else None
+    teacher = config.teacher or whole_teacher(store)
     draft_ids = _draft_ids(config, teacher, store, published)
     head = _head(config, store, len(draft_ids), published)
+    _require_read(config, teacher, store, head)
     head.require_fit(store.target_config(), "the head")
     head.require_pieces(source.pieces, "the head")
     rate = config.learning_rate or optimizer.peak(config.optimizer, head.hidden_size)
@@ -143,7 +145,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
     capacity = workload.capacity(wanted.rows, source.groups * config.accumulate, config.anchors)
     parts = config.accumulate, config.anchors, config.data_seed
-    view = View(wanted, workload, capacity, teacher, draft_ids, head.aux_layers, *parts)
+    view = View(wanted, workload, capacity, teacher, draft_ids, head.inputs, *parts)
     for one in (teacher, whole_teacher(store)):  # of training, and of evaluations
         Stream(store, source.mesh, [replace(view, teacher=one)], source.memory)  # if there is memory
     return Plan(
@@ -173,11 +175,10 @@ def _require_place(config: TrainConfig) -> None:
     logs.require(config.log_to or (), config.out)
 
 
-def _teacher(config: TrainConfig, store: Store) -> str:
-    """What teaches. EyasError if the store has not all that it needs."""
+def _require_read(config: TrainConfig, teacher: str, store: Store, head: Head) -> None:
+    """EyasError if the store has not all that the teacher needs and the head reads."""
     whole = whole_teacher(store)
-    teacher = config.teacher or whole
-    taught = teaching_arrays(store, teacher)
+    taught = teaching_arrays(store, teacher, head.inputs)
     if config.teacher_temperature != 1 and "topk_logprobs" in taught:
         raise EyasError(
             f"teacher_temperature={config.teacher_temperature:g} needs all of the target's logits, of which "
@@ -189,7 +190,8 @@ def _teacher(config: TrainConfig, store: Store) -> str:
             f"{store.url} was not dumped with all of last_hidden, which --teacher recompute needs; use "
             "--teacher stored"
         )
-    return teacher
+    if config.noise and not head.inputs.aux_layers:
+        raise EyasError(f"noise={config.noise:g} is on aux states, and the head reads none; leave it out")
 
 
 def _counted(config: TrainConfig, source: Source, draft_ids: np.ndarray) -> int:
@@ -292,15 +294,18 @@ def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: P
             f"aux_layers={list(aux_layers)}, but {store.url} has those of {list(stored)} and not "
             f"{min(outside)}; choose among them, or dump a store with --aux-layers"
         )
-    options = {name: getattr(config, name) for name in kind.options}
+    names = settings_of(config.kind)
     if published is None:
-        return kind.for_target(store.target_config(), draft_vocab_size, aux_layers, **options)
-    head = published.head.asked(given(config, kind.options), published.folder)
-    if not set(head.aux_layers) <= set(stored) or config.aux_layers not in (None, head.aux_layers):
+        options = {name: getattr(config, name) for name in names}
+        head = kind.for_target(store.target_config(), draft_vocab_size, aux_layers, **options)
+    else:
+        head = published.head.asked(given(config, names), published.folder)
+    where = published.folder if published else f"a head of kind={config.kind}"
+    require_inputs(head.inputs, store, where)
+    if config.aux_layers not in (None, head.inputs.aux_layers):
         raise EyasError(
-            f"{published.folder} takes aux layers {list(head.aux_layers)}, {store.url} has those of "
-            f"{list(stored)}, and aux_layers={config.aux_layers}; dump a store with --aux-layers like the "
-            "head's"
+            f"aux_layers={list(config.aux_layers)}, but {where} reads "
+            f"{list(head.inputs.aux_layers) or 'no aux states'}; leave it out"
         )
     return head
 
@@ -309,8 +314,9 @@ def _identity(
     config: TrainConfig, store: Store, head: Head, draft_ids: np.ndarray, steps: int, dtype: str
 ) -> dict[str, Any]:
     """What two runs must share for one to continue the other."""
+    decided = {*_FREE, *_RESOLVED, *(name for kind in KINDS for name in settings_of(kind))}
     return {
-        "config": {name: value for name, value in to_json(config).items() if name not in _FREE + _RESOLVED},
+        "config": {name: value for name, value in to_json(config).items() if name not in decided},
         "store": store.hash,
         "head": to_json(head),
         "draft_ids_crc32": zarr.crc32(draft_ids),

@@ -1,16 +1,17 @@
 """What a head is told of its target before it trains: one pass over a sample of the store, on the chips.
 
 **Units.** Some dimensions of a residual stream are thousands of times larger than others. Adam moves every
-weight by about the learning rate, so those few would drown the rest: a matrix that reads the aux states is
-trained as if each of its inputs had a root mean square of one (see train/optimizer.py).
+weight by about the learning rate, so those few would drown the rest: a matrix that reads the target's states
+is trained as if each of its inputs had a root mean square of one (see train/optimizer.py).
 
-**Fit.** The linear map of the aux states at index i and the token that it reads, to the target's last hidden
-state at its target, which the target's lm_head turns into the teacher's logits. A random head spends its
-first hundred thousand tokens on what this regression finds in seconds.
+**Fit.** The linear map of the states that the head reads at index i and of its token, to the target's last
+hidden state at its target, which the target's lm_head turns into the teacher's logits. A random head spends
+its first hundred thousand tokens on what this regression finds in seconds.
 
 The sample depends on the store alone: heads of other seeds start from the same fit.
 
-Dimensions: c chips, M targets of a chip, A aux states, H hidden size, X = A * H + H features.
+Dimensions: c chips, M targets of a chip, S states that the head reads, A = S * H, H hidden size, X = A + H
+features.
 """
 
 import math
@@ -29,7 +30,7 @@ from common.mesh import spec, ways
 from common.progress import Progress, note
 from common.store import Store
 from train import pieces, placing
-from train.batch import Batch, Frozen, embeddings, pick
+from train.batch import Batch, Frozen, Inputs, embeddings, pick
 from train.cholesky import solve
 from train.order import listed, permutation
 from train.stored import whole_teacher
@@ -46,6 +47,7 @@ _KEPT_OUT = 8_192  # positions for choosing the ridge, but at most an eighth of 
 _CHIP_POSITIONS = 2_048  # that a chip looks at at once
 _RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of the features' mean square
 _SEED = 2**32  # of no run: its first rows would be those that are kept out
+_NAMES = ("aux states", "states")  # of a head that does not read the last one, and of one that does
 _LEAST_FACTOR = 0.1  # of the last state's size, should nothing be predictable
 
 _CHIP, _ALL = spec(("chip",)), spec(())
@@ -60,13 +62,13 @@ class Fit(NamedTuple):
 
     map_XH: jax.Array
     scale_H: jax.Array
-    aux_size: jax.Array  # []: the root mean square of what the aux states add to features @ map
+    aux_size: jax.Array  # []: the root mean square of what the states add to features @ map
 
 
 class Sample(NamedTuple):
     """What a sample says, float32, whole on every chip."""
 
-    units_A: jax.Array  # [A * H]: the root mean square of every input, over all of the documents; above 0
+    units_A: jax.Array  # the root mean square of every input, over all of the documents; above 0
     fit: Fit | None  # where it is asked for, and anything counts
 
 
@@ -74,16 +76,16 @@ class _Moments(NamedTuple):
     """Sums over what each chip has seen, float32; the last four are of targets, None without a fit."""
 
     seen: jax.Array  # [c] positions of documents
-    aux: jax.Array  # [c, A * H] their squared aux states
+    states: jax.Array  # [c, A] their squared states
     targets: jax.Array | None  # [c]
     gram: jax.Array | None  # [c, X, X] products of features
     cross: jax.Array | None  # [c, X, H] of features and last states
     square: jax.Array | None  # [c, H] squared last states
 
 
-def empty(aux_states: int, hidden: int) -> Sample:
+def empty(inputs: Inputs, hidden: int) -> Sample:
     """A sample without content, in whose place a saved state has what was made of it."""
-    return Sample(jnp.ones(aux_states * hidden, jnp.float32), None)
+    return Sample(jnp.ones(inputs.count * hidden, jnp.float32), None)
 
 
 def measure(
@@ -93,20 +95,21 @@ def measure(
     rows: np.ndarray,
     embed_VH: jax.Array | None,
     eps: float,
-    aux_layers: tuple[int, ...],
+    inputs: Inputs,
 ) -> Sample:
     """The sample's units, and its fit if there are embeddings, of rows that have the last state. The same
-    store and rows give the same, within rounding on other chips. `aux_layers` are those that the head reads.
+    store and rows give the same, within rounding on other chips. `inputs` are what the head reads.
 
-    `eps` is added to mean squares of embeddings and predictions where they are normed. DamagedError for aux
+    `eps` is added to mean squares of embeddings and predictions where they are normed. DamagedError for
     states that are not finite.
     """
-    A, H = len(aux_layers), store.features["target"]["hidden_size"]
+    H = store.features["target"]["hidden_size"]
+    A = inputs.count * H
     if embed_VH is not None:
         rows = rows[rows < store.rows_with("last_hidden")]
     teacher = whole_teacher(store) if embed_VH is None else "recompute"
-    batches = partial(_batches, store, workload, mesh, aux_layers, teacher)
-    chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else (A + 1) * H)
+    batches = partial(_batches, store, workload, mesh, inputs, teacher)
+    chosen = _chosen(workload, rows, store.length, 0 if embed_VH is None else A + H)
     if embed_VH is not None and not workload.drafted[chosen].any():
         note("train: no row counts any target, so the head starts without a fit")
         embed_VH = None
@@ -115,10 +118,11 @@ def measure(
     seen = chosen[len(kept) :] if len(chosen) > 1 else chosen  # a single row is for both
     seen, kept = (_in_batches(some, store.length, mesh) for some in (seen, kept))
     kept_out = list(batches(kept)) if fitted else []
-    add = _adding(mesh, workload.ttt_steps, eps)
+    features = partial(_features, inputs, eps)
+    add = _adding(mesh, workload.ttt_steps, inputs, features)
 
     def summed(found: Iterable[Batch]) -> _Moments:
-        moments = _zeros(mesh, A * H, H if fitted else 0)
+        moments = _zeros(mesh, A, H if fitted else 0)
         for batch in found:
             moments = add(moments, embed_VH, batch)
             progress.update(batch.tokens.size)
@@ -127,16 +131,16 @@ def measure(
     with Progress("sample", (seen.size + kept.size) * store.length, "tok") as progress:
         total = summed(batches(seen))
         whole = jax.tree.map(jnp.add, total, summed(kept_out))
-    units = jnp.sqrt(whole.aux / jnp.maximum(whole.seen, 1))
+    units = jnp.sqrt(whole.states / jnp.maximum(whole.seen, 1))
     if not bool(jnp.isfinite(units).all()):
         raise DamagedError(
-            f"{store.url}: aux states of its rows are not finite, or their squares are not; no head can "
-            "learn from them: dump them anew, in float32 or from a sound model"
+            f"{store.url}: {_NAMES[inputs.last]} of its rows are not finite, or their squares are not; no "
+            "head can learn from them: dump them anew, in float32 or from a sound model"
         )
     units = jnp.maximum(units, 1e-4 * units.max() + 1e-12)
     if not fitted:
         return Sample(units, None)
-    return Sample(units, _fit(mesh, workload.ttt_steps, eps, embed_VH, total, kept_out, whole))
+    return Sample(units, _fit(mesh, workload.ttt_steps, eps, features, embed_VH, total, kept_out, whole))
 
 
 def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) -> np.ndarray:
@@ -161,33 +165,34 @@ def _batches(
     store: Store,
     workload: Workload,
     mesh: Mesh,
-    aux_layers: tuple[int, ...],
+    inputs: Inputs,
     teacher: str,
     wanted: np.ndarray,
 ) -> Iterator[Batch]:
     capacity = workload.capacity(wanted, ways(mesh, "batch"))
-    view = View(listed(wanted), workload, capacity, teacher, np.arange(0), aux_layers)
+    view = View(listed(wanted), workload, capacity, teacher, np.arange(0), inputs)
     return (batch for dealt in Stream(store, mesh, [view]).batches() for _, batch in dealt)
 
 
-def _zeros(mesh: Mesh, aux: int, hidden: int) -> _Moments:
-    c, X = mesh.size, aux + hidden
-    shapes = [(c,), (c, aux)] + ([(c,), (c, X, X), (c, X, hidden), (c, hidden)] if hidden else [])
+def _zeros(mesh: Mesh, inputs: int, hidden: int) -> _Moments:
+    c, X = mesh.size, inputs + hidden
+    shapes = [(c,), (c, inputs)] + ([(c,), (c, X, X), (c, X, hidden), (c, hidden)] if hidden else [])
     where = NamedSharding(mesh, _CHIP)
     found = jax.jit(lambda: [jnp.zeros(shape, jnp.float32) for shape in shapes], out_shardings=where)()
     return _Moments(*found, *[None] * (6 - len(found)))
 
 
-def _adding(mesh: Mesh, steps: int, eps: float) -> Callable[[_Moments, jax.Array | None, Batch], _Moments]:
-    """A function that adds a batch to the moments, each chip its own rows to its own sums."""
+def _adding(mesh: Mesh, steps: int, inputs: Inputs, features_of: Callable) -> Callable:
+    """A function of (moments, embedding or None, batch) that adds the batch, each chip its own rows to its
+    own sums."""
 
     def add(moments: _Moments, embed: jax.Array | None, batch: Batch) -> _Moments:
         inside = batch.segment_ids[:, : batch.aux_hidden.shape[1]] > 0
         inside = inside.reshape(-1).astype(jnp.float32)
-        aux = batch.aux_hidden.astype(jnp.float32).reshape(inside.size, -1)
-        new = _Moments(inside.sum(), (jnp.square(aux) * inside[:, None]).sum(0), *[None] * 4)
+        states = inputs.of(batch.aux_hidden, batch.last_hidden).astype(jnp.float32).reshape(inside.size, -1)
+        new = _Moments(inside.sum(), (jnp.square(states) * inside[:, None]).sum(0), *[None] * 4)
         if embed is not None:
-            features, last, there = _features(embed, batch, eps)
+            features, last, there = features_of(embed, batch)
             products = (einsum("mx,my->xy", features, y) for y in (features, last))
             new = _Moments(*new[:2], there.sum(), *products, jnp.square(last).sum(0))
         return jax.tree.map(lambda total, part: total + part[None], moments, new)
@@ -217,7 +222,9 @@ def _over_rows(mesh: Mesh, steps: int, fn: Callable, first: Any, summed: bool) -
     return over_rows
 
 
-def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _features(
+    inputs: Inputs, eps: float, embed: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(features [M, X], last hidden states [M, H], whether there are any [M]) of a chip's targets, as they
     are seen from the first step; zeros where there are none."""
     n, there = batch.tokens.size, valid_targets(batch, 1)[:, 0]
@@ -231,15 +238,16 @@ def _features(embed: jax.Array, batch: Batch, eps: float) -> tuple[jax.Array, ja
     token = embeddings(Frozen(embed, None, embed), batch)
     token = token.at[target].get(mode="fill", fill_value=0).astype(jnp.float32)
     token *= jax.lax.rsqrt(jnp.square(token).mean(1, keepdims=True) + eps)
-    aux = pieces.widened(batch.aux_hidden, batch.tokens.shape[1])
-    aux, last = states(aux, index), states(batch.last_hidden, target)
-    return jnp.concatenate([aux, token], 1), last, there.astype(jnp.float32)
+    read = pieces.widened(inputs.of(batch.aux_hidden, batch.last_hidden), batch.tokens.shape[1])
+    read, last = states(read, index), states(batch.last_hidden, target)
+    return jnp.concatenate([read, token], 1), last, there.astype(jnp.float32)
 
 
 def _fit(
     mesh: Mesh,
     steps: int,
     eps: float,
+    features_of: Callable,
     embed: jax.Array,
     total: _Moments,
     kept_out: list[Batch],
@@ -252,7 +260,7 @@ def _fit(
     most of the rows that are kept out, by the others' `total`. The greater ridges are tried as long as they
     do better. The fit itself is that of the `whole`: where rows are few, each of them tells something.
     """
-    judge = jax.jit(_over_rows(mesh, steps, partial(_explained, eps), _ALL, summed=True))
+    judge = jax.jit(_over_rows(mesh, steps, partial(_explained, eps, features_of), _ALL, summed=True))
     everywhere = jax.shard_map(_solved, mesh=mesh, in_specs=(_ALL, _ALL), out_specs=_ALL, check_vma=False)
     solved = jax.jit(everywhere)
     least, ridge_is, factor = math.inf, None, 1.0
@@ -273,7 +281,7 @@ def _fit(
 
 
 def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(map [X, H], the size of last states [H], that of the aux states' part of the predictions) of every
+    """(map [X, H], the size of last states [H], that of the read states' part of the predictions) of every
     chip by itself."""
     scale_H = jnp.sqrt(total.square / total.targets) + 1e-6
     size_X = jnp.sqrt(jnp.diagonal(total.gram)) + 1e-6  # every feature counts alike in the ridge
@@ -290,10 +298,12 @@ def _solved(total: _Moments, ridge: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return map_XH, scale_H, jnp.sqrt(squares.sum() / count) + 1e-6
 
 
-def _explained(eps: float, fit: tuple[jax.Array, jax.Array], embed: jax.Array, batch: Batch) -> jax.Array:
+def _explained(
+    eps: float, features_of: Callable, fit: tuple[jax.Array, jax.Array], embed: jax.Array, batch: Batch
+) -> jax.Array:
     """[3] sums over a chip's targets: normed predictions times last states, and the squares of both."""
     map_XH, scale_H = fit
-    features, last, there = _features(embed, batch, eps)
+    features, last, there = features_of(embed, batch)
     found, last = einsum("mx,xh->mh", features, map_XH), last / scale_H[None]
     found *= jax.lax.rsqrt(jnp.square(found).mean(1, keepdims=True) + eps)
     parts = (found * last, jnp.square(found), jnp.square(last))

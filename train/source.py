@@ -13,7 +13,7 @@ from common.mesh import make_mesh, sharding, ways
 from common.row_cache import RowCache, parse
 from common.store import Store, tensor_file
 from train import placing
-from train.batch import Frozen
+from train.batch import Frozen, Inputs
 from train.order import share_of
 from train.sample import Sample, measure
 from train.stream import MEMORY
@@ -75,7 +75,7 @@ class Source:
         workload: Workload,
         seed: int,
         share: float,
-        aux_layers: tuple[int, ...],
+        inputs: Inputs,
         eps: float,
         fitted: bool,
         dtype: Any,
@@ -85,8 +85,8 @@ class Source:
         # Of a rollout's steps a sum knows by the halo behind a piece, whose room decides on its rounding.
         rounded = workload.compat, workload.ttt_steps if self.pieces > 1 else 1, str(dtype)
         return self.once(
-            ("sample", *rounded, seed if share < 1 else 0, share, aux_layers, eps, fitted),
-            lambda: measure(*of, self.embed(dtype) if fitted else None, eps, aux_layers),
+            ("sample", *rounded, seed if share < 1 else 0, share, inputs, eps, fitted),
+            lambda: measure(*of, self.embed(dtype) if fitted else None, eps, inputs),
         )
 
     def _name(self, tensor: str) -> str:

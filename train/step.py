@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from common.mesh import spec
 from train import pieces, placing
 from train.batch import Batch, Frozen, Params, in_parts
-from train.heads import Head
+from train.heads.head import Head
 from train.losses import Loss, cross_entropy
 from train.metrics import Sums, shard_sums
 from train.objective import shard_counts, shard_loss, shard_scores

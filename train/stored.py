@@ -13,6 +13,7 @@ from common.channels import decode_channels
 from common.codec import LOGPROBS, arrays_of, decode_states
 from common.errors import EyasError
 from common.store import Store
+from train.batch import Inputs
 
 _LOOKED_AT = 8  # rows at once
 
@@ -31,10 +32,13 @@ def at_most(store: Store) -> str:
     )
 
 
-def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
-    """The feature arrays that a trainer reads. EyasError if the store has not what is to teach."""
+def teaching_arrays(store: Store, teacher: str, inputs: Inputs) -> tuple[str, ...]:
+    """The feature arrays that are read for a teacher and a head with these inputs. EyasError if the store has
+    not what is to teach."""
     features = store.features
-    states = ("aux_hidden", "last_hidden") if teacher == "recompute" else ("aux_hidden",)
+    states = ["aux_hidden"] if inputs.aux_layers else []
+    if inputs.last or teacher == "recompute":
+        states.append("last_hidden")
     names = ("argmax", *arrays_of(features["precision"], *states))
     if teacher == "recompute":
         return (*names, "logsumexp")
@@ -47,6 +51,21 @@ def teaching_arrays(store: Store, teacher: str) -> tuple[str, ...]:
     return (*names, f"{codec}{LOGPROBS}", *(("topk_ids",) if codec == "topk" else ()))
 
 
+def require_inputs(inputs: Inputs, store: Store, where: str) -> None:
+    """EyasError unless the store has what the head at `where` reads, of every row."""
+    stored = store.features["aux_layers"]
+    if not set(inputs.aux_layers) <= set(stored):
+        raise EyasError(
+            f"{where} takes aux layers {list(inputs.aux_layers)}, {store.url} has those of {stored}; dump a "
+            "store with --aux-layers like the head's"
+        )
+    if inputs.last and whole_teacher(store) != "recompute":
+        raise EyasError(
+            f"{where} reads last_hidden, which {store.url} has not of every row; dump a store with "
+            "--last-hidden all"
+        )
+
+
 def channels_of(store: Store) -> dict[str, np.ndarray]:
     """The float32 scales of the store's channels by the names of states; {} where it has none."""
     features, hidden = store.features, store.features["target"]["hidden_size"]
@@ -54,11 +73,12 @@ def channels_of(store: Store) -> dict[str, np.ndarray]:
     return decode_channels(features.get("channels", {}), shapes)
 
 
-def not_finite(store: Store, rows: np.ndarray) -> str | None:
-    """The name of an array and the number of the first of these rows in which it is not finite."""
+def not_finite(store: Store, rows: np.ndarray, inputs: Inputs) -> str | None:
+    """The name of an array and the number of the first of these rows in which it is not finite, of those that
+    a head with these inputs is measured by."""
     for at in range(0, len(rows), _LOOKED_AT):
         some = rows[at : at + _LOOKED_AT]
-        for name, values in store.read(teaching_arrays(store, whole_teacher(store)), some).items():
+        for name, values in store.read(teaching_arrays(store, whole_teacher(store), inputs), some).items():
             sound = np.isfinite(values.reshape(len(some), -1).astype(np.float32)).all(1)
             if not sound.all():
                 return f"{name} of row {some[sound.argmin()]}"

@@ -23,7 +23,7 @@ from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
 from train.anchors import begins, sampled
-from train.batch import Batch
+from train.batch import Batch, Inputs
 from train.order import Order, Part, Reading
 from train.stored import channels_of, decoded, teaching_arrays
 from train.targets import Capacity, compact, counted_targets, live_places, live_queries
@@ -43,7 +43,7 @@ class View:
     capacity: Capacity
     teacher: str
     draft_ids: np.ndarray
-    aux_layers: tuple[int, ...] | None = None  # those of the store that the head reads; None: all
+    inputs: Inputs | None = None  # what the head reads of the store; None: all of its aux states
     parts: int = 1  # of a chip's rows, each of that capacity
     anchors: float = 1.0  # the share of the targets that the steps behind step 0 compute
     seed: int = 0  # of which they are
@@ -70,11 +70,9 @@ class Stream:
         """What is read ahead takes `memory` GiB of this host at most. EyasError if that is too little."""
         self._store, self._views, self._rows = store, views, Rows(mesh, ("batch", "position"))
         assert all(view.workload.pieces == ways(mesh, "position") for view in views)
-        taught = {view.teacher: teaching_arrays(store, view.teacher) for view in views}
-        self._names = tuple(dict.fromkeys((*_INPUTS, *(name for names in taught.values() for name in names))))
-        self._shown = {
-            teacher: {*_INPUTS, *names, "row"} & {*Batch._fields} for teacher, names in taught.items()
-        }
+        taught = [teaching_arrays(store, view.teacher, self._inputs(view)) for view in views]
+        self._names = tuple(dict.fromkeys((*_INPUTS, *(name for names in taught for name in names))))
+        self._shown = [{*_INPUTS, *names, "row"} & {*Batch._fields} for names in taught]  # by view
         by_vocabulary = [view for view in views if view.teacher == "stored" and "topk_ids" not in self._names]
         self._vocabularies = {_vocabulary(view): view.draft_ids for view in by_vocabulary}
         self._channels = channels_of(store)
@@ -145,11 +143,11 @@ class Stream:
         chosen = {}  # aux states, which views with the same layers share
         for part, counts in zip(parts, read.counts, strict=True):
             view = self._views[part.order]
-            rows = {name: x for name, x in arrays.items() if name in self._shown[view.teacher]}
+            rows = {name: x for name, x in arrays.items() if name in self._shown[part.order]}
             if view.teacher == "stored" and read.drafts:
                 rows["draft_logprobs"] = read.drafts[_vocabulary(view)]
             if (places := self._places(view)) not in chosen:
-                chosen[places] = _chosen(rows["aux_hidden"], places)
+                chosen[places] = self._aux(arrays, places)
             rows["aux_hidden"] = chosen[places]
             batch = Batch(**dict.fromkeys(Batch._fields) | rows)
             if not part.whole:
@@ -160,12 +158,20 @@ class Stream:
                 pending[part.order] = batch
         return dealt
 
+    def _inputs(self, view: View) -> Inputs:
+        return view.inputs or Inputs(tuple(self._store.features["aux_layers"]))
+
     def _places(self, view: View) -> tuple[int, ...] | None:
         """Where the store has the view's aux layers; None where they are just those."""
-        stored = tuple(self._store.features["aux_layers"])
-        if view.aux_layers in (None, stored):
-            return None
-        return tuple(map(stored.index, view.aux_layers))
+        stored, wanted = tuple(self._store.features["aux_layers"]), self._inputs(view).aux_layers
+        return None if wanted == stored else tuple(map(stored.index, wanted))
+
+    def _aux(self, arrays: dict[str, jax.Array], places: tuple[int, ...] | None) -> jax.Array:
+        """The aux states of these places [B, T, A, H]; nothing is read for a view of none."""
+        if places == ():
+            like, hidden = arrays["argmax"], self._store.features["target"]["hidden_size"]
+            return jnp.zeros((*like.shape, 0, hidden), jnp.bfloat16, device=like.sharding)
+        return arrays["aux_hidden"] if places is None else _taken(arrays["aux_hidden"], places)
 
     def _load(self, rows: np.ndarray, parts: list[Part]) -> _Read:
         """On several processes each reads its own rows only."""
@@ -259,10 +265,6 @@ def _shared(tree: Any) -> Any:
     """The tree with one array in the place of all that are equal, so that it lies on the devices once."""
     known: dict[Hashable, np.ndarray] = {}
     return jax.tree.map(lambda x: known.setdefault((x.shape, x.dtype, x.tobytes()), x), tree)
-
-
-def _chosen(x: jax.Array, places: tuple[int, ...] | None) -> jax.Array:
-    return x if places is None else _taken(x, places)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -25,7 +25,7 @@ from train.exported import Exported, lost
 from train.logs import Logs
 from train.metrics_file import Lines
 from train.names import EVALUATION, LENGTH, SINCE_BEST
-from train.noise import noised
+from train.noise import noised, with_draws
 from train.pace import Saving
 from train.plan import Plan
 from train.sample import Sample, empty
@@ -138,7 +138,7 @@ class Trainer:
     def no_sample(self) -> Sample:
         """In the place of a sample where shapes alone matter."""
         hidden = self.plan.store.features["target"]["hidden_size"]
-        return empty(len(self.plan.head.aux_layers), hidden)
+        return empty(self.plan.head.inputs, hidden)
 
     def _make_evaluator(self) -> Evaluator | None:
         plan, c = self.plan, self.plan.config
@@ -182,7 +182,7 @@ class Trainer:
         rule = plan.optimizer(self._rate, self.no_sample())
 
         def changed(batch: Batch, state: State) -> Batch:
-            return noised(c.noise, batch, state.seed, state.step)
+            return noised(c.noise, with_draws(batch, state.seed, state.step))
 
         return jax.jit(train_step(gradients, rule, changed), donate_argnums=0)
 
@@ -300,7 +300,9 @@ class Trainer:
         if math.isfinite(found[LENGTH] + sum(found["loss"])):
             return
         loss = f"the head of step {self.step} has a loss of {found['loss'][0]} on held-out rows"
-        if unsound := pod.told(lambda: not_finite(self.plan.store, self.plan.source.test_rows)):
+        if unsound := pod.told(
+            lambda: not_finite(self.plan.store, self.plan.source.test_rows, self.plan.head.inputs)
+        ):
             raise EyasError(f"{loss}: {unsound} is not finite; dump {self.plan.store.url} anew")
         raise EyasError(f"{loss}; use a lower --learning-rate, or --dtype float32, in a new folder")
 

@@ -16,7 +16,7 @@ from common.safetensors import FLOATS, Checkpoint
 from common.store import Store
 from train.draft_maps import read_draft_ids
 from train.export import TRAINED_FOR, target_identity
-from train.heads import HEADS, Head
+from train.heads.head import HEADS, Head
 
 _EMBEDDING = ("embed_tokens.weight", "model.embed_tokens.weight")
 _COMPARED = 16  # rows of an embedding, spread over the vocabulary
@@ -47,21 +47,21 @@ class Published:
         return found
 
 
-def open_published(folder: str, store: Store) -> Published:
-    """EyasError, by the name of what differs, for a folder without such a head, and one of another target.
-    RestartError if it was replaced meanwhile."""
+def open_published(folder: str, kind: str, store: Store) -> Published:
+    """EyasError, by the name of what differs, for a folder without a head of this kind, and for one of
+    another target. RestartError if it was replaced meanwhile."""
     with read_as_one(folder):
-        return _open(folder, store)
+        return _open(folder, kind, store)
 
 
-def _open(folder: str, store: Store) -> Published:
+def _open(folder: str, kind: str, store: Store) -> Published:
     place = storage.join(folder, "config.json")
     if not storage.exists(place):
         raise EyasError(
             f"init={folder} holds no config.json; name fitted, target, normal, or a head's folder"
         )
     config, target = storage.read_object(place), store.target_config()
-    head = _head(place, config, target["num_hidden_layers"])
+    head = _head(place, config, kind, target["num_hidden_layers"])
     _require_target(place, config, store)
     head.require_fit(target, folder)
     tensors = Checkpoint.open(folder)
@@ -74,19 +74,19 @@ def _open(folder: str, store: Store) -> Published:
     return Published(folder, head, ids, {"config": digest(config), "tensors": sums}, tensors, sources)
 
 
-def _head(place: str, config: dict[str, Any], num_target_layers: int) -> Head:
-    for kind in HEADS.values():
-        if kind.is_published(config):
-            try:
-                return kind.from_published(place, config, num_target_layers)
-            except EyasError:  # which names the place itself
-                raise
-            except ValueError as error:
-                raise EyasError(f"{place}: {error}; give another head") from error
-    raise EyasError(
-        f"{place}: architectures is {config.get('architectures')!r}, of no kind of head that can be trained "
-        f"on; known are {', '.join(HEADS)}"
-    )
+def _head(place: str, config: dict[str, Any], kind: str, num_target_layers: int) -> Head:
+    if not HEADS[kind].is_published(config):
+        others = [name for name, other in HEADS.items() if other.is_published(config)]
+        advice = f"give --kind {others[0]}" if others else f"known kinds are {', '.join(HEADS)}"
+        raise EyasError(
+            f"{place}: architectures is {config.get('architectures')!r}, of no head of kind={kind}; {advice}"
+        )
+    try:
+        return HEADS[kind].from_published(place, config, num_target_layers)
+    except EyasError:  # which names the place itself
+        raise
+    except ValueError as error:
+        raise EyasError(f"{place}: {error}; give another head") from error
 
 
 def _require_target(place: str, config: dict[str, Any], store: Store) -> None:

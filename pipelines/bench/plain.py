@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.rope import inverse_frequencies
 from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 
 def _shift(x_BT: jax.Array, by: int) -> jax.Array:

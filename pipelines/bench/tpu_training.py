@@ -31,7 +31,7 @@ from pipelines.bench.training import least_flops
 from train import optimizer, pieces, placing
 from train.batch import Batch, Frozen
 from train.config import TrainConfig
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.loss import chunk_size
 from train.step import State, gradient, train_step
 from train.targets import round_up

@@ -23,7 +23,7 @@ from pipelines.bench.matmuls import Matmul, matmuls
 from pipelines.bench.timing import matmul_rate, times
 from train import optimizer
 from train.batch import Batch, Frozen
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.loss import chunk_size
 from train.step import State, gradient, train_step
 from train.targets import (

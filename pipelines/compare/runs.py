@@ -31,12 +31,14 @@ from train.names import (
     SAMPLED_BY_K,
     SINCE_BEST,
 )
+from train.heads import KINDS, settings_of
 
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")
 EVALUATED = (GREEDY_BY_K, SAMPLED_BY_K, "acc", "loss")
 # Fields of the configuration that the identity holds as they were decided, or that are places.
-_DECIDED = ("store", "out", "cache", "memory", "log_to", "epochs", "steps", "draft_vocab", "ffn", "dtype")
+_DECIDED = ("store", "out", "cache", "memory", "log_to", "epochs", "steps", "draft_vocab", "dtype")
+_DECIDED += tuple(name for kind in KINDS for name in settings_of(kind))
 _DEPTH = 4  # folders below the one that is named
 _MOST_STEPS = 64  # a longer list in a line is damage
 

@@ -20,7 +20,7 @@ import numpy as np
 from common.cached_attention import New, Tree
 from common.layers import einsum
 from pipelines.decoding.sampling import Sampling, draw
-from train.heads import Head
+from train.heads.head import Head
 
 DRAFTED, ACCEPTED, REPLACED = 1, 2, 3  # uses of random numbers, see sampling.draw
 
@@ -108,7 +108,9 @@ def draft(
     (B, H), K, places = last.state.shape, d.topk, d.branching
     children = partial(_children, d, sampling, drafter, last)
     root = jnp.full((B, 1), -1, jnp.int32)
-    first, logits = children(last.hidden[:, None], jnp.zeros((B, 1)), root, 0)
+    all_BdH = d.head.at_once(drafter.ready, cache, last.state, last.start, d.steps)
+    begins_BH = last.hidden if all_BdH is None else all_BdH[:, 0]
+    first, logits = children(begins_BH[:, None], jnp.zeros((B, 1)), root, 0)
     depths_BM = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32) // K, (B, places))
 
     def level(carry, depth: jax.Array):
@@ -118,8 +120,11 @@ def draft(
         sees = sees | (own_K[:, None] == jnp.arange(places, dtype=jnp.int32)[None])[None]
         positions_BK = jnp.broadcast_to((last.start + depth)[:, None], (B, K))
         new = New(positions_BK, last.start[:, None] + own_K[None], Tree(last.start, depths_BM, sees))
-        embedded = embed_VH[drafter.ids_D[tokens]].astype(states.dtype)
-        states, hidden, cache = d.head.step(drafter.ready, cache, embedded, states, new)
+        if all_BdH is None:
+            embedded = embed_VH[drafter.ids_D[tokens]].astype(states.dtype)
+            states, hidden, cache = d.head.step(drafter.ready, cache, embedded, states, new)
+        else:
+            hidden = jnp.broadcast_to(all_BdH[:, depth + 1][:, None], (B, K, all_BdH.shape[-1]))
         found, logits = children(hidden, scores, nodes, depth + 1)
         scores, best = jax.lax.top_k(found.scores, K)
         states, sees = (jnp.take_along_axis(x, best[..., None] // K, 1) for x in (states, sees))

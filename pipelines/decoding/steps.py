@@ -2,10 +2,10 @@
 
 Without a head a step gives one token. With one, the head drafts, the target reads the draft in one pass, and
 what it accepts is given, with a token of its own behind; then the head reads these tokens with the target's
-aux states, and leaves what the next draft begins with. All are pure, of static shapes.
+states, and leaves what the next draft begins with. All are pure, of static shapes.
 
-Dimensions: B slots, T tokens of a prompt, n nodes of a draft, d tokens a step at most, A aux states, H hidden
-size.
+Dimensions: B slots, T tokens of a prompt, n nodes of a draft, d tokens a step at most, A aux states, S states
+that the head reads, H hidden size.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class How(NamedTuple):
     @property
     def aux_layers(self) -> tuple[int, ...]:
         """Those that the head reads."""
-        return self.drafting.head.aux_layers if self.drafting else ()
+        return self.drafting.head.inputs.aux_layers if self.drafting else ()
 
 
 class Weights(NamedTuple):
@@ -78,10 +78,11 @@ def prefill(
     numbers_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
     next_1T = jnp.where(numbers_1T == ends_11, token_1[:, None], jnp.roll(tokens_1T, -1, 1))
     own = jax.tree.map(lambda x: x[:, slot_1], held.head)
-    own, *left = _read(how.drafting, w, own, next_1T, aux_1TAH, jnp.zeros_like(length_1), length_1)
+    states = how.drafting.head.inputs.of(aux_1TAH, last_1TH)
+    own, *left = _read(how.drafting, w, own, next_1T, states, jnp.zeros_like(length_1), length_1)
     head = jax.tree.map(lambda x, own: x.at[:, slot_1].set(own), held.head, own)
-    states = (x.at[slot_1].set(y) for x, y in zip((held.state_BH, held.hidden_BH), left, strict=True))
-    return token_1, Held(cache, head, *states)
+    left = (x.at[slot_1].set(y) for x, y in zip((held.state_BH, held.hidden_BH), left, strict=True))
+    return token_1, Held(cache, head, *left)
 
 
 def step(
@@ -101,8 +102,8 @@ def step(
         return given, Held(cache)
     if tree is not None:
         cache = decoding.keep(cache, starts_B, given.nodes_Bd)
-    aux_BdAH = jnp.take_along_axis(aux_BnAH, given.nodes_Bd[..., None, None], 1)
-    return given, Held(cache, *_read(d, w, head, given.tokens_Bd, aux_BdAH, starts_B, given.counts_B))
+    states = jnp.take_along_axis(d.head.inputs.of(aux_BnAH, last_BnH), given.nodes_Bd[..., None, None], 1)
+    return given, Held(cache, *_read(d, w, head, given.tokens_Bd, states, starts_B, given.counts_B))
 
 
 def _given(how: How, w: Weights, drafted: Draft, logits_BnV, seeds_B, numbers_B) -> Given:
@@ -112,10 +113,10 @@ def _given(how: How, w: Weights, drafted: Draft, logits_BnV, seeds_B, numbers_B)
     return follow(how.sampling, drafted, steps, logits_BnV, seeds_B, numbers_B)
 
 
-def _read(d: Drafting, w: Weights, cache: Any, tokens_BT, aux_BTAH, starts_B, counts_B) -> tuple[Any, ...]:
+def _read(d: Drafting, w: Weights, cache: Any, tokens_BT, states_BTSH, starts_B, counts_B) -> tuple[Any, ...]:
     """The head's cache behind indices from `starts` on whose next tokens are `tokens`, and the states [B, H]
     that it leaves at the last one of `counts`."""
-    state = d.head.begin(w.drafter.ready, aux_BTAH)
+    state = d.head.begin(w.drafter.ready, states_BTSH)
     embedded = w.target["embed_tokens"][tokens_BT].astype(state.dtype)
     new = New.behind(starts_B, tokens_BT.shape[1])
     *states, cache = d.head.step(w.drafter.ready, cache, embedded, state, new)

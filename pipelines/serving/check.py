@@ -24,7 +24,7 @@ from pipelines.serving.ours import chained, walked
 from pipelines.serving.server import Server
 from train import launch
 from train.check_export import check as check_folder
-from train.heads import Head, read_serving_config
+from train.heads.head import Head, read_serving_config
 from train.servers import PORTABLE, SERVERS, require, verdicts
 
 NAME = "target"  # what the server calls it
@@ -73,7 +73,7 @@ def _checked(
     plain, _ = served(None, PORTABLE, served.plain_tokens)
     options = {"ttt_steps": launch.TOKENS, "answer_tokens": config.answer_tokens}
     asked = list(zip(prompts, plain, strict=True))
-    ours = walked(model, target["vocab_size"], folders[PORTABLE], head.aux_layers, asked, **options)
+    ours = walked(model, target["vocab_size"], folders[PORTABLE], head.inputs.aux_layers, asked, **options)
     found = {"ours": _our_figures(ours), "answers": len(plain), "layouts": {}}
     found["chain"] = _our_chain(config, model, folders[PORTABLE], prompts, plain)
     for layout in layouts:

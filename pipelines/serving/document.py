@@ -19,23 +19,15 @@ from dump import target
 from pipelines import recipes
 from pipelines.bench.published import PUBLISHED
 from train import launch
-from train.heads.eagle3 import Eagle3
+from train.config import TrainConfig
+from train.heads import settings_of
+from train.heads.head import HEADS
 from train.servers import PORTABLE, SERVERS, TPU, Verdict, verdicts
 
 FILE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "SERVING.md")
 _BEGIN, _END = "<!-- made by pipelines/serving/document.py: {} -->", "<!-- end: {} -->"
 _MEMORY = {"vllm": 80e9, "sglang": 80e9, "tpu-inference": 32e9, "sglang-jax": 32e9}  # bytes: H100, v6e
 _FOR_WEIGHTS = 0.7  # of a chip's memory; the rest is for caches and the head
-KINDS: dict[str, dict[str, Any]] = {
-    "the paper's": {},
-    "`--fc-norm`": {"fc_norm": True},
-    "`--norm-output`": {"norm_output": True},
-    "`--norm-before-residual`": {"norm_before_residual": True},
-    "`--layers 2`": {"layers": 2},
-    "`--lm-head frozen` or `tied`": {"lm_head": "frozen"},
-    "`--aux-layers` of three others": {"aux_layers": (4, 15, 27)},
-    "`--aux-layers` of five": {"aux_layers": (2, 8, 15, 22, 29)},
-}
 
 
 def kinds() -> str:
@@ -45,14 +37,13 @@ def kinds() -> str:
     names = list(SERVERS)
     lines = ["| | " + " | ".join(f"{s.title} {s.version}" for s in SERVERS.values()) + " |"]
     lines.append("|---" * (1 + len(names)) + "|")
-    for kind, options in KINDS.items():
-        aux = options.get("aux_layers", default_aux_layers(llama["num_hidden_layers"]))
-        head = Eagle3.for_target(
-            llama, 32_000, aux, **{k: v for k, v in options.items() if k != "aux_layers"}
-        )
-        limits = head.limits(llama)
-        found = [verdicts(limits, SERVERS[name].layouts[0])[name] for name in names]
-        lines.append(f"| {kind} | " + " | ".join(map(_word, found)) + " |")
+    default = default_aux_layers(llama["num_hidden_layers"])
+    for kind in HEADS.values():
+        for words, its in kind.variants.items():
+            given = {"draft_vocab_size": 32_000, "aux_layers": default} | its
+            limits = kind.for_target(llama, **given).limits(llama)
+            found = [verdicts(limits, SERVERS[name].layouts[0])[name] for name in names]
+            lines.append(f"| {words} | " + " | ".join(map(_word, found)) + " |")
     return "\n".join(lines)
 
 
@@ -68,15 +59,16 @@ def commands() -> str:
 
 
 def _of_recipe(recipe: recipes.Recipe) -> str:
-    lines = [f"### {recipe.name}", "", "```sh"]
+    lines, name = [f"### {recipe.name}", "", "```sh"], recipe.train.get("kind", TrainConfig.kind)
+    kind, settings = HEADS[name], {n: recipe.train[n] for n in settings_of(name) if n in recipe.train}
     if recipe.model == recipes.EMBEDDED:
-        served = launch.Served(f"heads/{recipe.name}", PORTABLE, Eagle3.method)
+        served = launch.Served(f"heads/{recipe.name}", PORTABLE, kind.method)
         options = launch.command("vllm", ".cache/smollm2-135m", served)
         made = launch.Command((*options.options, *launch.CPU_OPTIONS), launch.CPU)
         return "\n".join([*lines, "# vLLM for CPUs", made.text(), "```"])
     config, size = _published(recipe.name)
     aux = default_aux_layers(recipe.layers)
-    head = Eagle3.for_target(config, recipe.train["draft_vocab"], aux, ffn=recipe.train.get("ffn"))
+    head = kind.for_target(config, recipe.train["draft_vocab"], aux, **settings)
     limits, refused = head.limits(config), []
     for name in _MEMORY:
         found = {layout: verdicts(limits, layout)[name] for layout in SERVERS[name].layouts}
@@ -86,7 +78,7 @@ def _of_recipe(recipe: recipes.Recipe) -> str:
             continue
         place = f"heads/{recipe.name}" + (f"-{TPU}" if layout == TPU else "")
         chips = _chips(size, _MEMORY[name])
-        served = launch.Served(place, layout, Eagle3.method)
+        served = launch.Served(place, layout, kind.method)
         made = launch.command(name, recipe.model, served, chips=chips, environment=found[layout].environment)
         lines += [f"# {SERVERS[name].title}, {chips} x {_MEMORY[name] / 1e9:.0f} GB", made.text()]
     return "\n".join([*lines, "```", *([""] if refused else []), *refused])

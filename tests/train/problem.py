@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tests.train import reference
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 LLAMA3 = {
     "rope_type": "llama3",

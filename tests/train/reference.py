@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.rope import inverse_frequencies
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 Params = dict[str, np.ndarray]
 

@@ -8,7 +8,7 @@ import numpy as np
 from common.params import initialise
 from tests.train.served import read_tensors
 from train.export import export
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 LLAMA3 = {
     "rope_type": "llama3",

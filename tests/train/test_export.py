@@ -10,7 +10,7 @@ from tests.train.served import inverse_frequencies, served_logits
 from tests.train.small_head import IDS, LLAMA3, TARGET, config_of, exported, made, tensors_of, without
 from train.check_export import check
 from train.export import export
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.servers import best
 
 T = 11

@@ -14,7 +14,7 @@ from common.store import Store
 from tests.train import small_store
 from train import optimizer, sample
 from train.evaluate import Evaluator
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.heads.eagle3.start import halves
 from train.init import start
 from train.sample import measure

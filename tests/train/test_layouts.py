@@ -16,8 +16,8 @@ from tests.train.small_head import IDS, TARGET, config_of, made, tensors_of
 from train.check_export import check
 from train.evaluate import load_head
 from train.export import export
-from train.heads import read_serving_config
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
+from train.heads.head import read_serving_config
 from train.servers import LAYOUTS, SERVERS, best, require
 from train.warm_start import open_published
 

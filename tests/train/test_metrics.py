@@ -15,7 +15,7 @@ from tests.train.problem import head_config, problem
 from train import loss, optimizer
 from train.batch import Batch
 from train.metrics import add, better, summarise
-from train.noise import noised
+from train.noise import noised, with_draws
 from train.step import State, gradient, score_step, train_step
 from train.targets import counted_targets
 
@@ -106,7 +106,7 @@ def test_noise_is_a_function_of_seed_step_and_row():
 
     @partial(jax.jit, static_argnums=0)
     def noisy(amount, seed, step):
-        return noised(amount, batch, seed, step).aux_hidden
+        return noised(amount, with_draws(batch, seed, step)).aux_hidden
 
     found = np.asarray(noisy(0.1, 0, 3))
     np.testing.assert_array_equal(found[0], found[2])

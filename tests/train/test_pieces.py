@@ -14,8 +14,9 @@ from common.rows import Rows
 from tests.train import small_run, small_store
 from tests.train.small_run import lines_of, weights_of
 from train import loss, pieces, placing, targets
+from train.batch import Inputs
 from train.evaluate import Evaluator
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.order import listed
 from train.run import run
 from train.sample import measure
@@ -151,7 +152,7 @@ def test_a_sample_is_shared_by_runs_to_which_it_is_the_same_bits(url, monkeypatc
     """So a head of a sweep begins as it does alone. Of rows in pieces the room of the halo is part of it."""
     monkeypatch.setattr("train.source.measure", lambda store, mesh, workload, *_: workload.ttt_steps)
     source = Source(url, sp=sp)
-    given = 0, 1.0, small_store.AUX_LAYERS, 1e-5, True, jnp.float32
+    given = 0, 1.0, Inputs(small_store.AUX_LAYERS), 1e-5, True, jnp.float32
     assert [source.sample(source.workload(steps), *given) for steps in (2, 3)] == measured
 
 

@@ -12,6 +12,7 @@ from common.mesh import make_mesh
 from common.store import Store
 from tests.train import small_store
 from train import targets
+from train.batch import Inputs
 from train.order import level, listed, order, share_of
 from train.stored import teaching_arrays
 from train.stream import Stream, View
@@ -82,7 +83,8 @@ def stream_of(store, rows, chips=1, aux_layers=None):
     workload = Workload(store, store.split_rows("train"), STEPS)
     wanted = np.atleast_2d(rows)
     capacity = workload.capacity(wanted, mesh.size)
-    view = View(listed(wanted), workload, capacity, "recompute", np.arange(4), aux_layers)
+    inputs = Inputs(aux_layers) if aux_layers else None
+    view = View(listed(wanted), workload, capacity, "recompute", np.arange(4), inputs)
     return Stream(store, mesh, [view])
 
 
@@ -96,13 +98,13 @@ def test_what_heads_have_in_common_is_on_the_devices_once(store):
     for steps in (2, 2, 3):
         workload = Workload(store, store.split_rows("train"), steps)
         room = dataclasses.replace(workload.capacity(wanted.rows, 1), targets=256)
-        layers = tuple(store.features["aux_layers"][1:])
+        layers = Inputs(tuple(store.features["aux_layers"][1:]))
         views.append(View(wanted, workload, room, "recompute", np.arange(4 + len(views)), layers))
     stream = Stream(store, make_mesh(), views)
     ((_, parts),) = stream.reading()
     assert parts[0].slots is parts[1].slots is parts[2].slots  # looked for once
     ((_, first), (_, second), (_, third)) = next(stream.batches())
-    assert first.aux_hidden.shape[2] == len(layers)
+    assert first.aux_hidden.shape[2] == layers.count
     for name in ("aux_hidden", "tokens", "targets", "count"):
         assert getattr(first, name) is getattr(second, name) is getattr(third, name), name
     assert first.live is second.live
@@ -198,15 +200,15 @@ def test_a_damaged_store_stops_the_stream(tmp_path):
 
 def test_stored_logits_are_asked_for_by_codec(tmp_path, store):
     with pytest.raises(EyasError, match="no logits to teach with"):
-        teaching_arrays(store, "stored")
+        teaching_arrays(store, "stored", Inputs((0,)))
     small = Store.open(small_store.write_store(str(tmp_path / "f8"), "draft", "float8_e4m3fn"))
-    assert set(teaching_arrays(small, "stored")) == {
+    assert set(teaching_arrays(small, "stored", Inputs((0,)))) == {
         "aux_hidden",
         "aux_scale",
         "argmax",
         "draft_logprobs",
     }
-    assert {"last_hidden", "last_scale"} < set(teaching_arrays(small, "recompute"))
+    assert {"last_hidden", "last_scale"} < set(teaching_arrays(small, "recompute", Inputs((0,))))
 
 
 @pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8"])

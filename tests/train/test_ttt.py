@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.ttt import Step, rolled
+from train.heads.ttt import Step, rolled
 
 K, C, d = 4, 5, 3
 

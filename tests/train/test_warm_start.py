@@ -18,7 +18,7 @@ from train import check_export
 from train.config import TrainConfig
 from train.evaluate import load_head
 from train.export import export, target_identity
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.plan import make_plan
 from train.warm_start import open_published
 

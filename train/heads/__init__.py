@@ -1,176 +1,18 @@
-"""Kinds of draft heads. Each is one package behind one protocol; nothing else knows what is inside.
+"""Kinds of draft heads: each is a package here, behind the protocol of head.py, and known to no other code.
 
-Dimensions: H hidden size, D draft vocabulary, C live indices, K TTT steps; X features (train/sample.py). Of
-decoding: B sequences, m indices of each, A aux states.
+Another kind is its package, a line in `KINDS` and one in `HEADS` of head.py.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any
 
-import jax
+from common.config import knobs
+from train.heads.eagle3.settings import Settings as Eagle3Settings
 
-from common.cached_attention import New
-from common.errors import EyasError
-from common.params import Declaration
-from train.batch import Batch, Frozen, Params
-from train.heads.eagle3 import Eagle3
-from train.sample import Sample
-from train.servers import PORTABLE, Limit
+# What can be chosen about each kind, by the names of --kind: dataclasses of settings (common/config.py) that
+# become options of `eyas train`. Without jax, for which help would wait.
+KINDS: dict[str, type[Any]] = {"eagle3": Eagle3Settings}
 
 
-class Head(Protocol):
-    """The sizes of a head; its parameters are a flat dict. All methods are pure."""
-
-    options: ClassVar[tuple[str, ...]]  # the fields of the training's configuration that are this kind's
-    method: ClassVar[str]  # what vLLM calls the kind, and in capitals SGLang
-    hidden_size: int
-    vocab_size: int  # of the target
-    draft_vocab_size: int
-    aux_layers: tuple[int, ...]  # h_k: the residual stream that enters layer k
-    rms_eps: float
-
-    @classmethod
-    def for_target(
-        cls, target: dict[str, Any], draft_vocab_size: int, aux_layers: tuple[int, ...], **options: Any
-    ) -> Self:
-        """The head that fits a target, whose text's config.json is `target`; see `options`."""
-        ...
-
-    @classmethod
-    def layout_of(cls, config: dict[str, Any]) -> str | None:
-        """The layout (see train/servers.py) of an exported folder with that config.json; None if not ours."""
-        ...
-
-    @classmethod
-    def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
-        """The head that the config.json at `path` describes. EyasError for a field that a server misreads."""
-        ...
-
-    @classmethod
-    def is_published(cls, config: dict[str, Any]) -> bool:
-        """Whether a config.json, of whatever trainer, is of a head of this kind."""
-        ...
-
-    @classmethod
-    def from_published(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
-        """The head of such a config.json. EyasError for what it has and heads of this kind have not."""
-        ...
-
-    def asked(self, options: dict[str, Any], where: str) -> Self:
-        """This published head with the options that were asked for. EyasError for those it can't be given."""
-        ...
-
-    def sources(self, found: Iterable[str], path: str) -> dict[str, str]:
-        """{parameter: its name among the tensors `found` of a published head at `path`}. EyasError for the
-        first that is missing or unknown."""
-        ...
-
-    def parameters(self) -> Declaration:
-        """Every parameter; `still` are not trained."""
-        ...
-
-    @property
-    def rows_of(self) -> str:
-        """The tensor of the target ("lm_head" or "embed_tokens") whose rows the output may begin as."""
-        ...
-
-    def start(self, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
-        """An untrained head, made of N(0, 0.02) `noise` and of what a sample of the store says."""
-        ...
-
-    def units(self, sample: Sample) -> Params:
-        """{parameter [out, in]: [in]}: the units in which the optimiser sees the inputs of a matrix."""
-        ...
-
-    def matrices(self) -> frozenset[str]:
-        """The parameters [out, in] from hidden states to hidden states: what Muon may train."""
-        ...
-
-    def rollout(
-        self, params: Params, frozen: Frozen, batch: Batch, steps: int, dtype: Any
-    ) -> list[jax.Array]:
-        """The live indices' states [K, C, H] that `output` turns into logits, for each of `by_steps`."""
-        ...
-
-    def ready(self, params: Params, dtype: Any) -> Any:
-        """The parameters as `begin` and `step` take them, made once for all steps."""
-        ...
-
-    def empty_cache(self, sequences: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-        """What sequences of up to `length` places leave to later steps, [..., B, ...] with B as axis 1."""
-        ...
-
-    def begin(self, ready: Any, aux_BmAH: jax.Array) -> jax.Array:
-        """The states [B, m, H] that the first steps at indices take, from the target's aux states there."""
-        ...
-
-    def step(
-        self,
-        ready: Any,
-        cache: dict[str, jax.Array],
-        embedded_BmH: jax.Array,
-        state_BmH: jax.Array,
-        new: New,
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """(states that the next steps take, states that `output` turns into logits, cache). What is embedded
-        is the token behind an index; the logits are of the one behind that."""
-        ...
-
-    def tensors(self, layout: str) -> dict[str, str]:
-        """{name in an exported file: parameter}; servers may want one under several names."""
-        ...
-
-    def beside(self, layout: str) -> Declaration:
-        """What an exported file has beside them: d2t, t2d, embed_tokens.weight."""
-        ...
-
-    def still(self) -> frozenset[str]:
-        """The parameters that are not trained."""
-        ...
-
-    def output(self, params: Params) -> jax.Array:
-        """The matrix [D, H] from a rollout's states to logits."""
-        ...
-
-    def serving_config(
-        self, target: dict[str, Any], dtype: str, layout: str = PORTABLE, verifier: str = ""
-    ) -> dict[str, Any]:
-        """The config.json that servers read, of weights in `dtype`. `target` is the target's; `verifier` its
-        folder or Hub id, for layouts that name it."""
-        ...
-
-    def card(self, metadata: Mapping[str, Any], target: dict[str, Any], layout: str) -> str:
-        """The README.md of an exported head; `metadata` says how it was made, "target" of which target."""
-        ...
-
-    def facts(self) -> list[str]:
-        """What a check says of it beside its tensors, a line each."""
-        ...
-
-    def limits(self, target: dict[str, Any]) -> list[Limit]:
-        """What of this head, or of its target's config.json, which servers would refuse or misread."""
-        ...
-
-    def require_fit(self, target: dict[str, Any], where: str) -> None:
-        """EyasError naming the first thing of the head at `where` that is not its target's."""
-        ...
-
-    def require_pieces(self, pieces: int, where: str) -> None:
-        """EyasError unless its rollout can have rows in so many pieces (train/pieces.py)."""
-        ...
-
-
-HEADS: dict[str, type[Head]] = {"eagle3": Eagle3}  # by the names of --kind
-
-
-def read_serving_config(path: str, config: Any, num_target_layers: int) -> Head:
-    """The head of any kind that the config.json at `path` describes, for a target of so many layers."""
-    if not isinstance(config, dict):
-        raise EyasError(f"{path} is no JSON object; export the head again")
-    for kind in HEADS.values():
-        if kind.layout_of(config):
-            return kind.from_serving_config(path, config, num_target_layers)
-    raise EyasError(
-        f"{path}: architectures is {config.get('architectures')!r}, of no head that was exported here; "
-        "export it, or begin a training with it (--init)"
-    )
+def settings_of(kind: str) -> tuple[str, ...]:
+    """The names of what can be chosen about a kind."""
+    return tuple(knob.name for knob in knobs(KINDS[kind]))

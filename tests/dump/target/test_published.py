@@ -14,8 +14,8 @@ from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
 from pipelines.bench.published import PUBLISHED
-from train.heads import read_serving_config
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
+from train.heads.head import read_serving_config
 from train.plan import TrainConfig
 from train.servers import best
 from train.serving_config import canonical_rope

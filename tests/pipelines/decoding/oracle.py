@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pipelines.decoding.drafting import Drafter, Drafting
+from train.batch import Inputs
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Oracle:
     aux_layers: tuple[int, ...] = (2, 4)
 
     @property
+    def inputs(self):
+        return Inputs(self.aux_layers)
+
+    @property
     def hidden_size(self):
         return self.vocab_size
 
@@ -31,8 +36,11 @@ class Oracle:
             texts[0, slot, : len(text)] = text[: length + 2]
         return {"text": jnp.asarray(texts)}
 
-    def begin(self, ready, aux_BmAH):
-        return jnp.zeros((*aux_BmAH.shape[:2], self.vocab_size))
+    def begin(self, ready, states_BmSH):
+        return jnp.zeros((*states_BmSH.shape[:2], self.vocab_size))
+
+    def at_once(self, ready, cache, state_BH, starts_B, steps):
+        return None
 
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         at = jnp.minimum(new.positions_Bm + 2, cache["text"].shape[2] - 1)

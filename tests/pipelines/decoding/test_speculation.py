@@ -19,7 +19,7 @@ from pipelines.decoding.engine import Engine
 from pipelines.decoding.sampling import Sampling, probabilities
 from tests.goldens import golden
 from tests.pipelines.decoding.oracle import Known, Oracle, drafting, informed
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 GREEDY = Sampling()
 LENGTH, ANSWER = 48, 24

@@ -19,7 +19,7 @@ from tests.dump import tiny
 from tests.pipelines.serving import model_server
 from tests.train import small_store
 from train.export import export
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.servers import Limit
 
 OURS = {"length": 1.5, "by_position": [0.4, 0.1, 0.0], "drafts": 20.0}

@@ -27,11 +27,12 @@ from pipelines.speculate.run import run
 from pipelines.speculate.table import table
 from tests import tiny_llama
 from tests.dump.chats import write_model
+from tests.train.heads import medusa
 from tests.train.small_run import short_run
 from train.config import EvaluateConfig
 from train.evaluate import estimate, load_head
 from train.export import export
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 from train.run import run as train
 from train.source import Source
 
@@ -143,6 +144,26 @@ def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, tra
     assert measured["acceptance_length"] == pytest.approx(walked["length_greedy"])
     assert measured["accepted"] == pytest.approx(walked["accepted_greedy"])
     tree = run(replace(config, eagle_topk=3, draft_tokens=12))["sets"]["held out"]
+    assert tree["identical"] == ROWS // 2
+    assert tree["acceptance_length"] > measured["acceptance_length"]
+
+
+@pytest.mark.slow
+def test_another_kind_of_head_drafts_all_at_once_what_eval_estimates(model, trained, tmp_path, monkeypatch):
+    """It reads the last hidden state alone, of prompts and of what it had accepted; a tree of it too."""
+    medusa.register(monkeypatch)
+    store = trained[0]
+    learns = {"steps": 60, "ttt_steps": 3, "draft_vocab": 128, "learning_rate": 1e-2, "init": "target"}
+    train(medusa.Config(store, f"{tmp_path}/run", **learns, blocks=3))
+    config = SpeculateConfig(model, f"{tmp_path}/run/best", store, length=LENGTH, slots=3, max_tokens=ANSWER)
+    config = replace(config, out=str(tmp_path / "figures.json"))
+    found = run(config)
+    measured, walked = found["sets"]["held out"], found["estimate"]
+    assert measured["identical"] == measured["compared"] == ROWS // 2
+    assert measured["drafts"] == walked["drafts"]
+    assert measured["accepted"] == pytest.approx(walked["accepted_greedy"])
+    assert measured["acceptance_length"] > 1.05
+    tree = run(replace(config, topk=3, draft_tokens=12))["sets"]["held out"]
     assert tree["identical"] == ROWS // 2
     assert tree["acceptance_length"] > measured["acceptance_length"]
 

@@ -1,75 +1,108 @@
-"""Nothing outside of a head's own package knows what is in it: a kind that is nothing like EAGLE3 trains."""
+"""Nothing outside of a head's own package knows what is in it: a kind nothing like EAGLE3 does all."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from common import storage
 from common.config import knobs
-from common.layers import linear
-from common.mesh import make_mesh
-from common.params import Param, initialise
-from tests.train.on_device import STEPS, on_mesh
-from tests.train.problem import problem
-from train import optimizer
-from train.batch import by_steps
-from train.config import TrainConfig
-from train.heads import HEADS
-from train.metrics import add, summarise
-from train.sample import Sample
-from train.step import State, gradient, score_step, train_step
+from common.errors import EyasError
+from common.store import Store
+from tests.train import small_store
+from tests.train.heads import medusa
+from tests.train.small_run import assert_same_run, lines_of, weights_of
+from train import check_export
+from train.config import EvaluateConfig
+from train.evaluate import estimate
+from train.heads import KINDS
+from train.heads.head import HEADS
+from train.plan import make_plan
+from train.run import run
+from train.source import Source
+from train.stream import Stream
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A head without attention: each step has a matrix of its own from the aux states to logits."""
-
-    inputs: int
-    draft_vocab_size: int
-    steps: int
-
-    def parameters(self):
-        shapes = {f"steps.{k}": (self.draft_vocab_size, self.inputs) for k in range(self.steps)}
-        return {name: Param(shape, (None, None)) for name, shape in shapes.items()}
-
-    def rollout(self, params, frozen, batch, steps, dtype):
-        aux = batch.aux_hidden.reshape(batch.tokens.size, -1)
-
-        def states(at_steps, part):
-            x = aux.at[part.live].get(mode="fill", fill_value=0).astype(dtype)
-            return jnp.stack([linear(x, params[f"steps.{k}"].astype(dtype)) for k in at_steps])
-
-        return [states(*part) for part in by_steps(batch, steps)]
-
-    def output(self, params):
-        return jnp.eye(self.draft_vocab_size)
-
-    def units(self, sample):
-        return {name: sample.units_A for name in self.parameters()}
+@pytest.fixture(autouse=True)
+def another_kind(monkeypatch):
+    medusa.register(monkeypatch)
 
 
-def test_another_kind_of_head_learns_and_is_scored():
-    p, mesh = problem(), make_mesh()
-    c = p.config
-    head = Linear(c.hidden_size * len(c.aux_layers), c.draft_vocab_size, STEPS)
-    _, frozen, batch = on_mesh(p, mesh)
-    params = initialise(head.parameters(), jax.random.key(0))
-    units = head.units(Sample(np.full(head.inputs, 2.0, np.float32), None))
-    adamw = optimizer.make(optimizer.schedule(0.1, 0.1, 30), 10.0, (0.9, 0.99), 0.0, units)
-    step = jax.jit(train_step(gradient(head, mesh, STEPS, 0.8, jnp.float32), adamw))
-    state, losses = State(params, adamw.init(params), jnp.int32(0)), []
-    for _ in range(30):
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics.loss))
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    return small_store.write_store(str(tmp_path_factory.mktemp("protocol") / "store"))
+
+
+def config(url, out, **changes):
+    settings = {"steps": 24, "batch_rows": 4, "ttt_steps": 3, "draft_vocab": 48, "learning_rate": 1e-2}
+    settings |= {"optimizer": "adamw", "init": "target", "eval_every": 12, "log_every": 4}
+    return medusa.Config(url, str(out), **settings | changes)
+
+
+def test_another_kind_trains_is_exported_and_is_trained_on(url, tmp_path):
+    """With a setting of its own, and random numbers of its own, drawn again where a run is continued."""
+    first = config(url, tmp_path / "run", dropout=0.1, save_every=5)
+    run(first)
+    losses = [line["loss"] for line in lines_of(tmp_path / "run") if "loss" in line]
     assert losses[-1] < 0.9 * losses[0]
-    score = jax.jit(score_step(head, mesh, STEPS, jnp.float32))
-    before, after = (summarise(add(None, score(x, frozen, batch))) for x in (params, state.params))
-    assert np.mean(after["acc"]) > np.mean(before["acc"])
+    best = f"{tmp_path}/run/best"
+    assert any("blocks: 2" in line for line in check_export.check(best, small_store.TARGET))
+    assert storage.read_json(f"{best}/config.json")["architectures"] == ["MedusaModel"]
+    figures = estimate(Source(url), EvaluateConfig(best, url, 3))
+    lengths = [x["evaluation"]["length_greedy"] for x in lines_of(tmp_path / "run") if "evaluation" in x]
+    assert figures["length_greedy"] == pytest.approx(max(lengths), rel=1e-2)  # in bfloat16
+    with pytest.raises(EyasError, match="of no head of kind=eagle3; give --kind medusa"):
+        make_plan(config(url, tmp_path / "other", init=best, kind="eagle3"))
+    with pytest.raises(EyasError, match="leave blocks out"):
+        make_plan(config(url, tmp_path / "more", init=best, blocks=3))
+    on = replace(first, out=str(tmp_path / "on"), init=best, steps=1, learning_rate=1e-9)
+    run(replace(on, draft_vocab=None))
+    for name, weight in weights_of(tmp_path / "on").items():
+        np.testing.assert_allclose(weight, weights_of(tmp_path / "run", "best")[name], rtol=1e-2, atol=1e-6)
 
 
-def test_every_kind_of_head_can_be_chosen_with_its_own_options():
-    (kinds,) = (knob.setting.choices for knob in knobs(TrainConfig) if knob.name == "kind")
-    assert set(kinds) == HEADS.keys()
-    known = {knob.name for knob in knobs(TrainConfig)}
-    assert all(set(kind.options) <= known for kind in HEADS.values())
+def test_it_is_the_same_on_another_number_of_chips_and_when_continued(url, tmp_path):
+    whole = config(url, tmp_path / "whole", dropout=0.2, accumulate=1, steps=6)
+    run(whole)
+    run(replace(whole, out=str(tmp_path / "again")))
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+    run(replace(whole, out=str(tmp_path / "two"), dp=2))
+    for name, weight in weights_of(tmp_path / "two").items():
+        np.testing.assert_allclose(weight, weights_of(tmp_path / "whole")[name], rtol=1e-2, atol=1e-3)
+
+
+def test_what_a_kind_does_not_read_is_not_read(url):
+    """Neither is it asked for in vain."""
+    plan = make_plan(config(url, "unused"))
+    names = Stream(Store.open(url), plan.mesh, [plan.view])._names
+    assert "last_hidden" in names
+    assert "aux_hidden" not in names
+    for wrong, message in {
+        "noise": (0.1, "the head reads none"),
+        "aux_layers": ((2, 4), "kind=medusa reads no aux states"),
+    }.items():
+        value, text = message
+        with pytest.raises(EyasError, match=text):
+            make_plan(config(url, "unused", **{wrong: value}))
+
+
+def test_it_needs_what_it_reads(tmp_path):
+    url = small_store.write_store(str(tmp_path / "store"), "topk", last_rows=4)
+    with pytest.raises(EyasError, match=r"reads last_hidden.*not of every row"):
+        make_plan(config(url, tmp_path / "run"))
+
+
+def test_settings_of_another_kind_are_refused(url):
+    with pytest.raises(ValueError, match="layers=2 has no meaning with kind=medusa"):
+        config(url, "unused", layers=2)
+    with pytest.raises(ValueError, match=r"dropout=0.5 has no meaning with kind=eagle3.*give kind=medusa"):
+        config(url, "unused", kind="eagle3", dropout=0.5)
+
+
+def test_every_kind_of_head_can_be_chosen_with_its_own_settings():
+    (kinds,) = (knob.setting.choices for knob in knobs(medusa.Config) if knob.name == "kind")
+    assert set(kinds) == HEADS.keys() == KINDS.keys()
+    known = [knob.name for knob in knobs(medusa.Config)]
+    assert len(known) == len(set(known))
+    for settings in KINDS.values():
+        assert {knob.name for knob in knobs(settings)} <= set(known)

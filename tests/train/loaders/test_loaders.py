@@ -24,7 +24,7 @@ from common import safetensors, storage
 from tests.train.served import served_logits
 from tests.train.small_head import IDS, TARGET, tensors_of
 from train.export import export
-from train.heads.eagle3 import Eagle3
+from train.heads.eagle3.head import Eagle3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 T = 11

@@ -14,8 +14,8 @@ from common import schema
 from common.aux_layers import default_aux_layers
 from common.errors import EyasError
 from common.schema import NotRequired, TypedDict
+from train.heads.eagle3.aux_keys import AUX_KEY
 from train.heads.eagle3.sizes import METHOD, Sizes, parameters, rope_of
-from train.serving_config import AUX_KEY
 
 _ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
 _SPECULATORS = "speculators_model_type"

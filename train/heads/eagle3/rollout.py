@@ -39,8 +39,8 @@ from train.heads.eagle3.block import (
 )
 from train.heads.eagle3.own_keys import KeysValues, join
 from train.heads.eagle3.sizes import Sizes
+from train.heads.ttt import Step, rolled
 from train.targets import ahead, permute, slots
-from train.ttt import Step, rolled
 
 _MATMULS = 10 * 2**30  # bytes of a chip for results of matmuls: a third of a v6e's
 

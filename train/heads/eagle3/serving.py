@@ -11,11 +11,23 @@ from common.aux_layers import default_aux_layers, is_default
 from common.errors import EyasError
 from common.params import Declaration, Param
 from train.heads.eagle3 import speculators
+from train.heads.eagle3.aux_keys import aux_keys, read_aux_layers
 from train.heads.eagle3.sizes import Sizes, layer_name, parameters
 from train.servers import PORTABLE, SPECULATORS, TPU
-from train.serving_config import aux_keys, canonical_rope, check_fields, read_aux_layers, token_ids
+from train.serving_config import canonical_rope, check_fields, token_ids
 
 Kind = TypeVar("Kind", bound=Sizes)
+LAYOUTS = (PORTABLE, SPECULATORS, TPU)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the paper's": {},
+    "`--fc-norm`": {"fc_norm": True},
+    "`--norm-output`": {"norm_output": True},
+    "`--norm-before-residual`": {"norm_before_residual": True},
+    "`--layers 2`": {"layers": 2},
+    "`--lm-head frozen` or `tied`": {"lm_head": "frozen"},
+    "`--aux-layers` of three others": {"aux_layers": (4, 15, 27)},
+    "`--aux-layers` of five": {"aux_layers": (2, 8, 15, 22, 29)},
+}
 # vLLM, by which tpu-inference reads config.json, prefixes the second with Eagle3, whose JAX model there is;
 # for the first there is none. SGLang knows the first alone.
 _ARCHITECTURES = {PORTABLE: ["LlamaForCausalLMEagle3"], TPU: ["LlamaForCausalLM"]}

@@ -15,7 +15,6 @@ from common.errors import EyasError
 from common.params import Declaration, Param
 
 METHOD = "eagle3"  # what servers call it
-OPTIONS = ("ffn", "layers", "fc_norm", "norm_output", "norm_before_residual", "lm_head")
 _COUNTS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn", "draft_vocab_size", "layers")
 _LATENT_HEAD_DIM, _LATENT_KV_HEADS = 128, 8
 

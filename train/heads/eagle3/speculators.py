@@ -7,9 +7,9 @@ Read off vllm-project/speculators `models/eagle3/{config,core}.py` and vLLM
 from typing import Any
 
 from common.errors import EyasError
+from train.heads.eagle3.aux_keys import AUX_KEY
 from train.heads.eagle3.sizes import METHOD
 from train.launch import TOKENS
-from train.serving_config import AUX_KEY
 
 ARCHITECTURES = ["Eagle3DraftModel"]
 EMBEDDING = "embed_tokens.weight"  # speculators' own model has none but this; vLLM shares it with the target

@@ -40,7 +40,7 @@ def _sizes(c: Sizes, sample: Sample) -> jax.Array:
 
 
 def start(c: Sizes, noise: Params, sample: Sample, lm_head_DH: jax.Array | None, key: jax.Array) -> Params:
-    """See train/heads: Head.start."""
+    """See train/heads/head.py: Head.start."""
     sizes_A = _sizes(c, sample)
     params = noise | {"fc.weight": noise["fc.weight"] * sizes_A[None] / sample.units_A[None]}
     if lm_head_DH is not None:
