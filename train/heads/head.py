@@ -62,7 +62,8 @@ class Head(Protocol):
 
     @classmethod
     def is_published(cls, config: dict[str, Any]) -> bool:
-        """Whether a config.json, of whatever trainer, is of a head of this kind."""
+        """Whether a config.json, of whatever trainer, is of a head of this kind; it may be a target's, of one
+        that has such a head in it."""
         ...
 
     @classmethod
@@ -132,11 +133,16 @@ class Head(Protocol):
         ...
 
     def at_once(
-        self, ready: Any, cache: dict[str, jax.Array], state_BH: jax.Array, starts_B: jax.Array, steps: int
+        self,
+        ready: Any,
+        cache: dict[str, jax.Array],
+        left: tuple[jax.Array, jax.Array],
+        starts_B: jax.Array,
+        steps: int,
     ) -> jax.Array | None:
-        """The states [B, K, ...] that `output` turns into logits, of a whole draft, of a kind that needs no
-        drafted token for the next one; None of the others, which draft by a `step` a token. `state` is what
-        the first step left behind sequences of so many tokens."""
+        """The states [B, K, H] that `output` turns into logits, of a whole draft, of a kind that needs no
+        drafted token for the next one; None of the others, which draft by a `step` a token. `left` are both
+        states [B, H] of the first step behind sequences of so many tokens."""
         ...
 
     def tensors(self, layout: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Oracle:
     def begin(self, ready, states_BmSH):
         return jnp.zeros((*states_BmSH.shape[:2], self.vocab_size))
 
-    def at_once(self, ready, cache, state_BH, starts_B, steps):
+    def at_once(self, ready, cache, left, starts_B, steps):
         return None
 
     def step(self, ready, cache, embedded_BmH, state_BmH, new):

@@ -144,8 +144,8 @@ class Medusa:
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         return state_BmH, state_BmH, cache
 
-    def at_once(self, ready, cache, state_BH, starts_B, steps):
-        return self._all(ready, state_BH, range(steps)).swapaxes(0, 1)
+    def at_once(self, ready, cache, left, starts_B, steps):
+        return self._all(ready, left[0], range(steps)).swapaxes(0, 1)
 
     def tensors(self, layout):
         return {name: name for name in self.parameters()}

@@ -99,7 +99,7 @@ class Eagle3(sizes.Sizes):
         self,
         ready: tuple[Params, Params],
         cache: dict[str, jax.Array],
-        state_BH: jax.Array,
+        left: tuple[jax.Array, jax.Array],
         starts_B: jax.Array,
         steps: int,
     ) -> None:
