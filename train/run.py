@@ -17,7 +17,8 @@ from common.stopping import Stop, stopped
 from train import servers, together
 from train.config import TrainConfig
 from train.experiment import claimed
-from train.plan import Plan, make_plan
+from train.plan import Plan
+from train.planning import make_plan
 from train.trainer import Trainer
 
 __all__ = ["TrainConfig", "run"]

@@ -24,7 +24,8 @@ from train import together
 from train.config import TrainConfig
 from train.experiment import claimed, require_own
 from train.names import EXPERIMENT, FAILED
-from train.plan import Plan, make_plan, room
+from train.plan import Plan, room
+from train.planning import make_plan
 from train.run import SMALLER
 from train.source import Source
 from train.stream import Stream

@@ -18,7 +18,8 @@ from train.config import TrainConfig
 from train.evaluate import score_all
 from train.experiment import claimed
 from train.pace import Saving
-from train.plan import Plan, make_plan
+from train.plan import Plan
+from train.planning import make_plan
 from train.step import State, train_step
 from train.stream import Stream
 from train.trainer import Trainer

@@ -12,7 +12,7 @@ import pytest
 from common.errors import EyasError, MachineError
 from tests.train.small_run import assert_same_head
 from train.experiment import claimed
-from train.plan import make_plan
+from train.planning import make_plan
 from train.state import Saved
 from train.trainer import Trainer, is_done
 

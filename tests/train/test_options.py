@@ -14,7 +14,7 @@ from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, weights_of
 from train import evaluate, optimizer
 from train.config import EvaluateConfig
-from train.plan import make_plan
+from train.planning import make_plan
 from train.run import run
 
 
@@ -117,7 +117,7 @@ def test_aux_layers_that_the_store_lacks_are_refused(config):
 def test_what_a_run_is_continued_with_mixes_nothing(tmp_path, monkeypatch):
     """Every head is measured on the rows of the first; what counts for patience is what was measured, however
     often; experiment.json has every call, and a comparison shows the last one."""
-    monkeypatch.setattr("train.plan.evaluations", lambda *_: (2, 4))  # of 5 held-out rows
+    monkeypatch.setattr("train.planning.evaluations", lambda *_: (2, 4))  # of 5 held-out rows
     out = str(tmp_path / "out")
     store = small_store.write_store(str(tmp_path / "store"))
     still = small_run.short_run(store, out, eval_every=None, learning_rate=1e-9, patience=2)

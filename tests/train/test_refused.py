@@ -11,7 +11,7 @@ import pytest
 from common.errors import EyasError
 from common.store import Store
 from tests.train import small_run, small_store
-from train.plan import make_plan
+from train.planning import make_plan
 from train.run import TrainConfig, run
 
 
@@ -95,7 +95,7 @@ def test_a_draft_vocabulary_without_what_the_target_says_is_refused_and_a_poor_o
     store = Store.open(config.store)
     said = store.read(("argmax",), store.split_rows("train"))["argmax"]
     others = np.setdiff1d(np.arange(small_store.V), said).astype(np.int32)[:4]
-    monkeypatch.setattr("train.plan.most_frequent", lambda counts, n: others)
+    monkeypatch.setattr("train.planning.most_frequent", lambda counts, n: others)
     match = (
         r"of 183 tokens that the target would say, the draft vocabulary of 4 has none, so .* --draft-vocab"
     )

@@ -18,7 +18,7 @@ from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, together
 from train.experiment import claimed
 from train.exported import Exported
-from train.plan import make_plan
+from train.planning import make_plan
 from train.run import run
 from train.state import Saved
 from train.step import State

@@ -24,7 +24,7 @@ from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.experiment import claimed
-from train.plan import make_plan
+from train.planning import make_plan
 from train.run import TrainConfig, run
 from train.source import Source
 

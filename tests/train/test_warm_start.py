@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.evaluate import load_head
 from train.export import export, target_identity
 from train.heads.eagle3.head import Eagle3
-from train.plan import make_plan
+from train.planning import make_plan
 from train.warm_start import open_published
 
 IDS = np.sort(np.random.default_rng(1).permutation(small_store.V)[:20]).astype(np.int32)

@@ -14,9 +14,9 @@ from dump.dump import DumpConfig
 from dump.target.moe import Moe
 from pipelines import recipes
 from pipelines.bench.published import PUBLISHED
+from train.config import TrainConfig
 from train.heads.eagle3.head import Eagle3
 from train.heads.head import read_serving_config
-from train.plan import TrainConfig
 from train.servers import best
 from train.serving_config import canonical_rope
 

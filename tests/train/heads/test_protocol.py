@@ -17,7 +17,7 @@ from train.config import EvaluateConfig
 from train.evaluate import estimate
 from train.heads import KINDS
 from train.heads.head import HEADS
-from train.plan import make_plan
+from train.planning import make_plan
 from train.run import run
 from train.source import Source
 from train.stream import Stream
