@@ -39,7 +39,7 @@ def measured(store, head, fitted, chips=1):
     mesh, source = make_mesh(chips), Source(store.url, chips)
     embed = source.embed(jnp.float32) if fitted else None
     rows = store.split_rows("train")
-    return measure(store, mesh, Workload(store, rows, 1), rows, embed, head.rms_eps, head.aux_layers)
+    return measure(store, mesh, Workload(store, rows, 1), rows, embed, head.rms_eps, head.inputs)
 
 
 def made(store, head, init, seed=0, chips=1):
@@ -184,7 +184,7 @@ def test_the_sample_is_of_rows_that_count(store, head, monkeypatch):
 def test_a_sample_of_rows_that_do_not_fill_the_chips_is_done_at_its_end(store, head, capsys):
     """What is counted is what was announced."""
     rows, mesh = store.split_rows("train")[:37], make_mesh(4)
-    measure(store, mesh, Workload(store, rows, 1), rows, None, head.rms_eps, head.aux_layers)
+    measure(store, mesh, Workload(store, rows, 1), rows, None, head.rms_eps, head.inputs)
     assert "sample: 100%" in capsys.readouterr().err
 
 

@@ -166,7 +166,7 @@ def test_a_head_goes_from_layout_to_layout_and_back_unchanged(tmp_path):
         source = place
         with open(f"{place}/README.md") as file:
             assert "| learning rate | 0.25 |" in file.read()
-        assert open_published(place, opened).head == head  # a training begins with any of them
+        assert open_published(place, "eagle3", opened).head == head  # a training begins with any of them
         _, weights, found = load_head(place, opened.target_config())  # and eval reads it
         np.testing.assert_array_equal(found, ids)
         for name, value in params.items():

@@ -84,7 +84,7 @@ def head_config(head, store):
 
 @pytest.mark.parametrize("layout", [portable, speculators])
 def test_a_published_head_is_read_with_its_vocabulary(layout, tmp_path, store, head, params):
-    found = open_published(layout(tmp_path / "head", store, head, params), store)
+    found = open_published(layout(tmp_path / "head", store, head, params), "eagle3", store)
     assert found.head == head
     np.testing.assert_array_equal(found.draft_ids, IDS)
     weights = found.weights()
@@ -107,7 +107,7 @@ def test_every_kind_of_head_is_read_as_what_it_is(tmp_path, store):
         ),
     )
     for folder in both:
-        found = open_published(folder, store)
+        found = open_published(folder, "eagle3", store)
         assert found.head == head
         for name, weight in found.weights().items():
             np.testing.assert_array_equal(weight, params[name], err_msg=name)
@@ -136,7 +136,7 @@ def test_a_run_begins_with_the_published_head(tmp_path, store, head, params):
     [
         ({"norm_before_fc": True}, "norm_before_fc is True, which cannot be trained on here"),
         ({"norm_before_residual": None}, "norm_before_residual is None, expected true or false"),
-        ({"speculators_model_type": "eagle"}, "of no kind of head that can be trained on"),
+        ({"speculators_model_type": "eagle"}, "of no head of kind=eagle3"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 9]}, "aux layers .* of 8 layers"),
         ({"draft_vocab_size": 19}, "lm_head.weight has shape"),
         ({"fc_norm": True}, "lacks fc_norm.0.weight"),
@@ -152,7 +152,7 @@ def test_a_run_begins_with_the_published_head(tmp_path, store, head, params):
 def test_a_head_that_cannot_be_trained_on_is_refused_by_name(made, match, tmp_path, store, head, params):
     folder = speculators(tmp_path / "head", store, head, params, **made)
     with pytest.raises(EyasError, match=match) as caught:
-        open_published(folder, store)
+        open_published(folder, "eagle3", store)
     assert "\n" not in str(caught.value)
     assert str(caught.value).count(folder) == 1  # told once
 
@@ -169,7 +169,7 @@ def test_a_config_of_wrong_types_is_refused_in_one_line(layout, tmp_path, store,
                 (changed[path[0]] if path else changed)[key] = wrong
                 storage.write_json(place, changed)
                 try:  # not every field decides on something
-                    open_published(str(tmp_path / "head"), store)
+                    open_published(str(tmp_path / "head"), "eagle3", store)
                 except EyasError as error:
                     told.append(str(error))
     assert len(told) > 100
@@ -179,32 +179,34 @@ def test_a_config_of_wrong_types_is_refused_in_one_line(layout, tmp_path, store,
 def test_a_head_of_another_target_is_refused_by_name(tmp_path, store, head, params):
     strange = store.target_tensor("embed_tokens")[::-1].copy()
     with pytest.raises(EyasError, match=r"row 0 of its embed_tokens.weight is not that of made-up"):
-        open_published(speculators(tmp_path / "embedding", store, head, params, embed=strange), store)
+        open_published(
+            speculators(tmp_path / "embedding", store, head, params, embed=strange), "eagle3", store
+        )
     folder = portable(tmp_path / "named", store, head, params)
     config = storage.read_json(f"{folder}/config.json")
     assert config["trained_for"]["target"] == "made-up"
     config["trained_for"] = {"target": "another", "embed_tokens": "0" * 64}
     storage.write_json(f"{folder}/config.json", config)
     with pytest.raises(EyasError, match=r"was trained for another, but .* holds features of made-up"):
-        open_published(folder, store)
+        open_published(folder, "eagle3", store)
     config = json.loads(json.dumps(config).replace('"rope_theta": 10000.0', '"rope_theta": 500000.0'))
     storage.write_json(f"{folder}/config.json", config | {"trained_for": None})
     with pytest.raises(EyasError, match=r"has rope_theta 500000.0, its target"):
-        open_published(folder, store)
+        open_published(folder, "eagle3", store)
 
 
 def test_a_pickled_head_is_not_opened(tmp_path, store, head, params):
     folder = portable(tmp_path / "head", store, head, params)
     (tmp_path / "head" / "model.safetensors").rename(tmp_path / "head" / "pytorch_model.bin")
     with pytest.raises(EyasError, match=r"pickled weights .* never opened; convert to safetensors"):
-        open_published(folder, store)
+        open_published(folder, "eagle3", store)
 
 
 def test_a_head_that_is_replaced_after_it_was_looked_at_is_not_begun_with(tmp_path, store, head, params):
     """Its sums are in the run's identity; in a bucket nothing else tells."""
-    opened = open_published(portable(tmp_path / "head", store, head, params), store)
+    opened = open_published(portable(tmp_path / "head", store, head, params), "eagle3", store)
     other = params | {"fc.weight": params["fc.weight"] + 1}
-    tensors = open_published(portable(tmp_path / "other", store, head, other), store)._tensors
+    tensors = open_published(portable(tmp_path / "other", store, head, other), "eagle3", store)._tensors
     with pytest.raises(RestartError, match=r"head was replaced while it was read; run the same command"):
         replace(opened, _tensors=tensors).weights()
 
