@@ -7,7 +7,7 @@ import numpy as np
 
 from common.errors import EyasError
 from common.safetensors import Checkpoint
-from train.heads import Head
+from train.heads.head import Head
 
 
 def vocabulary_maps(draft_ids: np.ndarray, N: int, V: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,9 +21,9 @@ from train import logs, optimizer, pieces
 from train.config import TrainConfig
 from train.heads import KINDS, settings_of
 from train.heads.head import HEADS, Head
+from train.names import EXPERIMENT
 from train.order import Order, level, order
 from train.pace import evaluations
-from train.names import EXPERIMENT
 from train.plan import Plan, room
 from train.source import Source
 from train.stored import require_inputs, teaching_arrays, whole_teacher

@@ -20,6 +20,7 @@ from common.errors import EyasError
 from common.lock import in_use
 from common.schema import Count, TypedDict
 from pipelines.compare.curves import Curve, thin
+from train.heads import KINDS, settings_of
 from train.names import (
     EVALUATION,
     EXPERIMENT,
@@ -31,7 +32,6 @@ from train.names import (
     SAMPLED_BY_K,
     SINCE_BEST,
 )
-from train.heads import KINDS, settings_of
 
 # What is plotted: names of training lines, and of evaluations. A name that ends in _k has K values a line.
 TRAINED = ("loss", "acc_in_vocab_k", "gradient_norm", "learning_rate")

@@ -141,7 +141,7 @@ def test_the_sample_of_pieces_is_that_of_whole_rows(url):
     for dp, sp in ((1, 1), (1, 4)):
         source, head, _ = opened(url, dp, sp)
         of = source.store, source.mesh, source.workload(STEPS), source.train_rows
-        found.append(measure(*of, source.embed(jnp.float32), head.rms_eps, head.aux_layers))
+        found.append(measure(*of, source.embed(jnp.float32), head.rms_eps, head.inputs))
     np.testing.assert_allclose(found[1].units_A, found[0].units_A, rtol=1e-5)
     for one, other in zip(found[1].fit, found[0].fit, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -24,6 +24,7 @@ from tests.train.small_run import assert_same_run, lines_of
 from train import evaluate, optimizer
 from train.evaluate import EvaluateConfig
 from train.experiment import claimed
+from train.heads import KINDS, settings_of
 from train.planning import make_plan
 from train.run import TrainConfig, run
 from train.source import Source
@@ -93,7 +94,8 @@ def test_a_comparison_reads_what_a_run_writes(config, whole):
     assert found.evaluated.tokens.tolist() == [4 * 48, 8 * 48, 11 * 48]
     assert found.steps_drafted == 3
     # Two configurations that differ in a field differ in what is compared.
-    elsewhere = {"epochs": "steps", "draft_vocab": "head.draft_vocab_size", "ffn": "head.ffn"}
+    elsewhere = {"epochs": "steps", "draft_vocab": "head.draft_vocab_size"}
+    elsewhere |= {name: f"head.{name}" for kind in KINDS for name in settings_of(kind)}
     places = {"store", "out", "cache", "memory", "log_to"}
     wanted = {elsewhere.get(field.name, field.name) for field in fields(TrainConfig)} - places
     assert wanted <= found.settings.keys()
@@ -210,10 +212,10 @@ def test_losses_that_are_not_finite_end_the_run(config, tmp_path):
 
 
 def test_a_skipped_step_takes_no_rate_of_the_schedule(config, tmp_path, monkeypatch):
-    def broken(amount, batch, seed, step):
+    def broken(batch, seed, step):
         return batch._replace(aux_hidden=batch.aux_hidden * jnp.where(step == 1, jnp.nan, 1.0))
 
-    monkeypatch.setattr("train.trainer.noised", broken)
+    monkeypatch.setattr("train.trainer.with_draws", broken)
     here = replace(config, out=str(tmp_path / "out"), steps=4, eval_every=4, log_every=1)
     run(here)
     found = [(line["step"], line["learning_rate"]) for line in lines_of(here.out) if "loss" in line]

@@ -20,8 +20,8 @@ from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, lines_of
 from train import sweep, together
 from train.evaluate import Evaluator, score_all
-from train.names import FAILED, LENGTH
 from train.heads.eagle3.head import Eagle3
+from train.names import FAILED, LENGTH
 from train.order import order
 from train.plan import Plan
 from train.run import run
