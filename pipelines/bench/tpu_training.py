@@ -1,8 +1,10 @@
 """How near training comes to a TPU's peak, by the TPU compiler's own estimates: no TPU is needed.
 
-    python -m pipelines.bench.tpu_training RECIPE LENGTH ROWS [SP]    prints what it expects of one step, JSON
+    python -m pipelines.bench.tpu_training RECIPE LENGTH ROWS [SP] [OPTIMIZER]    prints what it expects of a
+                                                                                step, as JSON
 
-ROWS are those of a chip, or of each SP chips that share them, each one document, all of it counted. Priced as
+ROWS are those of a chip, or of each SP chips that share them, each one document, all of it counted. OPTIMIZER
+in the place of the recipe's. Priced as
 pipelines/bench/tpu.py says, but the attention kernels one by one: forwards they multiply twice, backwards
 seven times, and what they are given.
 """
@@ -43,21 +45,23 @@ _STEPS = 1000  # of the schedule, which costs nothing
 
 
 def compile_step(
-    recipe: str, length: int, rows: int, mesh: Mesh | None = None, sp: int = 1
+    recipe: str, length: int, rows: int, mesh: Mesh | None = None, sp: int = 1, rule: str | None = None
 ) -> tuple[jax.stages.Compiled, tuple[State, Frozen, Batch], Eagle3, TrainConfig]:
     """(one training step of `rows` rows of a chip, or of `sp` chips, the shapes of its arguments, the head,
-    the recipe's configuration); on the recipe's slice if no mesh is given."""
+    the recipe's configuration); on the recipe's slice if no mesh is given. `rule`: another optimiser."""
     known = recipes.load(recipe)
-    config = TrainConfig("store", "out", **known.train)
+    config = TrainConfig("store", "out", **known.train | ({"optimizer": rule} if rule else {}))
     aux = target.default_aux_layers(known.layers)
     head = Eagle3.for_target(config_of(recipe, None).text, config.draft_vocab, aux, ffn=config.ffn)
     mesh = mesh or mesh_of(config.dp * config.sp // sp, sp, known.train_slice.split("-")[0])
     rate = optimizer.schedule(config.learning_rate, config.warmup, _STEPS)
     units = np.ones(len(aux) * head.hidden_size, np.float32)
-    adamw = optimizer.make(rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units})
+    muon = head.matrices() if config.optimizer == "muon" else frozenset()
+    how = rate, config.clip, config.betas, config.weight_decay, {"fc.weight": units}
+    made = optimizer.make(*how, muon=muon)
     params = shapes(head.parameters(), jnp.float32)
-    state = State(params, jax.eval_shape(adamw.init, params), jax.ShapeDtypeStruct((), jnp.int32))
-    step = train_step(gradient(head, mesh, config.ttt_steps, config.decay, jnp.bfloat16), adamw)
+    state = State(params, jax.eval_shape(made.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    step = train_step(gradient(head, mesh, config.ttt_steps, config.decay, jnp.bfloat16), made)
     frozen = _frozen(head)
     lying = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -106,9 +110,11 @@ def _batch(c: Eagle3, mesh: Mesh, T: int, rows_of_chip: int, steps: int) -> Batc
     )
 
 
-def expected(recipe: str, length: int = 2048, rows: int = 4, sp: int = 1) -> dict[str, float]:
+def expected(
+    recipe: str, length: int = 2048, rows: int = 4, sp: int = 1, rule: str | None = None
+) -> dict[str, float]:
     """What the compiler expects of a recipe's step: seconds, the share of the peak, and GiB of a chip."""
-    compiled, (*_, batch), head, config = compile_step(recipe, length, rows, sp=sp)
+    compiled, (*_, batch), head, config = compile_step(recipe, length, rows, sp=sp, rule=rule)
     chip, K, n = CHIPS[recipes.load(recipe).train_slice.split("-")[0]], config.ttt_steps, rows * length // sp
     room = len(batch.targets) // len(batch.count)
     chunk = chunk_size(room, K * head.draft_vocab_size, jnp.bfloat16)
@@ -166,4 +172,4 @@ def _figure(recipe: str, length: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(expected(sys.argv[1], *map(int, sys.argv[2:]))))
+    print(json.dumps(expected(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])))

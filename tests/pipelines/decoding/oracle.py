@@ -70,14 +70,21 @@ class Informed:
     aux_layers: tuple[int, ...] = (2, 4)
 
     @property
+    def inputs(self):
+        return Inputs(self.aux_layers)
+
+    @property
     def hidden_size(self):
         return self.vocab_size
 
     def empty_cache(self, sequences, length, dtype):
         return {"nothing": jnp.zeros((1, sequences, 1))}
 
-    def begin(self, ready, aux_BmAH):
-        return jnp.zeros((*aux_BmAH.shape[:2], self.vocab_size))
+    def at_once(self, ready, cache, left, starts_B, steps):
+        return None
+
+    def begin(self, ready, states_BmSH):
+        return jnp.zeros((*states_BmSH.shape[:2], self.vocab_size))
 
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         token_Bm = (embedded_BmH[..., None, :] == ready.embed_VH[None, None]).all(-1).argmax(-1)
