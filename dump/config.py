@@ -68,9 +68,7 @@ class DumpConfig:
         "many rows as a fitted start needs.",
         choices=("all", "first", "none"),
     )
-    precision: str | None = setting(
-        None, "What states are stored in.", choices=PRECISIONS, otherwise="--dtype"
-    )
+    precision: str = setting("int8", "What states are stored in.", choices=PRECISIONS)
     dtype: str | None = setting(None, "What the target computes in.", choices=DTYPES, otherwise=DEFAULT_DTYPE)
     aux_layers: tuple[int, ...] | None = setting(
         None,

@@ -32,14 +32,14 @@ _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _SMALL_OBJECT = 2_000_000  # bytes: a request to a bucket takes as long as writing these
 _FIT_POSITIONS = 16  # for each number of the states that a fitted start maps to the last one
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
-_SAVE = "use --precision int8, another --logits, or another disk"
+_SAVE = "use --precision int8, another --logits or --last-hidden, or another disk"
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked dump. `features` is the manifest's section, but for the sums of target/ and the scales of
     channels where no dump has begun; `blocks` are those of its share that have no commit marker, the same on
-    every process. What the configuration left open (dtype, precision, aux layers) is chosen."""
+    every process. What the configuration left open (dtype, aux layers) is chosen."""
 
     config: DumpConfig
     store: Store
@@ -90,8 +90,7 @@ def make_plan(config: DumpConfig) -> Plan:
         mesh = make_mesh(config.dp, config.tp)
         target.check(config.model, cfg, config.tp)
         dtype = compute_dtype(config.dtype)
-        precision = config.precision or dtype
-        config = replace(config, precision=precision, dtype=dtype, aux_layers=tuple(aux_layers))
+        config = replace(config, dtype=dtype, aux_layers=tuple(aux_layers))
         codec, draft_ids = _codec(config, store, cfg)
         batch_rows = _batch_rows(config, store.length, mesh)
         described = _describe_target(config.model, cfg)

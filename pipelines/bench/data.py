@@ -22,6 +22,7 @@ from common.store import Store
 from common.store_verify import verify
 from common.store_writer import FeatureWriter, create_features, raw_bytes
 from dump import dump, prepare, target
+from dump.channels import find_channels
 from dump.plan import make_plan
 from dump.prefill import Prefill
 from dump.rounds import Discard, run_rounds
@@ -84,11 +85,13 @@ def dumped(model: str, data: str, place: str) -> dict[str, dict[str, Any]]:
     note(f"bench: dump, {plan.store.rows} rows of {plan.store.length} tokens")
     weights = target.load(model, plan.target, plan.mesh, jnp.dtype(plan.config.dtype))
     prefill = Prefill(plan, weights)
+    found = {"channels": find_channels(plan, prefill)}
+    prefill.set_channels(plan.channels(found))
     arrays = plan.features["arrays"].items()
     host = {n: np.empty((prefill.rows, *a["shape"][1:]), a["dtype"]) for n, a in arrays}
     prefill(*(np.zeros((prefill.rows, plan.store.length), np.int32),) * 3).into(host)  # the first is slower
 
-    features = with_sums(plan.features, lambda: target_files(plan))
+    features = with_sums(plan.features | found, lambda: target_files(plan))
     rows_only = {name: storage.read_bytes(f"{url}/{name}") for name in _BEFORE_ROWS}
 
     def written(to: str) -> None:

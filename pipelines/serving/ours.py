@@ -26,7 +26,8 @@ def walked(
     with tempfile.TemporaryDirectory(prefix="eyas-answers-") as place:
         store = os.path.join(place, "store")
         _write(store, asked, vocab_size, tokenizer_hash(model))
-        dump.run(dump.DumpConfig(model, store, dtype="float32", aux_layers=aux_layers or None))
+        exact = {"dtype": "float32", "precision": "float32"}
+        dump.run(dump.DumpConfig(model, store, **exact, aux_layers=aux_layers or None))
         config = evaluate.EvaluateConfig(head, store, ngrams=False, dtype="float32", **options)
         return evaluate.run(config)["head"]
 

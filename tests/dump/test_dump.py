@@ -36,6 +36,7 @@ def expected(config: DumpConfig, rows: np.ndarray):
 
 
 def test_store_holds_what_the_target_computes(config):
+    config = replace(config, precision="float32")
     found = run(config)
     assert (found["rows"], found["blocks"], found["blocks_before"]) == (ROWS, 3, 0)
     store = Store.open(config.store)
@@ -131,5 +132,7 @@ def test_numbers_that_are_not_finite_are_refused(config):
     data = bytearray(storage.read_bytes(weights))
     data[-4:] = np.float32(np.nan).tobytes()
     storage.write_bytes(weights, bytes(data))
+    with pytest.raises(EyasError, match=r"states \(last_hidden\) are not finite"):
+        run(replace(config, precision="int8"))
     with pytest.raises(EyasError, match="row 0: the target's logits are not finite"):
-        run(config)
+        run(replace(config, precision="float32"))

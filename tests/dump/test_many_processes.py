@@ -95,7 +95,7 @@ if me == 1:
         return read(self, names, rows)
     store.Store.read = fail
 """
-    spread = replace(config, dp=4)
+    spread = replace(config, dp=4, precision="float32")  # nothing is read before the first block
     found = dump(spread, 2, 2, broken)
     assert [p.code for p in found] == [2, 2], found
     assert "Error: process 1: row 20 is damaged; prepare it anew" in found[0].err

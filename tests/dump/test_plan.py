@@ -65,7 +65,7 @@ def test_other_options_are_refused_by_field(config, tmp_path):
     for change, named in (
         ({"topk": 5}, r"codec\.size: 4 there, 5 here"),
         ({"aux_layers": (1, 2)}, r"aux_layers: \[2, 4, 5\] there, \[1, 2\] here"),
-        ({"precision": "bfloat16"}, 'precision: "float32" there, "bfloat16" here'),
+        ({"precision": "bfloat16"}, 'precision: "int8" there, "bfloat16" here'),
         ({"model": tiny.write_model(f"{tmp_path}/other", seed=1)}, r"target\.weights_hash"),
     ):
         with pytest.raises(EyasError, match=f"was dumped otherwise: {named}.*or a new store"):
@@ -150,7 +150,7 @@ def test_rows_that_have_no_parts_for_objects_are_refused(config, monkeypatch):
     monkeypatch.setattr("common.zarr.CHUNK_BYTES", 200)
     monkeypatch.setattr("common.zarr.SHARD_BYTES", 200)
     with pytest.raises(EyasError, match=r"aux_hidden would be 24 objects .* prepare with --length 256"):
-        run(config)
+        run(replace(config, precision="float32"))
     assert contents(config.store) == before
 
 
@@ -158,5 +158,5 @@ def test_too_small_a_disk_is_refused_before_the_run(config, monkeypatch):
     before = contents(config.store)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 70_000}))
     with pytest.raises(EyasError, match=r"need 77\.6kB, the disk of .* has 70\.0kB left; use --precision"):
-        run(config)
+        run(replace(config, precision="float32"))
     assert contents(config.store) == before
