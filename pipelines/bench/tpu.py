@@ -100,7 +100,7 @@ def compile_dump(
     config = DumpConfig("model", "store", **known.dump | changed)
     kind = known.dump_slice.split("-")[0]
     cfg, mesh = config_of(recipe, config.experts), mesh_of(config.dp, config.tp, kind)
-    aux, codec = target.default_aux_layers(cfg.num_layers), Codec(config.logits, 0, "bfloat16")
+    aux, codec = target.default_aux_layers(cfg.num_layers), Codec(config.logits, 0, config.precision)
     rows = config.batch(length, min(CHIPS_A_HOST, mesh.size))
     weights = shapes(target.parameters(cfg, config.tp, config.dp), jnp.bfloat16, mesh)
     return Program(cfg, mesh, aux, codec, None, rows, length).compile(weights), cfg, rows
