@@ -41,7 +41,7 @@ def table(found: Mapping[str, Any]) -> str:
         f"{columns(by_k)}\n"
         f"accepted at each position of {head['drafts']:,} drafts of {steps}, temperature 0: {accepted}\n"
         f"the answers are the target's own first choice at {head['own_text']:.1%} of the positions "
-        "(100%: the estimate at temperature 0 is exact)\n"
+        "(100%: greedy answers, at temperature 0 an exact estimate; those at 1 want answers drawn there)\n"
         f"the draft vocabulary covers {head['coverage']:.1%} of the positions"
     )
 

@@ -16,7 +16,8 @@ By the walk of a server through each answer (train/walk.py), chains only, the ta
 - length_greedy, length_sampled: tokens a draft of K tokens, at temperature 0, and at temperature 1 where the
   draft is sampled too. length_greedy_by_k, length_sampled_by_k: of drafts of 1..K tokens.
 - accepted_greedy, accepted_sampled: accepted a draft at each of its K positions.
-- length_drawn and the others: at temperature 1 as well, for answers that the target itself drew there.
+- length_drawn and the others: at temperature 1 as well, for answers that the target itself drew there. In
+  greedy answers drafts stand in other text than a server's at temperature 1: neither figure tells its length.
 - drafts: how many greedy drafts of K tokens the answers took.
 
 Dimensions: B rows, T positions, M target positions, K steps.

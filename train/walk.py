@@ -23,7 +23,8 @@ independent, and the walk is followed in expectation: with v[i] the probability 
 
 Where the target drew the answer at temperature 1, more is known: the token v that it drew at step p, and that
 a[i, p] = min(1, q_v / p_v) is the probability that this was the draft's. Given the answer, such draws are
-independent indeed, and the expectation is exact.
+independent indeed, and the expectation is exact. Of greedy answers neither is: what a server reads at
+temperature 1 is other text (figures: the README of speculate).
 
 Dimensions: B rows, T positions, K steps; k = 1..K tokens drafted at once, all of them walked together.
 """

@@ -64,5 +64,7 @@ def _estimate(found: dict[str, Any]) -> list[str]:
     length = _number(estimate[f"length_{way}"])
     own = f"; the text is the target's own choice at {estimate['own_text']:.1%}"
     if s["temperature"]:
-        own = f"; {most}{_number(estimate['length_drawn'])} if the target drew the answers, at temperature 1"
+        drawn = f"{most}{_number(estimate['length_drawn'])}"
+        own = f"; {drawn} if the target drew the answers at temperature 1, which both want"
+        own += f": its own first choice are {estimate['own_text']:.1%} of these (100%: greedy answers)"
     return [f"eval's estimate of a chain, {way}: length {most}{length}, accepted {most}{accepted}{own}"]

@@ -36,7 +36,8 @@ def test_an_evaluation_shows_lengths_by_tokens_drafted_and_what_they_rest_on():
     (drawn,) = (line.split() for line in lines if "answers that the target drew" in line)
     assert drawn[-3:] == ["1.070"] * 3
     assert "accepted at each position of 77 drafts of 3, temperature 0: 0.250, 0.250, 0.250" in text
-    assert "the target's own first choice at 50.0% of the positions" in text
+    assert "the target's own first choice at 50.0% of the positions (100%: greedy answers" in text
+    assert "those at 1 want answers drawn there" in text
 
 
 def test_what_is_sampled_is_at_most_that_where_a_store_tells_no_more(monkeypatch):
@@ -50,4 +51,6 @@ def test_what_is_sampled_is_at_most_that_where_a_store_tells_no_more(monkeypatch
     estimate = run._estimate(SpeculateConfig("model", "head", store="store"), None)
     for temperature, count in ((1.0, 3), (0.0, 0)):
         shown = {"settings": settings | {"temperature": temperature}, "sets": {}, "estimate": estimate}
-        assert "\n".join(_estimate(shown)).count("at most") == count
+        text = "\n".join(_estimate(shown))
+        assert text.count("at most") == count
+        assert "own choice at 50.0%" in text if temperature == 0 else "own first choice are 50.0%" in text
