@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.listening import listening
 
 FAULTS = ("429", "503", "refuse", "lose", "delay", "cut")
 _HOP = ("connection", "transfer-encoding", "content-length", "host")
@@ -101,18 +103,8 @@ def faulty(upstream: str, choose: Callable[[str], str | None]) -> Iterator[str]:
         def log_message(self, *_):
             """Says nothing."""
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, *_):
-            """Clients that go away are no error."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as port:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            over.set()

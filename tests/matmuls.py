@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_KINDS = ("dot_general", "ragged_dot", "ragged_dot_general")
+_KINDS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
 _FULL = (jax.lax.Precision.HIGHEST,) * 2
 
 
@@ -38,7 +38,7 @@ def imprecise(equations: list[Any]) -> list[str]:
     for equation in equations:
         kinds = [x.aval.dtype for x in equation.invars[:2]]
         asked, sums = equation.params["precision"], equation.outvars[0].aval.dtype
-        full = asked in (_FULL, _FULL[0]) or any(kind != jnp.float32 for kind in kinds)
+        full = asked in (_FULL, _FULL[0]) or jnp.float32 not in kinds
         if not full or sums != jnp.float32:
             shapes = [x.aval.str_short() for x in equation.invars[:2]]
             found.append(f"{equation.primitive} of {shapes} in {sums}, precision {asked}")

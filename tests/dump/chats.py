@@ -42,6 +42,14 @@ def write_model(folder, template=CHATML, **config):
     return folder
 
 
+def write_answering_model(folder, length, stops):
+    """A random Llama for so many tokens that stops now and then, at any of `stops`."""
+    write_model(folder, max_position_embeddings=length)
+    tiny_llama.write_weights(str(folder))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *stops]}))
+    return str(folder)
+
+
 def counted_texts(chat, messages):
     """The text of every run of counted tokens, decoded from the tokens alone."""
     (encoded,) = chat.encode([chat.render(messages)])

@@ -2,10 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipelines import compare
+from pipelines.compare import CompareConfig
 
 STORE = "3f2a9c1d" * 8
 
@@ -99,3 +103,14 @@ def _evaluation(rng, step: int, done: float, K: int) -> dict[str, Any]:
         "length_sampled": sampled[-1],
         "length_sampled_by_k": sampled,
     }
+
+
+def compared(*places, **options):
+    """What `compare` finds of the runs in these places."""
+    return compare.run(CompareConfig(tuple(map(str, places)), options.pop("out", None), **options))
+
+
+def data_of(html):
+    """What a page shows."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    return json.loads(text)

@@ -4,7 +4,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import threading
@@ -16,23 +15,14 @@ from click.testing import CliRunner
 from common.errors import EyasError
 from common.lock import in_use, locked
 from pipelines import cli, compare
-from pipelines.compare import CompareConfig, page, readable, runs
+from pipelines.compare import page, readable, runs
 from pipelines.compare.curves import thin
 from pipelines.compare.tables import table, to_json
-from tests.pipelines.made_runs import write_run
-
-
-def compared(*places, **options):
-    return compare.run(CompareConfig(tuple(map(str, places)), options.pop("out", None), **options))
+from tests.pipelines.made_runs import compared, data_of, write_run
 
 
 def names(found):
     return [[row.name for row in group.rows] for group in found["groups"]]
-
-
-def data_of(html):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    return json.loads(text)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The page and the plots of runs side by side: safe, one file, colours for all eyes, in a browser."""
 
-import json
 import re
 import shutil
 import xml.etree.ElementTree
@@ -9,22 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import compare
-from pipelines.compare import CompareConfig, page
+from pipelines.compare import page
 from pipelines.compare.tables import table
 from tests.pipelines import browser
-from tests.pipelines.made_runs import write_run
+from tests.pipelines.made_runs import compared, data_of, write_run
 
 HOSTILE = "<!--<script>alert(1)<\\script>&\"'\u2028$x_1$ naïve 犬"
-
-
-def compared(*places, **options):
-    return compare.run(CompareConfig(tuple(map(str, places)), options.pop("out", None), **options))
-
-
-def data_of(html):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    return json.loads(text)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Short runs on a small store, what they leave, and what is compared of two."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,18 @@ def short_run(store: str, out: str, **changes: Any) -> TrainConfig:
 def config(store: str, out: str) -> TrainConfig:
     """Small enough for a step in milliseconds; eleven steps, so that no interval divides them."""
     return short_run(store, out, steps=11, batch_rows=2, ttt_steps=3, log_every=1, eval_every=4)
+
+
+def ask_to_stop(patch: Any, owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
+    """Has SIGTERM come whenever `owner.name` is called, just before, with arguments of which `when` holds."""
+    called = getattr(owner, name)
+
+    def asked(*arguments: Any) -> Any:
+        if when(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return called(*arguments)
+
+    patch.setattr(owner, name, asked)
 
 
 def lines_of(out):

@@ -14,7 +14,7 @@ import pytest
 from common import pod, stopping
 from common.errors import EyasError, MachineError
 from common.lock import locked
-from tests.train.small_run import assert_same_run, lines_of
+from tests.train.small_run import ask_to_stop, assert_same_run, lines_of
 from train import evaluate, together
 from train.experiment import claimed
 from train.exported import Exported
@@ -29,15 +29,8 @@ pytestmark = pytest.mark.usefixtures("told_once")
 
 def stopped_at(step, config, monkeypatch):
     """Runs until SIGTERM comes while step `step` is computed."""
-    take = Trainer.take
-
-    def signalled(self, batch):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        take(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "take", signalled)
+        ask_to_stop(patch, Trainer, "take", lambda trainer, _: trainer.step + 1 == step)
         with pytest.raises(EyasError, match=rf"train stopped; step {step} of {config.steps} is saved"):
             run(config)
 
@@ -68,17 +61,13 @@ def test_a_run_that_is_stopped_while_its_evaluation_compiles_has_all_of_its_step
 
 def test_an_evaluation_that_is_done_again_has_one_line(config, whole, tmp_path, monkeypatch):
     """The run is stopped while it evaluates step 3, and then killed behind that evaluation's line."""
-    here, score_all = replace(config, out=str(tmp_path / "out")), together.score_all
-
-    def signalled(heads, label, check):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score_all(heads, label, check)
+    here = replace(config, out=str(tmp_path / "out"))
 
     def killed(self):
         raise MachineError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(together, "score_all", signalled)
+        ask_to_stop(patch, together, "score_all")
         with pytest.raises(EyasError, match="step 3 of 7 is saved"):
             run(here)
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from common.lock import locked
 from common.params import initialise
 from common.store import Store
 from tests.train import small_run, small_store
-from tests.train.small_run import assert_same_run, lines_of
+from tests.train.small_run import ask_to_stop, assert_same_run, lines_of
 from train import sweep, together
 from train.evaluate import Evaluator, score_all
 from train.heads.eagle3.head import Eagle3
@@ -81,15 +80,9 @@ def test_each_head_is_what_it_is_alone_and_the_store_is_read_once(common, alone,
 
 def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "out")
-    configs, take = configs_of(common, out, **TWO), Trainer.take
-
-    def signalled(self, batch):
-        if self.name == "slow" and self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        take(self, batch)
-
+    configs = configs_of(common, out, **TWO)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "take", signalled)
+        ask_to_stop(patch, Trainer, "take", lambda trainer, _: trainer.name == "slow" and trainer.step == 3)
         with pytest.raises(EyasError, match=r"sweep stopped; every head is saved at step [12] or later"):
             sweep.run(configs, out)
     sweep.run(configs, out)
@@ -106,15 +99,10 @@ def test_stopped_it_goes_on_and_what_is_added_is_all_that_runs(common, alone, tm
 
 
 def test_stopped_in_its_last_evaluation_it_is_not_done(common, tmp_path, monkeypatch):
-    out, score_all = str(tmp_path / "out"), together.score_all
+    out = str(tmp_path / "out")
     configs = configs_of(replace(common, steps=1), out, a={})
-
-    def signalled(heads, label, check):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score_all(heads, label, check)
-
     with monkeypatch.context() as patch:
-        patch.setattr(together, "score_all", signalled)
+        ask_to_stop(patch, together, "score_all")
         with pytest.raises(EyasError, match="sweep stopped; every head is saved at step 1"):
             sweep.run(configs, out)
     assert not os.path.exists(f"{out}/a/best")

@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.listening import listening
 
 Choose = Callable[[dict[str, Any]], str | None]
 
@@ -161,22 +163,12 @@ def chat_server(choose: Choose = lambda request: None, delay: float = 0.0) -> It
         def log_message(self, *_):
             """Says nothing."""
 
-    class Threads(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 256
-
-        def handle_error(self, *_):
-            """Clients that go away are no error."""
-
-    listening = Threads(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
-    server.url = f"http://127.0.0.1:{listening.server_address[1]}/v1"
-    try:
-        yield server
-    finally:
-        server.over.set()
-        listening.shutdown()
-        listening.server_close()
+    with listening(Handler) as port:
+        server.url = f"http://127.0.0.1:{port}/v1"
+        try:
+            yield server
+        finally:
+            server.over.set()
 
 
 def events(whole: dict[str, Any]) -> bytes:

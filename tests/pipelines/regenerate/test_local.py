@@ -1,6 +1,5 @@
 """A small target answers by itself: as a whole pass would, and the same however many answers grow at once."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipelines.regenerate import local
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.regenerate.run import run
 from tests import tiny_llama
-from tests.dump.chats import write_model
+from tests.dump.chats import write_answering_model
 from tests.pipelines.regenerate.asking import SYSTEM, lines, old, only_one, record, user, write_data
 
 LENGTH = 192
@@ -27,11 +26,7 @@ LENGTH = 192
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random Llama that stops now and then."""
-    folder = write_model(tmp_path_factory.mktemp("model"), max_position_embeddings=LENGTH)
-    tiny_llama.write_weights(str(folder))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(40, 60)]}))
-    return str(folder)
+    return write_answering_model(tmp_path_factory.mktemp("model"), LENGTH, range(40, 60))
 
 
 @pytest.fixture

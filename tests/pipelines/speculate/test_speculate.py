@@ -25,8 +25,7 @@ from pipelines.speculate.config import SpeculateConfig
 from pipelines.speculate.measure import Figures
 from pipelines.speculate.run import run
 from pipelines.speculate.table import table
-from tests import tiny_llama
-from tests.dump.chats import write_model
+from tests.dump.chats import write_answering_model
 from tests.train.heads import medusa
 from tests.train.small_run import short_run
 from train.config import EvaluateConfig
@@ -42,11 +41,7 @@ LENGTH, ANSWER, ROWS = 96, 32, 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random Llama that stops now and then."""
-    folder = write_model(tmp_path_factory.mktemp("model"), max_position_embeddings=LENGTH)
-    tiny_llama.write_weights(str(folder))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(40, 44)]}))
-    return str(folder)
+    return write_answering_model(tmp_path_factory.mktemp("model"), LENGTH, range(40, 44))
 
 
 @pytest.fixture(scope="module")
