@@ -1,5 +1,6 @@
 """A small feature store made without a target: rows, features, markers."""
 
+import json
 import os
 import re
 import threading
@@ -91,9 +92,10 @@ def write_blocks(url, values, blocks=None, **more) -> None:
 
 
 def edit(path: str, change) -> None:
+    """Written as our own files are, but for numbers that JSON does not have."""
     value = storage.read_json(path)
     change(value)
-    storage.write_json(path, value)
+    storage.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def contents(folder) -> dict[str, bytes]:

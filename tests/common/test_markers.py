@@ -1,6 +1,5 @@
 """A commit marker is whole and its block's, or one line says what is wrong with it."""
 
-import json
 import math
 import os
 
@@ -38,11 +37,7 @@ MARKERS = {
 
 @pytest.mark.parametrize("name", MARKERS)
 def test_a_marker_is_whole_and_its_blocks(full, name):
-    place = f"{full}/commits/000001.json"
-    marker = storage.read_json(place)
-    MARKERS[name](marker)
-    with open(place, "w") as file:
-        json.dump(marker, file)
+    edit(f"{full}/commits/000001.json", MARKERS[name])
     require_named(
         "commits/000001.json",
         lambda: Store.open(full).read(["argmax"], [4]),

@@ -11,16 +11,11 @@ from train.batch import Inputs
 
 
 @dataclass(frozen=True)
-class Oracle:
-    """`rank` of a position: how many other tokens it holds likelier than the right one there, by turns.
-
-    Its cache is the text of each slot, which a test writes into it.
-    """
+class _Told:
+    """What both have: states as wide as the vocabulary, at which nobody looks."""
 
     vocab_size: int
-    slots: tuple[tuple[int, ...], ...]  # the texts
-    ranks: tuple[int, ...] = (0,)
-    aux_layers: tuple[int, ...] = (2, 4)
+    aux_layers: tuple[int, ...]
 
     @property
     def inputs(self):
@@ -30,17 +25,28 @@ class Oracle:
     def hidden_size(self):
         return self.vocab_size
 
-    def empty_cache(self, sequences, length, dtype):
-        texts = np.zeros((1, sequences, length + 2), np.int32)
-        for slot, text in enumerate(self.slots):
-            texts[0, slot, : len(text)] = text[: length + 2]
-        return {"text": jnp.asarray(texts)}
-
     def begin(self, ready, states_BmSH):
         return jnp.zeros((*states_BmSH.shape[:2], self.vocab_size))
 
     def at_once(self, ready, cache, left, starts_B, steps):
         return None
+
+
+@dataclass(frozen=True)
+class Oracle(_Told):
+    """`rank` of a position: how many other tokens it holds likelier than the right one there, by turns.
+
+    Its cache is the text of each slot, which a test writes into it.
+    """
+
+    slots: tuple[tuple[int, ...], ...]  # the texts
+    ranks: tuple[int, ...]
+
+    def empty_cache(self, sequences, length, dtype):
+        texts = np.zeros((1, sequences, length + 2), np.int32)
+        for slot, text in enumerate(self.slots):
+            texts[0, slot, : len(text)] = text[: length + 2]
+        return {"text": jnp.asarray(texts)}
 
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         at = jnp.minimum(new.positions_Bm + 2, cache["text"].shape[2] - 1)
@@ -62,29 +68,13 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Informed:
+class Informed(_Told):
     """Knows `Known` of one prompt, behind whose last token, at `index`, it drafts."""
 
-    vocab_size: int
     index: int
-    aux_layers: tuple[int, ...] = (2, 4)
-
-    @property
-    def inputs(self):
-        return Inputs(self.aux_layers)
-
-    @property
-    def hidden_size(self):
-        return self.vocab_size
 
     def empty_cache(self, sequences, length, dtype):
         return {"nothing": jnp.zeros((1, sequences, 1))}
-
-    def at_once(self, ready, cache, left, starts_B, steps):
-        return None
-
-    def begin(self, ready, states_BmSH):
-        return jnp.zeros((*states_BmSH.shape[:2], self.vocab_size))
 
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         token_Bm = (embedded_BmH[..., None, :] == ready.embed_VH[None, None]).all(-1).argmax(-1)
@@ -95,7 +85,7 @@ class Informed:
 def informed(known: Known, index: int, ids, aux_layers, **how) -> tuple[Drafting, Drafter]:
     """As an engine takes it; it drafts the tokens `ids`."""
     V = len(known.embed_VH)
-    return Drafting(Informed(V, index, aux_layers), **how), Drafter(known, jnp.eye(V)[ids], ids)
+    return Drafting(Informed(V, aux_layers, index), **how), Drafter(known, jnp.eye(V)[ids], ids)
 
 
 def drafting(head: Oracle, **how) -> tuple[Drafting, Drafter]:

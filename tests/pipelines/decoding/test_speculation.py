@@ -74,7 +74,7 @@ def eagle3(model, dtype=jnp.float32, **how):
 
 def oracle(model, plain, ranks=RANKS, **how):
     slots = tuple((*prompt, *answer, *[0] * 8) for prompt, answer in zip(PROMPTS, plain, strict=True))
-    return drafting(Oracle(model.cfg.vocab_size, slots, ranks, model.aux_layers), **how)
+    return drafting(Oracle(model.cfg.vocab_size, model.aux_layers, slots, ranks), **how)
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
