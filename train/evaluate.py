@@ -23,6 +23,7 @@ from train.config import EvaluateConfig
 from train.draft_maps import read_draft_ids
 from train.heads.head import Head, read_serving_config
 from train.metrics import Sums, add, summarise
+from train.names import AT_MOST
 from train.order import each_once, permutation
 from train.source import Source
 from train.step import score_step
@@ -100,7 +101,7 @@ def score_all(
             progress.update(B * source.store.length)
     evaluators = [evaluator for evaluator, _, _ in heads]
     found = zip(evaluators, sums, strict=True)
-    bound = {"sampled_at_most": True} if at_most(source.store) else {}
+    bound = {AT_MOST: True} if at_most(source.store) else {}
     return [{"rows": evaluator.rows} | bound | summarise(one) for evaluator, one in found if one is not None]
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from common.layers import MASKED
+
 LANES = 128
 BLOCK = 64  # indices
-_MASKED = -1e30
 
 
 def serves(x_BmNd: jax.Array) -> bool:
@@ -92,7 +93,7 @@ def _shares(scale: float, k_ref, lse_c1, q_cd, keys_ref) -> tuple:
     scores = []
     for step in range(1, keys_ref.shape[0]):
         s = (q_cd * _wide(keys_ref, step)).sum(1, keepdims=True) * scale
-        scores.append(jnp.where(step <= k_ref[0], s, _MASKED))
+        scores.append(jnp.where(step <= k_ref[0], s, MASKED))
     top = lse_c1
     for s in scores:
         top = jnp.maximum(top, s)
