@@ -158,7 +158,7 @@ def test_another_kind_of_head_drafts_all_at_once_what_eval_estimates(model, trai
     assert measured["drafts"] == walked["drafts"]
     assert measured["accepted"] == pytest.approx(walked["accepted_greedy"])
     assert measured["acceptance_length"] > 1.05
-    tree = run(replace(config, topk=3, draft_tokens=12))["sets"]["held out"]
+    tree = run(replace(config, eagle_topk=3, draft_tokens=12))["sets"]["held out"]
     assert tree["identical"] == ROWS // 2
     assert tree["acceptance_length"] > measured["acceptance_length"]
 
