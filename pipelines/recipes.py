@@ -23,6 +23,7 @@ from common.progress import note
 from common.texts import printable
 from dump.config import DumpConfig, PrepareConfig
 from train.config import TrainConfig
+from train.heads import KINDS, settings_of
 
 EMBEDDED = "embedded"
 _CONFIGS = {"prepare": PrepareConfig, "dump": DumpConfig, "train": TrainConfig}
@@ -164,9 +165,14 @@ def of_target(config: dict[str, Any], what: str) -> Recipe | None:
 def beneath(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stage: what was given, over the recipe's.
 
-    A learning rate is one optimiser's. With another one, its own default holds where no rate is given.
+    A learning rate is one optimiser's. With another one, its own default holds where no rate is given. What
+    is chosen about a kind of head is left out with another one.
     """
-    rest = dict(recipe)
+    rest, kind = dict(recipe), recipe.get("kind", TrainConfig.kind)
+    asked = given.get("kind", kind)
+    if isinstance(asked, str) and asked in KINDS:
+        for name in {*settings_of(kind)} - {*settings_of(asked)}:
+            rest.pop(name, None)
     if given.get("optimizer", recipe.get("optimizer")) != recipe.get("optimizer"):
         rest.pop("learning_rate", None)
     return rest | given

@@ -29,12 +29,15 @@ class Inputs(NamedTuple):
         return len(self.aux_layers) + self.last
 
     def of(self, aux_BTAH: jax.Array, last_BTH: jax.Array | None) -> jax.Array:
-        """[B, t, S, H], of the positions that have aux states."""
+        """[B, t, S, H], of the positions that have aux states, as exact as they are."""
         if not self.last:
             return aux_BTAH
         assert last_BTH is not None
-        last_BtH = last_BTH[:, : aux_BTAH.shape[1]]
-        return jnp.concatenate([aux_BTAH, last_BtH[:, :, None].astype(aux_BTAH.dtype)], 2)
+        last_Bt1H = last_BTH[:, : aux_BTAH.shape[1], None]
+        if not self.aux_layers:
+            return last_Bt1H
+        dtype = jnp.promote_types(aux_BTAH.dtype, last_Bt1H.dtype)
+        return jnp.concatenate([aux_BTAH.astype(dtype), last_Bt1H.astype(dtype)], 2)
 
 
 class Batch(NamedTuple):
@@ -54,7 +57,7 @@ class Batch(NamedTuple):
     topk_logprobs: jax.Array | None = None  # [B, T, k], of the likeliest tokens
     topk_ids: jax.Array | None = None  # int32 [B, T, k], target ids
     row: jax.Array | None = None  # int32 [B], of the store
-    later: Params | None = None  # live, targets and count of the steps behind step 0, where they differ
+    samples: dict[int, Params] | None = None  # {k: live, targets and count from step k on}, where they differ
     draws: jax.Array | None = None  # uint32 [B, 2], a row's key for random numbers; None in scoring
 
 
@@ -74,10 +77,12 @@ def in_parts(batch: Batch) -> Batch:
 
 
 def by_steps(batch: Batch, steps: int) -> list[tuple[range, Batch]]:
-    """What is computed of a batch at which steps: the same at all, or something else behind step 0."""
-    if batch.later is None:
-        return [(range(steps), batch)]
-    return [(range(1), batch), (range(1, steps), batch._replace(**batch.later, later=None))]
+    """What is computed of a batch at which steps: the same at all, or samples from some steps on. An index
+    that is live at a step is live at all before it."""
+    parts = {0: {}} | (batch.samples or {})
+    ends = [*list(parts)[1:], steps]
+    found = [(range(first, end), part) for (first, part), end in zip(parts.items(), ends, strict=True)]
+    return [(which, batch._replace(**part, samples=None)) for which, part in found]
 
 
 def pick(x: jax.Array, at: jax.Array) -> jax.Array:
@@ -85,13 +90,13 @@ def pick(x: jax.Array, at: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
 
 
-def embeddings(frozen: Frozen, batch: Batch) -> jax.Array:
-    """The embeddings of a shard's tokens, [n, H].
+def embeddings(frozen: Frozen, batch: Batch, tokens_n: jax.Array | None = None) -> jax.Array:
+    """The embeddings of a shard's tokens, [n, H], or of any others, as many on each chip.
 
     Where a chip has some of the columns (inside a shard_map), it looks them up for the tokens of all chips,
     and each gets the other columns of its own tokens from the others.
     """
-    tokens_n = batch.tokens.reshape(-1)
+    tokens_n = batch.tokens.reshape(-1) if tokens_n is None else tokens_n
     if frozen.embed.shape[1] == batch.aux_hidden.shape[-1]:
         return frozen.embed[tokens_n]
     parts = frozen.embed[jax.lax.all_gather(tokens_n, RULES[AXIS], tiled=True)]

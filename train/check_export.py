@@ -39,7 +39,7 @@ def check(
     assert layout is not None
     facts = [*_check_weights(folder, head, layout, config["torch_dtype"]), *head.facts()]
     if target_config is not None:
-        facts.append("target: hidden size, vocabulary, RoPE and aux layers fit")
+        facts.append("target: the head fits it")
     found = servers.verdicts(head.limits(target_config or {}), layout)
     servers.require(found, wanted, folder)
     return [*facts, f"layout {layout}:", *(f"  {line}" for line in servers.table(found))]

@@ -5,7 +5,7 @@ from typing import Any
 
 from common import row_cache
 from common.config import DEFAULT_DTYPE, DTYPES, check, require_with, setting
-from train.heads import KINDS, settings_of
+from train.heads import KINDS, require_apart, settings_of
 
 STARTS = ("fitted", "target", "normal")
 LOSSES = ("cross-entropy", "hard-labels", "forward-kl", "reverse-kl", "lk-alpha", "lk-lambda")
@@ -173,6 +173,9 @@ class TrainConfig(*KINDS.values()):
             )
         require_with(self, "lk_scale", "loss", "lk-lambda")
         require_with(self, "lk_decay", "loss", "lk-lambda")
+
+
+require_apart(KINDS, TrainConfig)
 
 
 @dataclass(frozen=True)

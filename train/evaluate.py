@@ -127,6 +127,7 @@ def estimate(source: Source, config: EvaluateConfig, count: int | None = None) -
     require_inputs(head.inputs, store, config.head)
     pieces.require(store.length, source.pieces, config.ttt_steps, store.url)
     head.require_pieces(source.pieces, config.head)
+    head.require_steps(config.ttt_steps, config.head)
     dtype = jnp.dtype(compute_dtype(config.dtype))
     note(f"evaluate: {config.head} on {len(rows)} held-out rows of {store.length} tokens")
     if bound := at_most(store):

@@ -6,7 +6,7 @@ Options were read off the servers' own parsers, at the versions of train/servers
 import json
 import shlex
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.servers import SERVERS, SPECULATORS, Verdict
 
@@ -44,12 +44,20 @@ class Command(NamedTuple):
         return " \\\n".join(lines)
 
 
+class Method(NamedTuple):
+    """How servers know a kind of head: by entries of vLLM's --speculative-config, beside the folder and the
+    number of tokens, and by a name of SGLang's --speculative-algorithm."""
+
+    vllm: Mapping[str, Any]
+    sglang: str
+
+
 class Served(NamedTuple):
-    """A head's folder, its layout and what servers call its kind (train/heads/head.py: Head.method)."""
+    """A head's folder, its layout and the method of its kind (train/heads/head.py: Head.method)."""
 
     folder: str
     layout: str
-    method: str
+    method: Method
 
 
 def command(
@@ -86,7 +94,7 @@ def _vllm(_: str, target: str, head: Served | None, tokens: int, chips: int) -> 
     if chips > 1:
         options.append(("--tensor-parallel-size", str(chips)))
     if head and not itself:
-        how = {"method": head.method, "model": head.folder, "num_speculative_tokens": tokens}
+        how = {**head.method.vllm, "model": head.folder, "num_speculative_tokens": tokens}
         options.append(("--speculative-config", json.dumps(how)))
     return options
 
@@ -100,7 +108,7 @@ def _sglang(server: str, target: str, head: Served | None, tokens: int, chips: i
     if not head:
         return options
     options += [
-        ("--speculative-algorithm", head.method.upper()),
+        ("--speculative-algorithm", head.method.sglang),
         ("--speculative-draft-model-path", head.folder),
         ("--speculative-num-steps", str(tokens)),
         ("--speculative-eagle-topk", "1"),

@@ -77,7 +77,7 @@ def with_halo(batch: Batch, steps: int) -> Batch:
             return x
         return jnp.concatenate([x, jax.lax.ppermute(x[:, :size], _POSITION, back)], 1)
 
-    rows = {name: longer(name, x) for name, x in batch._asdict().items() if name != "later"}
+    rows = {name: longer(name, x) for name, x in batch._asdict().items() if name != "samples"}
     return batch._replace(**rows)
 
 

@@ -21,7 +21,7 @@ from common.mesh import RULES, sharding, spec, ways
 from common.params import Declaration, Param
 from train.batch import AXIS, Batch, Frozen, Params
 
-_BY_CHIP, _BY_ROW = ("live", "targets", "count", "later"), ("row", "draws")
+_BY_CHIP, _BY_ROW = ("live", "targets", "count", "samples"), ("row", "draws")
 
 
 def layout(declared: Declaration, mesh: Mesh) -> Declaration:

@@ -3,7 +3,7 @@
 Dimensions: R train rows, B rows a batch, T positions.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from common.storage import require_room
 from common.store import Store
 from train import logs, optimizer, pieces
 from train.config import TrainConfig
-from train.heads import KINDS, settings_of
+from train.heads import KINDS, chosen, settings_of
 from train.heads.head import HEADS, Head
 from train.names import EXPERIMENT
 from train.order import Order, level, order
@@ -54,8 +54,6 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
         raise EyasError(
             f"out={config.out} is in the store {store.url}, which is read only; name another folder"
         )
-    if config.anchors < 1 and config.ttt_steps == 1:
-        note(f"train: anchors={config.anchors:g} does nothing with ttt_steps=1, which has no later steps")
     published = open_published(config.init_folder, config.kind, store) if config.init_folder else None
     teacher = config.teacher or whole_teacher(store)
     draft_ids = _draft_ids(config, teacher, store, published)
@@ -63,6 +61,7 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     _require_read(config, teacher, store, head)
     head.require_fit(store.target_config(), "the head")
     head.require_pieces(source.pieces, "the head")
+    head.require_steps(config.ttt_steps, "the head")
     rate = config.learning_rate or optimizer.peak(config.optimizer, head.hidden_size)
     config = replace(config, learning_rate=rate)
     _check_room(config, head)
@@ -70,8 +69,11 @@ def make_plan(config: TrainConfig, source: Source | None = None) -> Plan:
     workload, wanted = source.workload(config.ttt_steps, config.compat), _order(config, source)
     dtype, steps, held_out = compute_dtype(config.dtype), len(wanted.rows), len(source.test_rows)
     every, part = evaluations(steps, config.batch_rows, store.length, held_out)
-    capacity = workload.capacity(wanted.rows, source.groups * config.accumulate, config.anchors)
-    parts = config.accumulate, config.anchors, config.data_seed
+    shares = head.shares(config.anchors, config.ttt_steps)
+    if config.anchors < 1 and min(shares) == 1:
+        note(f"train: anchors={config.anchors:g} does nothing with ttt_steps={config.ttt_steps}")
+    capacity = workload.capacity(wanted.rows, source.groups * config.accumulate, shares)
+    parts = config.accumulate, shares, config.data_seed
     view = View(wanted, workload, capacity, teacher, draft_ids, head.inputs, *parts)
     for one in (teacher, whole_teacher(store)):  # of training, and of evaluations
         Stream(store, source.mesh, [replace(view, teacher=one)], source.memory)  # if there is memory
@@ -214,12 +216,11 @@ def _head(config: TrainConfig, store: Store, draft_vocab_size: int, published: P
             f"aux_layers={list(aux_layers)}, but {store.url} has those of {list(stored)} and not "
             f"{min(outside)}; choose among them, or dump a store with --aux-layers"
         )
-    names = settings_of(config.kind)
     if published is None:
-        options = {name: getattr(config, name) for name in names}
+        options = chosen(config.kind, vars(config))
         head = kind.for_target(store.target_config(), draft_vocab_size, aux_layers, **options)
     else:
-        head = published.head.asked(given(config, names), published.folder)
+        head = published.head.asked(given(config, settings_of(config.kind)), published.folder)
     where = published.folder if published else f"a head of kind={config.kind}"
     require_inputs(head.inputs, store, where)
     if config.aux_layers not in (None, head.inputs.aux_layers):
@@ -234,7 +235,9 @@ def _identity(
     config: TrainConfig, store: Store, head: Head, draft_ids: np.ndarray, steps: int, dtype: str
 ) -> dict[str, Any]:
     """What two runs must share for one to continue the other."""
-    decided = {*_FREE, *_RESOLVED, *(name for kind in KINDS for name in settings_of(kind))}
+    of_heads = {name for kind in KINDS for name in settings_of(kind)}
+    of_training = set(settings_of(config.kind)) - {field.name for field in fields(head)}
+    decided = {*_FREE, *_RESOLVED, *of_heads} - of_training
     return {
         "config": {name: value for name, value in to_json(config).items() if name not in decided},
         "store": store.hash,

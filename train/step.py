@@ -117,16 +117,16 @@ def gradient(
     dtype: Any,
     compat: str | None = None,
     loss_of: Loss = cross_entropy,
-    anchors: float = 1.0,
+    shares: tuple[float, ...] = (),
 ) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, Metrics, Params]]:
     """A function that gives (loss, L_k [K], acc_k [K]), gradients of a batch.
 
     The loss is sum_k decay^k L_k, L_k the mean of `loss_of` over the batch's counted positions of step k;
-    `compat="specforge"` divides by all B * T positions instead, counted or not. The steps behind step 0
-    have a share `anchors` of the targets (train/anchors.py), and are divided by so many fewer.
+    `compat="specforge"` divides by all B * T positions instead, counted or not. Step k has a share
+    `shares[k]` of the targets (train/anchors.py), all by default, and is divided by so many fewer.
     """
     decays_K = decay ** jnp.arange(steps, dtype=jnp.float32)
-    shares_K = np.where(np.arange(steps) > 0, np.float32(anchors), np.float32(1))
+    shares_K = np.array(shares or [1] * steps, np.float32)
 
     def divisors(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """By what the loss and the counts of right ones are divided [K], over all parts of all chips."""

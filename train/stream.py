@@ -22,7 +22,7 @@ from common.mesh import ways
 from common.rows import Rows
 from common.stopping import awaited
 from common.store import Store
-from train.anchors import begins, sampled
+from train.anchors import begins, changes, sampled
 from train.batch import Batch, Inputs
 from train.order import Order, Part, Reading
 from train.stored import channels_of, decoded, teaching_arrays
@@ -45,7 +45,7 @@ class View:
     draft_ids: np.ndarray
     inputs: Inputs | None = None  # what the head reads of the store; None: all of its aux states
     parts: int = 1  # of a chip's rows, each of that capacity
-    anchors: float = 1.0  # the share of the targets that the steps behind step 0 compute
+    shares: tuple[float, ...] = ()  # of the targets that each step computes; all by default
     seed: int = 0  # of which they are
 
 
@@ -222,24 +222,28 @@ class Stream:
             "targets": once((*seen, shards, room.targets, "at"), compact, taught, shards, room.targets),
             "count": once((*seen, shards, "count"), _summed, taught, shards),
         }
-        if room.later is not None:
-            key = *kind, shards, room.later, view.anchors, view.seed, step
-            found["later"] = once(key, self._later, view, step, segments, targets, shards)
+        if room.samples:
+            key = *kind, shards, room.samples, view.shares, view.seed, step
+            found["samples"] = once(key, self._samples, view, step, segments, targets, shards)
         return found
 
-    def _later(
+    def _samples(
         self, view: View, step: int, segments: np.ndarray, targets: np.ndarray, shards: int
-    ) -> dict[str, np.ndarray]:
-        """What the steps behind step 0 compute of the batch of a step."""
-        room, own = view.capacity.later, self._rows.own(view.order.rows[step])
-        sample = sampled(targets, view.anchors, begins(own, view.seed, step))
-        live = live_queries(segments, sample, view.workload.ttt_steps, first=1)
-        live, taught = self._by_chip(view.workload.live(live)), self._by_chip(view.workload.taught(sample))
-        return {
-            "live": live_places(live, shards, room.live),
-            "targets": compact(taught, shards, room.targets),
-            "count": _summed(taught, shards),
-        }
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """What is computed of the batch of a step where that is a sample, by the first of the rollout's steps
+        that compute it."""
+        begin = begins(self._rows.own(view.order.rows[step]), view.seed, step)
+        found, shares, work = {}, changes(view.shares), view.workload
+        for first, room in view.capacity.samples:
+            sample = sampled(targets, shares[first], begin)
+            live = live_queries(segments, sample, work.ttt_steps, first)
+            live, taught = self._by_chip(work.live(live)), self._by_chip(work.taught(sample))
+            found[first] = {
+                "live": live_places(live, shards, room.live),
+                "targets": compact(taught, shards, room.targets),
+                "count": _summed(taught, shards),
+            }
+        return found
 
     def _by_chip(self, mask: np.ndarray) -> np.ndarray:
         """What each chip has of its rows, one chip behind the other."""

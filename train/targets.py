@@ -38,12 +38,12 @@ def ahead(step: Any) -> Any:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Static sizes of one data shard's compacted work: live indices and targets, and those of the steps
-    behind step 0 where they compute a sample."""
+    """Static sizes of one data shard's compacted work: live indices and targets, and those of the steps from
+    so many on where they compute a sample."""
 
     live: int
     targets: int
-    later: "Capacity | None" = None
+    samples: "tuple[tuple[int, Capacity], ...]" = ()
 
 
 def counted_targets(

@@ -177,7 +177,7 @@ class Trainer:
     def _program(self) -> Any:
         plan, c = self.plan, self.plan.config
         loss = losses.make(c.loss, c.lk_scale, c.lk_decay, c.teacher_temperature)
-        weights = c.ttt_steps, c.decay, plan.dtype, c.compat, loss, c.anchors
+        weights = c.ttt_steps, c.decay, plan.dtype, c.compat, loss, plan.view.shares
         gradients = gradient(plan.head, plan.mesh, *weights)
         rule = plan.optimizer(self._rate, self.no_sample())
 

@@ -77,7 +77,7 @@ def _open(folder: str, kind: str, store: Store) -> Published:
 def _head(place: str, config: dict[str, Any], kind: str, num_target_layers: int) -> Head:
     if not HEADS[kind].is_published(config):
         others = [name for name, other in HEADS.items() if other.is_published(config)]
-        advice = f"give --kind {others[0]}" if others else f"known kinds are {', '.join(HEADS)}"
+        advice = f"give --kind {' or '.join(others)}" if others else f"known kinds are {', '.join(HEADS)}"
         raise EyasError(
             f"{place}: architectures is {config.get('architectures')!r}, of no head of kind={kind}; {advice}"
         )

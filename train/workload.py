@@ -10,7 +10,7 @@ import numpy as np
 from common import pod
 from common.store import Store
 from train import pieces
-from train.anchors import most_live, most_sampled, stretch_starts
+from train.anchors import changes, most_live, most_sampled, stretch_starts
 from train.targets import (
     Capacity,
     counted_targets,
@@ -79,9 +79,9 @@ class Workload:
         targets = counted_targets(segment_ids, loss_mask, self.compat)
         return live_queries(segment_ids, targets, self.ttt_steps), targets
 
-    def capacity(self, batches: np.ndarray, shards: int, anchors: float = 1.0) -> Capacity:
+    def capacity(self, batches: np.ndarray, shards: int, shares: tuple[float, ...] = ()) -> Capacity:
         """What the fullest chip needs of one of so many shards of `batches` int64 [n, B]; a row of -1 is
-        empty. `anchors`: the share of the targets that the steps behind step 0 compute."""
+        empty. `shares`: what of the targets each step computes, all by default."""
         parts = batches.reshape(len(batches) * shards, -1)
         own = self._length // self.pieces
         positions = own if self.pieces == 1 else own + pieces.halo(own, self.ttt_steps)
@@ -90,9 +90,10 @@ class Workload:
             live, targets = (int(np.where(parts[..., None] < 0, 0, x[parts]).sum(1).max()) for x in counts)
             return Capacity(live_capacity(live, parts.shape[1] * positions), round_up(targets))
 
-        whole = room(self._live, self._taught)
-        if anchors == 1 or self.ttt_steps == 1:
-            return whole
-        sample = most_sampled(self.targets, anchors)  # it may lie in any one piece
-        live = np.minimum(self._live, most_live(sample, self._stretches, self.ttt_steps)[:, None])
-        return replace(whole, later=room(live, np.minimum(self._taught, sample[:, None])))
+        def of_sample(first: int, share: float) -> Capacity:
+            sample = most_sampled(self.targets, share)  # it may lie in any one piece
+            live = most_live(sample, self._stretches, self.ttt_steps - first)
+            return room(np.minimum(self._live, live[:, None]), np.minimum(self._taught, sample[:, None]))
+
+        samples = tuple((first, of_sample(first, share)) for first, share in changes(shares).items())
+        return replace(room(self._live, self._taught), samples=samples)

@@ -108,7 +108,7 @@ def draft(
     (B, H), K, places = last.state.shape, d.topk, d.branching
     children = partial(_children, d, sampling, drafter, last)
     root = jnp.full((B, 1), -1, jnp.int32)
-    all_BdH = d.head.at_once(drafter.ready, cache, (last.state, last.hidden), last.start, d.steps)
+    all_BdH = d.head.at_once(drafter.ready, cache, (last.state, last.hidden), last.start, d.steps, embed_VH)
     begins_BH = last.hidden if all_BdH is None else all_BdH[:, 0]
     first, logits = children(begins_BH[:, None], jnp.zeros((B, 1)), root, 0)
     depths_BM = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32) // K, (B, places))

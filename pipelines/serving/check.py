@@ -92,7 +92,7 @@ class _Served:
         config: ServeCheckConfig,
         program: str,
         model: str,
-        method: str,
+        method: launch.Method,
         out: str,
         prompts: list[list[int]],
     ) -> None:

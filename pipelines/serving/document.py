@@ -20,7 +20,7 @@ from pipelines import recipes
 from pipelines.bench.published import PUBLISHED
 from train import launch
 from train.config import TrainConfig
-from train.heads import settings_of
+from train.heads import chosen
 from train.heads.head import HEADS
 from train.servers import PORTABLE, SERVERS, TPU, Verdict, verdicts
 
@@ -34,15 +34,15 @@ def kinds() -> str:
     """A table of kinds of heads, for a Llama of 32 layers, and servers."""
     llama = PUBLISHED["llama-3.1-8b"]
     llama = llama | {"rope_scaling": None, "rope_parameters": None}  # of which a line below tells
-    names = list(SERVERS)
+    servers = list(SERVERS)
     lines = ["| | " + " | ".join(f"{s.title} {s.version}" for s in SERVERS.values()) + " |"]
-    lines.append("|---" * (1 + len(names)) + "|")
+    lines.append("|---" * (1 + len(servers)) + "|")
     default = default_aux_layers(llama["num_hidden_layers"])
-    for kind in HEADS.values():
+    for name, kind in HEADS.items():
         for words, its in kind.variants.items():
-            given = {"draft_vocab_size": 32_000, "aux_layers": default} | its
+            given = {"draft_vocab_size": 32_000, "aux_layers": default} | chosen(name, {}) | its
             limits = kind.for_target(llama, **given).limits(llama)
-            found = [verdicts(limits, SERVERS[name].layouts[0])[name] for name in names]
+            found = [verdicts(limits, SERVERS[server].layouts[0])[server] for server in servers]
             lines.append(f"| {words} | " + " | ".join(map(_word, found)) + " |")
     return "\n".join(lines)
 
@@ -60,7 +60,7 @@ def commands() -> str:
 
 def _of_recipe(recipe: recipes.Recipe) -> str:
     lines, name = [f"### {recipe.name}", "", "```sh"], recipe.train.get("kind", TrainConfig.kind)
-    kind, settings = HEADS[name], {n: recipe.train[n] for n in settings_of(name) if n in recipe.train}
+    kind, settings = HEADS[name], chosen(name, recipe.train)
     if recipe.model == recipes.EMBEDDED:
         served = launch.Served(f"heads/{recipe.name}", PORTABLE, kind.method)
         options = launch.command("vllm", ".cache/smollm2-135m", served)
@@ -68,7 +68,7 @@ def _of_recipe(recipe: recipes.Recipe) -> str:
         return "\n".join([*lines, "# vLLM for CPUs", made.text(), "```"])
     config, size = _published(recipe.name)
     aux = default_aux_layers(recipe.layers)
-    head = kind.for_target(config, recipe.train["draft_vocab"], aux, **settings)
+    head = kind.for_target(config, recipe.train.get("draft_vocab", config["vocab_size"]), aux, **settings)
     limits, refused = head.limits(config), []
     for name in _MEMORY:
         found = {layout: verdicts(limits, layout)[name] for layout in SERVERS[name].layouts}

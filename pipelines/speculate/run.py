@@ -47,6 +47,7 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
         raise EyasError(
             f"eagle_topk={config.eagle_topk}, but the draft vocabulary of {config.head} has {words} tokens"
         )
+    head[0].require_steps(config.steps, config.head)
     storage.require_file(config.out)
     source = Source(config.store) if config.store else None
     sets = [] if source is None else [_held_out(config, source)]

@@ -13,7 +13,7 @@ from tests.train import small_store
 from tests.train.on_device import STEPS, batch_of, f32, frozen_of, parameters_of
 from tests.train.problem import Problem, problem
 from tests.train.reference import directional_derivative
-from train.anchors import begins, most_live, most_sampled, sampled, stretch_starts
+from train.anchors import begins, behind_first, most_live, most_sampled, sampled, stretch_starts
 from train.batch import Batch
 from train.order import listed
 from train.step import gradient
@@ -45,7 +45,7 @@ def with_sample(p: Problem, batch: Batch, begin: float, shards: int, dense: bool
         "targets": compact(sample, shards, round_up(sample.size)),
         "count": sample.reshape(shards, -1).sum(1).astype(np.int32),
     }
-    return batch._replace(later=jax.tree.map(jnp.asarray, found))
+    return batch._replace(samples={1: jax.tree.map(jnp.asarray, found)})
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_mean_over_all_samples_is_the_references_loss_and_gradient(chips, pa
         logp = p.target_logits - np.log(np.exp(p.target_logits).sum(-1, keepdims=True))
         batch = batch._replace(last_hidden=None, draft_logprobs=f32(logp[..., p.draft_ids]))
     whole = jax.device_put((parameters_of(p), frozen), sharding(mesh, ()))
-    fn = jax.jit(gradient(p.config, mesh, STEPS, DECAY, jnp.float32, anchors=SHARE))
+    fn = jax.jit(gradient(p.config, mesh, STEPS, DECAY, jnp.float32, shares=behind_first(SHARE, STEPS)))
     found = []
     for number in range(TAUGHT):
         one = with_sample(p, batch, (number + 0.01) / TAUGHT, shards, dense=parts > 1)
@@ -89,7 +89,7 @@ def test_every_target_is_as_likely_and_a_sample_fits_its_room(share):
     counted, segments = rng.random((6, 90)) < [[0.05], [0.3], [0.6], [0.9], [1], [0]], np.ones((6, 90))
     counted[:, -1], counts = False, np.zeros((6, 90))
     draws, room = 2000, most_sampled(counted.sum(1), share)
-    most = most_live(room, stretch_starts(counted).sum(1), steps=7)
+    most = most_live(room, stretch_starts(counted).sum(1), steps=6)
     for number in range(draws):
         sample = sampled(counted, share, np.full(6, (number + 0.5) / draws))
         assert (sample.sum(1) <= room).all()
@@ -110,15 +110,15 @@ def test_begins_are_spread_evenly_and_others_in_every_row_step_and_seed():
 def test_a_rows_sample_is_the_same_on_any_number_of_chips(tmp_path):
     store = Store.open(small_store.write_store(str(tmp_path / "store")))
     workload, wanted = Workload(store, store.split_rows("train"), STEPS), listed(np.array([[0, 1, 3, 4]] * 3))
-    found = []
+    found, shares = [], behind_first(SHARE, STEPS)
     for chips, parts in ((1, 1), (2, 1), (1, 4), (4, 1)):
-        capacity = workload.capacity(wanted.rows, chips * parts, SHARE)
-        view = View(wanted, workload, capacity, "recompute", np.arange(4), None, parts, SHARE, seed=3)
+        capacity = workload.capacity(wanted.rows, chips * parts, shares)
+        view = View(wanted, workload, capacity, "recompute", np.arange(4), None, parts, shares, seed=3)
         batches = [batch for dealt in Stream(store, make_mesh(chips), [view]).batches() for _, batch in dealt]
         n = 4 * small_store.T // (chips * parts)
-        at = [np.asarray(batch.later["targets"]).reshape(chips * parts, -1) for batch in batches]
+        at = [np.asarray(batch.samples[1]["targets"]).reshape(chips * parts, -1) for batch in batches]
         for batch, places in zip(batches, at, strict=True):
-            np.testing.assert_array_equal(batch.later["count"], (places < n).sum(1))
+            np.testing.assert_array_equal(batch.samples[1]["count"], (places < n).sum(1))
         found.append([(x + n * np.arange(chips * parts)[:, None])[x < n] for x in at])
     for other in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, found[0])

@@ -14,6 +14,7 @@ from common.rows import Rows
 from tests.train import small_run, small_store
 from tests.train.small_run import lines_of, weights_of
 from train import loss, pieces, placing, targets
+from train.anchors import behind_first
 from train.batch import Inputs
 from train.evaluate import Evaluator
 from train.heads.eagle3.head import Eagle3
@@ -76,13 +77,14 @@ def trained(url, dp=1, sp=1, parts=1, anchors=1.0, compat=None, dense=False, **o
     """(loss, by step, right), gradients of a batch."""
     source, head, params = opened(url, dp, sp, **options)
     workload = source.workload(STEPS, compat)
-    room, own = workload.capacity(ROWS, dp * parts, anchors), small_store.T // sp
+    shares = behind_first(anchors, STEPS)
+    room, own = workload.capacity(ROWS, dp * parts, shares), small_store.T // sp
     positions = ROWS.size // dp // parts * (own + (pieces.halo(own, STEPS) if sp > 1 else 0))
     room = replace(room, live=positions) if dense else room
     assert dense or room.live < positions
-    view = View(listed(ROWS), workload, room, "recompute", IDS, None, parts, anchors, seed=3)
+    view = View(listed(ROWS), workload, room, "recompute", IDS, None, parts, shares, seed=3)
     frozen = source.frozen(IDS, "recompute", jnp.float32)
-    step = jax.jit(gradient(head, source.mesh, STEPS, 0.8, jnp.float32, compat, anchors=anchors))
+    step = jax.jit(gradient(head, source.mesh, STEPS, 0.8, jnp.float32, compat, shares=shares))
     (((_, batch),),) = Stream(source.store, source.mesh, [view]).batches()
     return jax.device_get(step(params, frozen, batch))
 

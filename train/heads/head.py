@@ -22,6 +22,7 @@ from common.errors import EyasError
 from common.params import Declaration
 from train.batch import Batch, Frozen, Inputs, Params
 from train.heads.eagle3.head import Eagle3
+from train.launch import Method
 from train.sample import Sample
 from train.servers import PORTABLE, Limit
 
@@ -29,7 +30,7 @@ from train.servers import PORTABLE, Limit
 class Head(Protocol):
     """The sizes of a head; its parameters are a flat dict. All methods are pure."""
 
-    method: ClassVar[str]  # what vLLM calls the kind, and in capitals SGLang
+    method: ClassVar[Method]  # by which servers know the kind
     layouts: ClassVar[tuple[str, ...]]  # of train/servers.py, in which it is exported
     variants: ClassVar[Mapping[str, Mapping[str, Any]]]  # {in words: settings, or aux_layers} for SERVING.md
     hidden_size: int
@@ -139,10 +140,12 @@ class Head(Protocol):
         left: tuple[jax.Array, jax.Array],
         starts_B: jax.Array,
         steps: int,
+        embed_VH: jax.Array,
     ) -> jax.Array | None:
         """The states [B, K, H] that `output` turns into logits, of a whole draft, of a kind that needs no
         drafted token for the next one; None of the others, which draft by a `step` a token. `left` are both
-        states [B, H] of the first step behind sequences of so many tokens."""
+        states [B, H] of the first step behind sequences of so many tokens; `embed` the target's embedding,
+        for a token that stands for those which are not known."""
         ...
 
     def tensors(self, layout: str) -> dict[str, str]:
@@ -182,6 +185,15 @@ class Head(Protocol):
 
     def require_fit(self, target: dict[str, Any], where: str) -> None:
         """EyasError naming the first thing of the head at `where` that is not its target's."""
+        ...
+
+    def shares(self, anchors: float, steps: int) -> tuple[float, ...]:
+        """Of the targets, the share that each step of a rollout in training computes with --anchors: never
+        more than the step before (train/anchors.py)."""
+        ...
+
+    def require_steps(self, steps: int, where: str) -> None:
+        """EyasError unless it can draft so many tokens."""
         ...
 
     def require_pieces(self, pieces: int, where: str) -> None:

@@ -30,7 +30,7 @@ def test_every_recipe_has_commands_that_name_its_target_and_its_head(name):
 
 
 def test_a_command_is_what_is_run_and_can_be_typed():
-    head = launch.Served("a head", "portable", "eagle3")
+    head = launch.Served("a head", "portable", launch.Method({"method": "eagle3"}, "EAGLE3"))
     made = launch.command("vllm", "org/t", head, chips=4, environment={"A": "b c"})
     assert shlex.split(made.text().replace("\\\n", " ")) == ["A=b c", *made.arguments()]
     spec = json.loads(made.arguments()[-1])
@@ -39,6 +39,8 @@ def test_a_command_is_what_is_run_and_can_be_typed():
     assert launch.command("vllm", "org/t", speculators).arguments() == ["vllm", "serve", "a head"]
     alone = launch.command("sglang", "org/t", None).arguments()
     assert alone == ["python", "-m", "sglang.launch_server", "--model-path", "org/t"]
-    chain = launch.command("sglang-jax", "t", head._replace(method="other"), tokens=5).arguments()
+    other = head._replace(method=launch.Method({"method": "eagle3", "parallel_drafting": True}, "OTHER"))
+    assert json.loads(launch.command("vllm", "t", other).arguments()[-1])["parallel_drafting"] is True
+    chain = launch.command("sglang-jax", "t", other, tokens=5).arguments()
     assert chain[chain.index("--speculative-num-draft-tokens") + 1] == "6"
     assert chain[chain.index("--speculative-algorithm") + 1] == "OTHER"

@@ -26,7 +26,7 @@ from pipelines.speculate.measure import Figures
 from pipelines.speculate.run import run
 from pipelines.speculate.table import table
 from tests.dump.chats import write_answering_model
-from tests.train.heads import medusa
+from tests.train.heads import kinds, medusa
 from tests.train.small_run import short_run
 from train.config import EvaluateConfig
 from train.evaluate import estimate, load_head
@@ -144,12 +144,17 @@ def test_a_chain_on_the_targets_own_answers_gives_what_eval_estimates(model, tra
 
 
 @pytest.mark.slow
-def test_another_kind_of_head_drafts_all_at_once_what_eval_estimates(model, trained, tmp_path, monkeypatch):
-    """It reads the last hidden state alone, of prompts and of what it had accepted; a tree of it too."""
-    medusa.register(monkeypatch)
+@pytest.mark.parametrize("kind", ["medusa", *kinds.ALL])
+def test_another_kind_of_head_drafts_what_eval_estimates(model, trained, tmp_path, monkeypatch, kind):
+    """All at once, but for MTP, which reads the last hidden state, of prompts and of what it had accepted; a
+    tree of it too."""
+    (medusa if kind == "medusa" else kinds).register(monkeypatch)
     store = trained[0]
     learns = {"steps": 60, "ttt_steps": 3, "draft_vocab": 128, "learning_rate": 1e-2, "init": "target"}
-    train(medusa.Config(store, f"{tmp_path}/run", **learns, blocks=3))
+    if kind == "medusa":
+        train(medusa.Config(store, f"{tmp_path}/run", **learns, blocks=3))
+    else:
+        train(kinds.Config(store, f"{tmp_path}/run", **learns, kind=kind))
     config = SpeculateConfig(model, f"{tmp_path}/run/best", store, length=LENGTH, slots=3, max_tokens=ANSWER)
     config = replace(config, out=str(tmp_path / "figures.json"))
     found = run(config)

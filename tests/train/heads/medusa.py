@@ -16,10 +16,12 @@ from common.config import setting
 from common.errors import EyasError
 from common.layers import linear
 from common.params import Param
+from train.anchors import behind_first
 from train.batch import Inputs, by_steps
 from train.config import TrainConfig
 from train.heads import KINDS
 from train.heads.head import HEADS
+from train.launch import Method
 from train.servers import PORTABLE
 
 _KEYS = ("hidden_size", "vocab_size", "draft_vocab_size", "blocks", "dropout")
@@ -57,7 +59,7 @@ class Medusa:
     dropout: float = 0.0
     rms_eps: float = 1e-6
 
-    method: ClassVar[str] = "medusa"
+    method: ClassVar[Method] = Method({"method": "medusa"}, "MEDUSA")
     layouts: ClassVar[tuple[str, ...]] = (PORTABLE,)
     variants: ClassVar[dict[str, Any]] = {}
     inputs: ClassVar[Inputs] = Inputs((), last=True)
@@ -144,7 +146,7 @@ class Medusa:
     def step(self, ready, cache, embedded_BmH, state_BmH, new):
         return state_BmH, state_BmH, cache
 
-    def at_once(self, ready, cache, left, starts_B, steps):
+    def at_once(self, ready, cache, left, starts_B, steps, embed_VH):
         return self._all(ready, left[0], range(steps)).swapaxes(0, 1)
 
     def tensors(self, layout):
@@ -170,6 +172,12 @@ class Medusa:
     def require_fit(self, target, where):
         if self.hidden_size != target["hidden_size"]:
             raise EyasError(f"{where} has hidden_size {self.hidden_size}, its target {target['hidden_size']}")
+
+    def shares(self, anchors, steps):
+        return behind_first(anchors, steps)
+
+    def require_steps(self, steps, where):
+        pass
 
     def require_pieces(self, pieces, where):
         pass

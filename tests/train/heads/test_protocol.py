@@ -1,21 +1,22 @@
 """Nothing outside of a head's own package knows what is in it: a kind nothing like EAGLE3 does all."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from common import storage
-from common.config import knobs
+from common.config import differences, knobs, setting
 from common.errors import EyasError
 from common.store import Store
+from pipelines.recipes import beneath
 from tests.train import small_store
 from tests.train.heads import medusa
 from tests.train.small_run import assert_same_run, lines_of, weights_of
 from train import check_export
-from train.config import EvaluateConfig
+from train.config import EvaluateConfig, TrainConfig
 from train.evaluate import estimate
-from train.heads import KINDS
+from train.heads import KINDS, require_apart
 from train.heads.head import HEADS
 from train.planning import make_plan
 from train.run import run
@@ -97,6 +98,65 @@ def test_settings_of_another_kind_are_refused(url):
         config(url, "unused", layers=2)
     with pytest.raises(ValueError, match=r"dropout=0.5 has no meaning with kind=eagle3.*give kind=medusa"):
         config(url, "unused", kind="eagle3", dropout=0.5)
+
+
+def test_settings_of_one_name_are_one_option():
+    """What a second kind, or all kinds, mean by a name is not silently another thing."""
+    require_apart(KINDS, TrainConfig)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other:
+        layers: int = setting(4, "Layers.", least=1)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Noisy:
+        noise: float = setting(0.1, "Noise.", least=0)
+
+    with pytest.raises(ValueError, match="layers of kind=other is one option with that of kind=eagle3"):
+        require_apart(KINDS | {"other": Other}, TrainConfig)
+    with pytest.raises(ValueError, match="noise of kind=noisy is a setting of all kinds"):
+        require_apart(KINDS | {"noisy": Noisy}, TrainConfig)
+
+
+def test_a_recipes_settings_of_another_kind_are_left_out():
+    recipe = {"layers": 2, "blocks": 3, "warmup": 0.1}
+    assert beneath(recipe, {"kind": "medusa"}) == {"kind": "medusa", "blocks": 3, "warmup": 0.1}
+    assert beneath(recipe | {"kind": "medusa"}, {"seed": 1}) == recipe | {"kind": "medusa", "seed": 1}
+    assert beneath(recipe, {"kind": ["medusa"]}) == recipe | {"kind": ["medusa"]}  # whose check refuses it
+
+
+def test_what_a_kind_has_chosen_of_training_alone_is_of_a_runs_identity(url, monkeypatch):
+    """A run is not continued with another value of what the head itself does not tell."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(medusa.Settings):
+        warming: float = setting(0.5, "Something of training.", least=0)
+
+    @dataclass(frozen=True)
+    class Config(medusa.Config, Settings):
+        pass
+
+    class Warmed(medusa.Medusa):
+        @classmethod
+        def for_target(cls, target, draft_vocab_size, aux_layers, warming, **settings):
+            return super().for_target(target, draft_vocab_size, aux_layers, **settings)
+
+    monkeypatch.setitem(KINDS, "medusa", Settings)
+    monkeypatch.setitem(HEADS, "medusa", Warmed)
+    some, other = (
+        make_plan(Config(url, "unused", draft_vocab=48, init="target", warming=x)) for x in (0.5, 1)
+    )
+    assert differences(some.identity, other.identity) == ["config.warming: 0.5 there, 1.0 here"]
+
+
+def test_what_is_not_exact_in_bfloat16_is_read_as_it_is_stored(url):
+    """The last state of a head that reads nothing else."""
+    plan = make_plan(config(url, "unused"))
+    (((_, batch), *_), *_) = Stream(plan.store, plan.mesh, [plan.view]).batches()
+    found = plan.head.inputs.of(batch.aux_hidden, batch.last_hidden)
+    np.testing.assert_array_equal(
+        found[:, :, 0], plan.store.read(("last_hidden",), plan.order.rows[0])["last_hidden"]
+    )
 
 
 def test_every_kind_of_head_can_be_chosen_with_its_own_settings():

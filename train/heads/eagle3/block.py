@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.rope import inverse_frequencies
 from train.batch import Params
-from train.heads.eagle3.own_keys import KeysValues
 from train.heads.eagle3.sizes import Sizes, layer_name
+from train.heads.own_keys import KeysValues
 
 Layer = jax.Array | int  # which of them
 Turns = tuple[jax.Array, jax.Array]  # cos and sin [B, m, R], float32

@@ -8,6 +8,8 @@ from train.heads.eagle3.limits import limits
 from train.heads.eagle3.sizes import METHOD, Sizes
 from train.serving_config import canonical_rope
 
+SERVED_AS = launch.Method({"method": METHOD}, METHOD.upper())
+
 _CARD = """---
 tags:
 - eagle3
@@ -68,7 +70,7 @@ def model_card(head: Sizes, metadata: Mapping[str, Any], target: dict[str, Any],
             f"| {servers.SERVERS[name].title} {servers.SERVERS[name].version} | {_cell(verdict.text())} |"
             for name, verdict in found.items()
         ),
-        commands="\n".join(launch.commands(found, "TARGET", launch.Served("HEAD", layout, METHOD))),
+        commands="\n".join(launch.commands(found, "TARGET", launch.Served("HEAD", layout, SERVED_AS))),
         made="\n".join(["", "| | |", "|---|---|", *rows]) if rows else "",
     )
 

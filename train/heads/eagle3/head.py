@@ -8,8 +8,11 @@ import jax
 
 from common.cached_attention import New
 from common.params import Declaration
+from train.anchors import behind_first
 from train.batch import Batch, Frozen, Inputs, Params
+from train.heads.cached import empty
 from train.heads.eagle3 import block, cached, card, limits, published, rollout, serving, sizes, start
+from train.launch import Method
 from train.sample import Sample
 from train.servers import PORTABLE, Limit
 
@@ -18,7 +21,7 @@ from train.servers import PORTABLE, Limit
 class Eagle3(sizes.Sizes):
     """See train/heads/head.py: Head."""
 
-    method: ClassVar[str] = sizes.METHOD
+    method: ClassVar[Method] = card.SERVED_AS
     layouts: ClassVar[tuple[str, ...]] = serving.LAYOUTS
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = serving.VARIANTS
 
@@ -79,7 +82,7 @@ class Eagle3(sizes.Sizes):
         return block.weights(self, params, dtype)
 
     def empty_cache(self, sequences: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-        return cached.empty_cache(self, sequences, length, dtype)
+        return empty(self.layers, sequences, length, self.num_kv_heads, self.head_dim, dtype)
 
     def begin(self, ready: tuple[Params, Params], states_BmSH: jax.Array) -> jax.Array:
         B, m, *sizes = states_BmSH.shape
@@ -102,6 +105,7 @@ class Eagle3(sizes.Sizes):
         left: tuple[jax.Array, jax.Array],
         starts_B: jax.Array,
         steps: int,
+        embed_VH: jax.Array,
     ) -> None:
         return None
 
@@ -134,6 +138,12 @@ class Eagle3(sizes.Sizes):
     def require_fit(self, target: dict[str, Any], where: str) -> None:
         wanted = self.for_target(target, self.draft_vocab_size, self.aux_layers, ffn=self.ffn)
         serving.require_fit(self, wanted, where)
+
+    def shares(self, anchors: float, steps: int) -> tuple[float, ...]:
+        return behind_first(anchors, steps)
+
+    def require_steps(self, steps: int, where: str) -> None:
+        pass
 
     def require_pieces(self, pieces: int, where: str) -> None:
         sizes.require_pieces(self, pieces, where)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from common.layers import einsum
-from train.heads.eagle3 import own_keys_tpu
+from train.heads import own_keys_tpu
 
 KeysValues = tuple[jax.Array, jax.Array]
 

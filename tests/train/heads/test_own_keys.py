@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.heads.eagle3 import own_keys, own_keys_tpu
-from train.heads.eagle3.own_keys import join
+from train.heads import own_keys, own_keys_tpu
+from train.heads.own_keys import join
 
 C, N, J, d, K, S = 6, 6, 2, 4, 3, 5
 SCALE = 0.6
