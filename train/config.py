@@ -58,7 +58,8 @@ class TrainConfig(*KINDS.values()):
     ttt_steps: int = setting(7, "Steps K of the rollout.", least=1, most=64)
     anchors: float = setting(
         1.0,
-        "Share of the counted positions, drawn anew at every step, that train steps 1 to K-1 of the rollout.",
+        "Share of the counted positions, drawn anew at every step, that train steps 1 to K-1 of the rollout, "
+        "or those that the kind says.",
         above=0,
         most=1,
     )

@@ -94,7 +94,8 @@ class Plan:
 
 
 def room(config: TrainConfig, head: Head) -> int:
-    """The bytes that a run needs: float32 parameters, moments and average three times (two kept, one
-    written), two exports."""
-    count = sum(math.prod(p.shape) for p in head.parameters().values())
-    return 3 * (16 if config.ema else 12) * count + 2 * 2 * count + (1 << 20)
+    """The bytes that a run needs: float32 parameters, their average, and moments of those that are trained,
+    three times (two kept, one written), two exports."""
+    sizes = {name: math.prod(p.shape) for name, p in head.parameters().items()}
+    count, trained = sum(sizes.values()), sum(sizes[name] for name in sizes.keys() - head.still())
+    return 3 * ((8 if config.ema else 4) * count + 8 * trained) + 2 * 2 * count + (1 << 20)

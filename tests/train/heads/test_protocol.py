@@ -18,6 +18,7 @@ from train.config import EvaluateConfig, TrainConfig
 from train.evaluate import estimate
 from train.heads import KINDS, require_apart
 from train.heads.head import HEADS
+from train.plan import room
 from train.planning import make_plan
 from train.run import run
 from train.source import Source
@@ -157,6 +158,13 @@ def test_what_is_not_exact_in_bfloat16_is_read_as_it_is_stored(url):
     np.testing.assert_array_equal(
         found[:, :, 0], plan.store.read(("last_hidden",), plan.order.rows[0])["last_hidden"]
     )
+
+
+def test_weights_that_stay_need_no_room_for_moments(url):
+    """The output of a whole vocabulary is most of a head that does not train it."""
+    plans = {x: make_plan(config(url, "unused", kind="eagle3", lm_head=x)) for x in ("own", "frozen")}
+    own, frozen = (room(plan.config, plan.head) for plan in plans.values())
+    assert own - frozen == 3 * 8 * 48 * small_store.H
 
 
 def test_every_kind_of_head_can_be_chosen_with_its_own_settings():
