@@ -16,6 +16,8 @@ from common.texts import printable
 from pipelines.compare.runs import Run
 from train.names import AT_MOST, GREEDY_BY_K, SAMPLED_BY_K
 
+_OF_HEADS = "head."  # begins the names of what a head is made of, which its kind has and others need not
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,7 +76,7 @@ def group(found: Sequence[Run], k: int | None = None) -> list[Group]:
         at = k or min(drafted, default=1)
         members.sort(key=lambda one: _order(one, at, names[one.url]))
         differing = differences(members)
-        rows = [Row(names[m.url], m, {n: text(m.settings.get(n)) for n in differing}) for m in members]
+        rows = [Row(names[m.url], m, {n: _shown(m, n) for n in differing}) for m in members]
         same = {n: text(v) for n, v in members[0].settings.items() if n not in differing}
         groups.append(Group(store, printable(members[0].target["name"]), at, rows, same))
     return sorted(groups, key=lambda g: -len(g.rows))
@@ -86,12 +88,23 @@ def _order(run: Run, k: int, name: str) -> tuple[bool, float, float, str]:
 
 
 def differences(found: Sequence[Run]) -> list[str]:
-    """The names of the settings that are not the same in all runs, in the order of experiment.json."""
-    names = dict.fromkeys(name for one in found for name in one.settings)
-    differing = [n for n in names if any(one.settings.get(n) != found[0].settings.get(n) for one in found)]
+    """The names of the settings that are not the same in all runs, in the order of experiment.json; what only
+    some kinds of heads have, in those."""
+
+    def differs(name: str) -> bool:
+        of_heads = name.startswith(_OF_HEADS)
+        its = [one.settings.get(name) for one in found if not of_heads or name in one.settings]
+        return any(value != its[0] for value in its)
+
+    differing = list(filter(differs, dict.fromkeys(name for one in found for name in one.settings)))
     if "head.draft_vocab_size" in differing:
         differing = [n for n in differing if n != "draft_ids_crc32"]  # other sizes are other ids
     return differing
+
+
+def _shown(run: Run, name: str) -> str:
+    absent = name.startswith(_OF_HEADS) and name not in run.settings
+    return "-" if absent else text(run.settings.get(name))
 
 
 def text(value: Any) -> str:

@@ -27,16 +27,19 @@ def write_run(
     quality: float = 1.0,
     store: str = STORE,
     target: str = "made-up",
+    head: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
-    """A run of `steps` steps, `reached` of which are done; `quality` says how much its head learns."""
+    """A run of `steps` steps, `reached` of which are done; `quality` says how much its head learns; `head` is
+    what it is made of."""
     folder.mkdir(parents=True)
     settings = {"seed": seed, "batch_rows": 4, "ttt_steps": K, "decay": 0.8, "learning_rate": rate}
     settings |= {"betas": [0.9, 0.95], "init": "fitted", "compat": None} | config
     identity = {
         "config": settings,
         "store": store,
-        "head": {"hidden_size": 576, "ffn": 1536, "draft_vocab_size": 8192, "aux_layers": [2, 15, 27]},
+        "head": head
+        or {"hidden_size": 576, "ffn": 1536, "draft_vocab_size": 8192, "aux_layers": [2, 15, 27]},
         "draft_ids_crc32": 1664494875,
         "target": {
             "name": target,

@@ -57,6 +57,21 @@ def test_runs_are_ranked_by_the_head_in_best_and_what_differs_is_named(sweep):
     assert f"{group.rows[0].run.best.values['length_greedy_by_k'][3]:.3f}" in text
 
 
+def test_of_several_kinds_what_heads_are_made_of_is_compared_with_their_own(tmp_path):
+    """A field that one kind has is no difference of every run of another."""
+    sizes = {"hidden_size": 576, "draft_vocab_size": 8192}
+    for name, kind, head in (
+        ("a", "eagle3", {"ffn": 1536, "layers": 1}),
+        ("b", "eagle3", {"ffn": 1536, "layers": 2}),
+        ("c", "other", {"blocks": 3}),
+    ):
+        write_run(tmp_path / name, kind=kind, head=sizes | head)
+    (group,) = compared(tmp_path)["groups"]
+    shown = {row.name: row.differs for row in group.rows}
+    assert shown["a"] == {"kind": "eagle3", "head.layers": "1"}
+    assert shown["c"] == {"kind": "other", "head.layers": "-"}
+
+
 @pytest.mark.parametrize("width", [40, 90, 120, 160, 400])
 def test_a_table_is_as_wide_as_the_terminal_and_keeps_what_runs_are_ranked_by(sweep, width):
     found = compared(sweep)
