@@ -1,10 +1,11 @@
 """The scales of a store's channels as its manifest has them: lines of base64 of int8, exponents of two.
 
-So every reader multiplies to the same bits, any bytes are sound scales, and whoever changes one changes the
-manifest, whose hash all commit markers have.
+So every reader multiplies to the same bits, and whoever changes one changes the manifest, whose hash all
+commit markers have.
 """
 
 import base64
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,9 +32,13 @@ def encode_channels(squares: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
 def decode_channels(
     stored: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Their inverse: float32 of these shapes. ValueError where a text is not base64, or of another size."""
+    """Their inverse: float32 of these shapes. ValueError for what `encode_channels` never makes: a text that
+    is not base64, of another size, or with exponents that would make states infinite."""
     found = {}
     for name, lines in stored.items():
         exponent = np.frombuffer(base64.b64decode("".join(lines), validate=True), np.int8)
+        size = math.prod(shapes[name])
+        if len(exponent) != size or exponent.min() < _LEAST or exponent.max() > 0:
+            raise ValueError(f"{name} must have {size} exponents from {_LEAST} to 0")
         found[name] = np.ldexp(np.float32(1), exponent.reshape(shapes[name]).astype(np.int32))
     return found

@@ -3,6 +3,8 @@
 They are kept in the manifest: whoever computes a block of the store, now or later, divides by the same bits.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from common import pod
@@ -17,10 +19,12 @@ from dump.rounds import INPUTS
 _POSITIONS = 8_192  # at least, if there are so many; rows are shuffled, so the first are like all
 
 
-def find_channels(plan: Plan, prefill: Prefill) -> dict[str, list[str]]:
-    """The manifest's `channels`, the same on every process.
+def find_channels(
+    plan: Plan, prefill: Prefill, check: Callable[[], None] = lambda: None
+) -> dict[str, list[str]]:
+    """The manifest's `channels`, the same on every process. `check` is called at every batch and may raise.
 
-    EyasError if a state, or the sum of its squares, is not finite.
+    EyasError if a state, or the sum of its squares in float32, is not finite.
     """
     store, size = plan.store, plan.batch_rows
     count = min(store.rows, -(-_POSITIONS // store.length))
@@ -29,13 +33,15 @@ def find_channels(plan: Plan, prefill: Prefill) -> dict[str, list[str]]:
     for start in range(0, count, size):
         rows = np.arange(start, start + size)
         with pod.together():
+            check()
             inputs = _inputs(store, prefill.own(np.where(rows < count, rows, -1)))
         for name, squares in prefill.squares(*inputs).items():
             total[name] = total.get(name, 0.0) + squares.astype(np.float64)
     for name, squares in total.items():
         if not np.isfinite(squares).all():
             raise EyasError(
-                f"the target's states ({name}) are not finite; check the weights, or use --dtype float32"
+                f"the target's states ({name}) are not finite, or so large that their squares are not; check "
+                "the weights, use --dtype float32, or store them with --precision bfloat16"
             )
     return encode_channels(total)
 

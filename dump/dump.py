@@ -76,7 +76,7 @@ def _run(plan: Plan, check: Callable[[], None]) -> None:
     if plan.computes:
         prefill = Prefill(plan, weights)
         if plan.finds_channels:
-            features = features | {"channels": find_channels(plan, prefill)}
+            features = features | {"channels": find_channels(plan, prefill, check)}
     made = pod.told(lambda: _make(plan, features))
     with pod.together():
         _require_made(url, made)

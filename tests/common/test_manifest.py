@@ -136,7 +136,9 @@ SCALES = {
     "no base64": {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAA!="]},
     "cut off": {"aux_hidden": ["A" * 32], "last_hidden": ["AAAAAAAAAAA"]},
     "no text": {"aux_hidden": ["A" * 32], "last_hidden": "AAAAAAAAAAA="},
-    "a bit of another": {"aux_hidden": ["A" * 31 + "B"], "last_hidden": ["AAAAAAAAAAA="]},
+    "a larger one": {"aux_hidden": ["A" * 31 + "B"], "last_hidden": ["AAAAAAAAAAA="]},
+    "so small that states are infinite": {"aux_hidden": ["gICA" * 8], "last_hidden": ["AAAAAAAAAAA="]},
+    "one of another": {"aux_hidden": ["A" * 30 + "D/"], "last_hidden": ["AAAAAAAAAAA="]},
 }
 
 

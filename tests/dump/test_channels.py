@@ -1,6 +1,8 @@
 """A store of int8 states has one scale a channel, whoever writes its blocks and whenever."""
 
+import base64
 import os
+import signal
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from common.codec import decode_states
 from common.errors import EyasError
 from common.store import Store
 from common.store_verify import verify
+from dump import channels
 from dump import dump as stage
 from dump import plan as planning
 from dump.dump import run
@@ -30,12 +33,19 @@ def read(url: str):
     store = Store.open(url)
     features = store.features
     shapes = {"aux_hidden": (len(features["aux_layers"]), tiny.H), "last_hidden": (tiny.H,)}
-    channels = decode_channels(features["channels"], shapes)
+    of_channel = decode_channels(features["channels"], shapes)
     found = store.read([*features["arrays"], "segment_ids"], np.arange(ROWS))
     real = found.pop("segment_ids") > 0
     scales = {name: found[name.replace("hidden", "scale")][real] for name in shapes}
-    steps = {name: scales[name][..., None] * channels[name] for name in shapes}
-    return {name: x[real] for name, x in decode_states(found, channels).items()}, steps
+    steps = {name: scales[name][..., None] * of_channel[name] for name in shapes}
+    return {name: x[real] for name, x in decode_states(found, of_channel).items()}, steps
+
+
+def changed(lines: list[str]) -> list[str]:
+    """Other scales: the first is half of what it was."""
+    exponents = np.frombuffer(base64.b64decode("".join(lines)), np.int8).copy()
+    exponents[0] -= 1
+    return [base64.b64encode(exponents.tobytes()).decode()]
 
 
 def test_states_are_within_half_a_step_of_those_in_float32(small, tmp_path):
@@ -69,11 +79,11 @@ def test_of_two_that_begin_at_once_the_first_ones_scales_hold(small, monkeypatch
     """The second has found others, by a rounding, when it comes to the manifest."""
     find = stage.find_channels
 
-    def slower(plan, prefill):
-        found = find(plan, prefill)
+    def slower(*given):
+        found = find(*given)
         monkeypatch.setattr(stage, "find_channels", find)
         run(replace(small, share="1/2"))
-        return {name: ["AA" + lines[0][2:], *lines[1:]] for name, lines in found.items()}
+        return {name: changed(lines) for name, lines in found.items()}
 
     monkeypatch.setattr(stage, "find_channels", slower)
     run(replace(small, share="2/2"))
@@ -90,12 +100,47 @@ def test_a_changed_scale_is_found(small):
     run(small)
     place = f"{small.store}/manifest.json"
     manifest = storage.read_json(place)
-    lines = manifest["features"]["channels"]["aux_hidden"]
-    lines[0] = ("B" if lines[0][0] == "A" else "A") + lines[0][1:]
+    stored = manifest["features"]["channels"]
+    stored["aux_hidden"] = changed(stored["aux_hidden"])
     storage.write_json(place, manifest)
     assert any("another manifest" in line for line in verify(small.store)["damaged"])
     with pytest.raises(EyasError, match="another manifest"):
         Store.open(small.store).read(["aux_hidden"], [0])
+
+
+def test_states_whose_squares_are_not_finite_have_no_scales(small):
+    """Whatever their rows were, the line says what stores them."""
+    weights = f"{small.model}/model.safetensors"
+    tensors = safetensors.from_bytes(storage.read_bytes(weights))
+    tensors["model.embed_tokens.weight"] = np.full_like(tensors["model.embed_tokens.weight"], 1e30)
+    storage.write_bytes(weights, safetensors.to_bytes(tensors))
+    with pytest.raises(EyasError, match=r"so large that their squares are not; .*--precision bfloat16"):
+        run(small)
+    run(replace(small, precision="bfloat16"))
+    assert verify(small.store)["damaged"] == []
+
+
+def test_a_request_to_stop_is_heard_while_scales_are_found(small, monkeypatch):
+    """Before the store has a manifest of features; the same command makes what one left alone makes."""
+    small, before, read, batches = (
+        replace(small, chip_tokens=tiny.T),
+        contents(small.store),
+        channels._inputs,
+        [],
+    )
+
+    def asked(*given):
+        batches.append(given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(channels, "_inputs", asked)
+        with pytest.raises(EyasError, match=r"dump stopped; .*continue with the same command") as stopped:
+            run(small)
+    assert (len(batches), stopped.value.exit_code, contents(small.store)) == (1, 42, before)
+    run(small)
+    assert verify(small.store)["damaged"] == []
 
 
 def test_states_that_are_not_finite_have_no_scales(small):
@@ -106,7 +151,7 @@ def test_states_that_are_not_finite_have_no_scales(small):
     )
     storage.write_bytes(weights, safetensors.to_bytes(tensors))
     before = contents(small.store)
-    with pytest.raises(EyasError, match=r"states .* are not finite; check the weights"):
+    with pytest.raises(EyasError, match=r"states .* are not finite, or .*check the weights"):
         run(small)
     assert contents(small.store) == before
 
