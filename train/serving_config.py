@@ -30,6 +30,15 @@ def canonical_rope(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if kind == "default" else {"rope_type": kind, **rest}
 
 
+def require_dtype(path: str, config: dict[str, Any]) -> None:
+    """EyasError unless a head's config.json says what its weights are in."""
+    found = config.get("torch_dtype", "missing")
+    if not isinstance(found, str) or found not in DTYPES:
+        raise EyasError(
+            f"{path}: torch_dtype is {found!r}, expected one of {', '.join(DTYPES)}; export the head again"
+        )
+
+
 def check_fields(
     path: str,
     config: dict[str, Any],
@@ -57,7 +66,6 @@ def check_fields(
         require(name, "a positive number", lambda x: type(x) in (int, float) and x > 0)
     for name in flags:
         require(name, "true or false", lambda x: type(x) is bool)
-    require("torch_dtype", f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
     require("rope_scaling", "null or an object with rope_type", _is_scaling)
     for name in _TOKENS:
         many = name == "eos_token_id"

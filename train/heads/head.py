@@ -25,6 +25,7 @@ from train.heads.eagle3.head import Eagle3
 from train.launch import Method
 from train.sample import Sample
 from train.servers import PORTABLE, Limit
+from train.serving_config import require_dtype
 
 
 class Head(Protocol):
@@ -58,7 +59,8 @@ class Head(Protocol):
 
     @classmethod
     def from_serving_config(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
-        """The head that the config.json at `path` describes. EyasError for a field that a server misreads."""
+        """The head that the config.json at `path` describes. EyasError for a field that is missing, of
+        another type, beyond what the kind can have (counts are looped over), or misread by a server."""
         ...
 
     @classmethod
@@ -69,7 +71,8 @@ class Head(Protocol):
 
     @classmethod
     def from_published(cls, path: str, config: dict[str, Any], num_target_layers: int) -> Self:
-        """The head of such a config.json. EyasError for what it has and heads of this kind have not."""
+        """The head of such a config.json. EyasError as above, and for what it has and heads of this kind have
+        not."""
         ...
 
     def asked(self, settings: dict[str, Any], where: str) -> Self:
@@ -210,6 +213,7 @@ def read_serving_config(path: str, config: Any, num_target_layers: int) -> Head:
         raise EyasError(f"{path} is no JSON object; export the head again")
     for kind in HEADS.values():
         if kind.layout_of(config):
+            require_dtype(path, config)
             return kind.from_serving_config(path, config, num_target_layers)
     raise EyasError(
         f"{path}: architectures is {config.get('architectures')!r}, of no head that was exported here; "

@@ -7,11 +7,13 @@ Dimensions: B sequences, m indices, n positions, C live indices, H hidden size, 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
+from common import schema
 from common.config import setting
 from common.errors import EyasError
 from common.layers import linear
@@ -25,6 +27,16 @@ from train.launch import Method
 from train.servers import PORTABLE
 
 _KEYS = ("hidden_size", "vocab_size", "draft_vocab_size", "blocks", "dropout")
+
+
+class _Fields(schema.TypedDict):
+    """Of its config.json."""
+
+    hidden_size: schema.Size
+    vocab_size: schema.Size
+    draft_vocab_size: schema.Size
+    blocks: Annotated[int, Field(ge=1, le=64)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +91,7 @@ class Medusa:
 
     @classmethod
     def from_serving_config(cls, path, config, num_target_layers):
+        schema.check(_Fields, config, path, "export the head again")
         return cls(**{name: config[name] for name in _KEYS})
 
     from_published = from_serving_config
@@ -170,8 +183,9 @@ class Medusa:
         return []
 
     def require_fit(self, target, where):
-        if self.hidden_size != target["hidden_size"]:
-            raise EyasError(f"{where} has hidden_size {self.hidden_size}, its target {target['hidden_size']}")
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(self, name) != target[name]:
+                raise EyasError(f"{where} has {name} {getattr(self, name)}, its target {target[name]}")
 
     def shares(self, anchors, steps):
         return behind_first(anchors, steps)

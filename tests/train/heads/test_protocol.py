@@ -1,13 +1,17 @@
 """Nothing outside of a head's own package knows what is in it: a kind nothing like EAGLE3 does all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from common import storage
 from common.config import differences, knobs, setting
 from common.errors import EyasError
+from common.params import initialise
 from common.store import Store
 from pipelines.recipes import beneath
 from tests.train import small_store
@@ -15,14 +19,16 @@ from tests.train.heads import medusa
 from tests.train.small_run import assert_same_run, lines_of, weights_of
 from train import check_export
 from train.config import EvaluateConfig, TrainConfig
-from train.evaluate import estimate
-from train.heads import KINDS, require_apart
+from train.evaluate import estimate, load_head
+from train.export import export
+from train.heads import KINDS, require_apart, settings_of
 from train.heads.head import HEADS
 from train.plan import room
 from train.planning import make_plan
 from train.run import run
 from train.source import Source
 from train.stream import Stream
+from train.warm_start import open_published
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +180,40 @@ def test_every_kind_of_head_can_be_chosen_with_its_own_settings():
     assert len(known) == len(set(known))
     for settings in KINDS.values():
         assert {knob.name for knob in knobs(settings)} <= set(known)
+
+
+ODD = ("a", -1, 1.5, None, [2**70], {}, 2**31, 10**30)
+GONE = object()
+
+
+def refused(read: Callable[[], Any]) -> bool:
+    """Whether it is; nothing but an EyasError of one line is a refusal."""
+    said = ""
+    try:
+        read()
+    except EyasError as error:
+        said = str(error)
+    assert "\n" not in said
+    return bool(said)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", [pytest.param("eagle3", marks=pytest.mark.slow), "medusa"])
+def test_whatever_a_field_of_a_config_json_holds_is_one_line_or_does_not_matter(url, tmp_path, kind):
+    """Also numbers that would be looped over for hours."""
+    folder, target, store = f"{tmp_path}/head", small_store.TARGET, Store.open(url)
+    defaults = {knob.name: knob.default for knob in knobs(medusa.Config)}
+    settings = {name: defaults[name] for name in settings_of(kind)}
+    head = HEADS[kind].for_target(target, 48, small_store.AUX_LAYERS, **settings)
+    export(folder, initialise(head.parameters(), jax.random.key(0)), head, np.arange(48), target)
+    place = f"{folder}/config.json"
+    whole = storage.read_json(place)
+    reads = (lambda: load_head(folder, target)), (lambda: open_published(folder, kind, store))
+    assert [refused(read) for read in reads] == [False, False]
+    for name in whole:
+        found = []
+        for odd in (GONE, *ODD):
+            changed = {key: x for key, x in whole.items() if key != name}
+            storage.write_json(place, changed if odd is GONE else changed | {name: odd})
+            found += [refused(read) for read in reads]
+        assert any(found), name

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 from common.config import setting
 
+MOST_LAYERS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """See sizes.py for what they mean."""
 
-    layers: int = setting(1, "Transformer layers of the head.", least=1, most=16)
+    layers: int = setting(1, "Transformer layers of the head.", least=1, most=MOST_LAYERS)
     fc_norm: bool = setting(False, "EAGLE3.1: norm each aux state before they are joined.")
     norm_output: bool = setting(False, "EAGLE3.1: feed the normed state to the next step.")
     norm_before_residual: bool = setting(False, "Add the first layer's results to the normed state.")

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import EyasError
 from common.params import Declaration, Param
+from train.heads.eagle3.settings import MOST_LAYERS
 
 METHOD = "eagle3"  # what servers call it
 _COUNTS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn", "draft_vocab_size", "layers")
@@ -53,6 +54,8 @@ class Sizes:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"layers={self.layers} must be at most {MOST_LAYERS}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}; "
