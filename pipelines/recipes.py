@@ -166,12 +166,12 @@ def beneath(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stage: what was given, over the recipe's.
 
     A learning rate is one optimiser's. With another one, its own default holds where no rate is given. What
-    is chosen about a kind of head is left out with another one.
+    is chosen about a kind of head, and the size of its draft vocabulary, is left out with another one.
     """
     rest, kind = dict(recipe), recipe.get("kind", TrainConfig.kind)
     asked = given.get("kind", kind)
-    if isinstance(asked, str) and asked in KINDS:
-        for name in {*settings_of(kind)} - {*settings_of(asked)}:
+    if isinstance(asked, str) and asked in KINDS and asked != kind:
+        for name in {"draft_vocab", *settings_of(kind)} - {*settings_of(asked)}:
             rest.pop(name, None)
     if given.get("optimizer", recipe.get("optimizer")) != recipe.get("optimizer"):
         rest.pop("learning_rate", None)

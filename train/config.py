@@ -74,7 +74,8 @@ class TrainConfig(*KINDS.values()):
         None,
         "Size of the draft vocabulary.",
         least=1,
-        otherwise="32000, or a smaller target's all; that of a head to begin with, or of stored draft logits",
+        otherwise="32000 for eagle3, or a smaller target's all; that of a head to begin with, or of stored "
+        "draft logits",
     )
     optimizer: str = setting(
         "muon", "What moves the weights; muon takes the block's matrices.", choices=("adamw", "muon")

@@ -32,7 +32,6 @@ from train.targets import drafted_targets
 from train.warm_start import Published, open_published
 from train.workload import Workload
 
-_DRAFT_VOCAB = 32_000
 _LOOKED_AT = 2**16  # positions, about, to tell what a draft vocabulary is worth
 _FEW = 0.5  # of what the target would say
 _MOST_ROWS = 2**28  # of all epochs, those outside of a share too: they are put in order, and held in memory
@@ -172,12 +171,13 @@ def _check_room(config: TrainConfig, head: Head) -> None:
 
 def _draft_ids(config: TrainConfig, teacher: str, store: Store, published: Published | None) -> np.ndarray:
     """The draft vocabulary, int32 ascending: the published head's, or the stored logits' if they teach, else
-    the most frequent."""
+    the most frequent, as many as is usual for the kind."""
     V = store.features["target"]["vocab_size"]
     stored = store.draft_ids() if teacher == "stored" else None
     ids, whose = (published.draft_ids, published.folder) if published else (stored, store.url)
     if ids is None:
-        return most_frequent(store.token_counts(), config.draft_vocab or min(_DRAFT_VOCAB, V))
+        usual = HEADS[config.kind].draft_vocab or V
+        return most_frequent(store.token_counts(), config.draft_vocab or min(usual, V))
     if config.draft_vocab not in (None, len(ids)):
         raise EyasError(
             f"draft_vocab={config.draft_vocab}, but {whose} has logits of {len(ids)} tokens; leave it out, "

@@ -40,7 +40,11 @@ def kinds() -> str:
     default = default_aux_layers(llama["num_hidden_layers"])
     for name, kind in HEADS.items():
         for words, its in kind.variants.items():
-            given = {"draft_vocab_size": 32_000, "aux_layers": default} | chosen(name, {}) | its
+            given = (
+                {"draft_vocab_size": kind.draft_vocab or llama["vocab_size"], "aux_layers": default}
+                | chosen(name, {})
+                | its
+            )
             limits = kind.for_target(llama, **given).limits(llama)
             found = [verdicts(limits, SERVERS[server].layouts[0])[server] for server in servers]
             lines.append(f"| {words} | " + " | ".join(map(_word, found)) + " |")
@@ -68,7 +72,9 @@ def _of_recipe(recipe: recipes.Recipe) -> str:
         return "\n".join([*lines, "# vLLM for CPUs", made.text(), "```"])
     config, size = _published(recipe.name)
     aux = default_aux_layers(recipe.layers)
-    head = kind.for_target(config, recipe.train.get("draft_vocab", config["vocab_size"]), aux, **settings)
+    head = kind.for_target(
+        config, recipe.train.get("draft_vocab", kind.draft_vocab or config["vocab_size"]), aux, **settings
+    )
     limits, refused = head.limits(config), []
     for name in _MEMORY:
         found = {layout: verdicts(limits, layout)[name] for layout in SERVERS[name].layouts}

@@ -34,6 +34,7 @@ class Head(Protocol):
     method: ClassVar[Method]  # by which servers know the kind
     layouts: ClassVar[tuple[str, ...]]  # of train/servers.py, in which it is exported
     variants: ClassVar[Mapping[str, Mapping[str, Any]]]  # {in words: settings, or aux_layers} for SERVING.md
+    draft_vocab: ClassVar[int | None]  # the usual size of its draft vocabulary; None: the target's own
     hidden_size: int
     vocab_size: int  # of the target
     draft_vocab_size: int

@@ -74,6 +74,7 @@ class Medusa:
     method: ClassVar[Method] = Method({"method": "medusa"}, "MEDUSA")
     layouts: ClassVar[tuple[str, ...]] = (PORTABLE,)
     variants: ClassVar[dict[str, Any]] = {}
+    draft_vocab: ClassVar[int | None] = None
     inputs: ClassVar[Inputs] = Inputs((), last=True)
     rows_of: ClassVar[str] = "lm_head"
 

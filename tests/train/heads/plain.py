@@ -38,6 +38,7 @@ class Plain:
 
     layouts: ClassVar[tuple[str, ...]] = (PORTABLE,)
     variants: ClassVar[dict[str, Any]] = {}
+    draft_vocab: ClassVar[int | None] = None
     rows_of: ClassVar[str] = "lm_head"
     architecture: ClassVar[str]
 

@@ -126,7 +126,7 @@ def test_settings_of_one_name_are_one_option():
 
 
 def test_a_recipes_settings_of_another_kind_are_left_out():
-    recipe = {"layers": 2, "blocks": 3, "warmup": 0.1}
+    recipe = {"layers": 2, "blocks": 3, "warmup": 0.1, "draft_vocab": 32_000}
     assert beneath(recipe, {"kind": "medusa"}) == {"kind": "medusa", "blocks": 3, "warmup": 0.1}
     assert beneath(recipe | {"kind": "medusa"}, {"seed": 1}) == recipe | {"kind": "medusa", "seed": 1}
     assert beneath(recipe, {"kind": ["medusa"]}) == recipe | {"kind": ["medusa"]}  # whose check refuses it
@@ -164,6 +164,14 @@ def test_what_is_not_exact_in_bfloat16_is_read_as_it_is_stored(url):
     np.testing.assert_array_equal(
         found[:, :, 0], plan.store.read(("last_hidden",), plan.order.rows[0])["last_hidden"]
     )
+
+
+@pytest.mark.parametrize(("usual", "size"), [(None, small_store.V), (16, 16), (99, small_store.V)])
+def test_a_kinds_draft_vocabulary_is_the_usual_one_unless_another_is_asked_for(url, monkeypatch, usual, size):
+    """Heads whose output is the target's own have all of its tokens."""
+    monkeypatch.setattr(medusa.Medusa, "draft_vocab", usual)
+    assert make_plan(config(url, "unused", draft_vocab=None)).head.draft_vocab_size == size
+    assert make_plan(config(url, "unused", draft_vocab=20)).head.draft_vocab_size == 20
 
 
 def test_weights_that_stay_need_no_room_for_moments(url):

@@ -24,6 +24,7 @@ class Eagle3(sizes.Sizes):
     method: ClassVar[Method] = card.SERVED_AS
     layouts: ClassVar[tuple[str, ...]] = serving.LAYOUTS
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = serving.VARIANTS
+    draft_vocab: ClassVar[int | None] = 32_000
 
     @property
     def inputs(self) -> Inputs:
