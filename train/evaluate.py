@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import pod, storage
+from common.device_errors import device_errors
 from common.errors import EyasError
 from common.folders import read_as_one
 from common.layers import compute_dtype
@@ -105,6 +106,7 @@ def score_all(
     return [{"rows": evaluator.rows} | bound | summarise(one) for evaluator, one in found if one is not None]
 
 
+@device_errors("give fewer --batch-rows, or more chips (--dp, --sp)")
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """{"head", "unigram", "bigram": metrics, "rows", "store"}.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from common import storage
 from common.config import to_json
+from common.device_errors import device_errors
 from common.errors import EyasError, RestartError
 from common.lock import locked_file
 from common.progress import Progress, note
@@ -30,6 +31,7 @@ _SYNC = 5.0  # seconds between two times that what was answered is forced to dis
 Answerers = list[Endpoint] | list[Local]
 
 
+@device_errors("give fewer --slots, or a smaller --length")
 def run(config: RegenerateConfig) -> dict[str, Any]:
     """Answers the questions of `config.data` into `config.out`; returns what became of them.
 

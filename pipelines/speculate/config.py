@@ -76,8 +76,9 @@ def _require_shape(steps: int, topk: int, nodes: int, sampled: bool) -> None:
     """ValueError for a draft that cannot be."""
     met = _met(steps, topk)
     if not steps < nodes <= met + 1:
+        wanted = f"{steps + 1} to {met + 1}" if met > steps else f"{steps + 1}"
         raise ValueError(
-            f"draft_tokens={nodes} must be {steps + 1} to {met + 1}: the root counts, and steps={steps} of "
+            f"draft_tokens={nodes} must be {wanted}: the root counts, and steps={steps} of "
             f"eagle_topk={topk} meet {met} others"
         )
     if sampled and topk > 1:

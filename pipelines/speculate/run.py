@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from common import storage
 from common.config import to_json
+from common.device_errors import device_errors
 from common.errors import EyasError
 from common.layers import compute_dtype
 from common.progress import Progress, note
@@ -29,6 +30,7 @@ from train.source import Source
 _ESTIMATED = ("rows", "drafts", "own_text", "length_", "accepted_", "sampled_")
 
 
+@device_errors("give fewer --slots or --draft-tokens, or a smaller --length")
 def run(config: SpeculateConfig) -> dict[str, Any]:
     """{"settings", "sets": {name: figures with "categories" and "left_out"}, "estimate": eval's of a store};
     also written to `config.out`.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import click
+import jax
 import pytest
 import requests
 from click.testing import CliRunner
@@ -25,12 +26,15 @@ from common.stopping import Stopped
 from common.store import Store
 from dump.config import DumpConfig, PrepareConfig
 from pipelines import cli, recipes
+from pipelines.regenerate import run as regenerate
 from pipelines.regenerate.config import RegenerateConfig
 from pipelines.same_target import require_same_target
+from pipelines.speculate import run as speculate
 from pipelines.speculate.config import SpeculateConfig
 from pipelines.verbs import heads
 from pipelines.verbs.shared import configure
 from tests.dump import chats, tiny
+from train import evaluate
 from train.config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -383,3 +387,29 @@ def test_whole_numbers_beyond_every_use_are_refused(kind, number):
     for knob in (k for k in knobs(kind) if k.kind is int):
         with pytest.raises(ValueError, match=f"{knob.name}={number} must be a whole number"):
             kind(**own | {knob.name: number})
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "config", "advice"),
+    [
+        (evaluate, "Source", EvaluateConfig("head", "store"), "--batch-rows"),
+        (speculate, "target", SpeculateConfig("model", "head", store="store"), "--slots"),
+        (regenerate, "Local", RegenerateConfig(("chats.jsonl",), "out.jsonl", model="model"), "--slots"),
+    ],
+    ids=("eval", "speculate", "regenerate"),
+)
+def test_memory_of_the_chips_that_does_not_suffice_is_one_line_of_every_stage(
+    stage, first, config, advice, monkeypatch
+):
+    """Wherever it is met; those of dump and train are tested where they are."""
+
+    class Full:
+        def __init__(self, *_, **__):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes\nmore")
+
+        read_config = __init__
+
+    monkeypatch.setattr(stage, first, Full if first != "target" else Full.__new__(Full))
+    with pytest.raises(EyasError, match=f"^the memory of the chips does not suffice .*{advice}") as found:
+        stage.run(config)
+    assert "\n" not in str(found.value)

@@ -196,7 +196,7 @@ def test_sampled_drafts_are_accepted_as_often_as_the_walk_through_their_answers_
         ({"store": None}, "give --store, --prompts or both"),
         ({"eagle_topk": 4}, "give --draft-tokens"),
         ({"eagle_topk": 4, "draft_tokens": 3}, "draft_tokens=3 must be 4 to 37"),
-        ({"draft_tokens": 8}, "draft_tokens=8 must be 4 to 4"),
+        ({"draft_tokens": 8}, "draft_tokens=8 must be 4: the root counts"),
         ({"eagle_topk": 2, "draft_tokens": 6, "sampled_drafts": True, "temperature": 1.0}, "are for chains"),
         ({"sampled_drafts": True}, "sampled_drafts has no meaning at temperature 0"),
         ({"top_k": 5}, "top_k has no meaning at temperature 0"),
