@@ -40,7 +40,8 @@ EVALUATED = (GREEDY_BY_K, SAMPLED_BY_K, "acc", "loss")
 _DECIDED = ("store", "out", "cache", "memory", "log_to", "epochs", "steps", "draft_vocab", "dtype")
 _DECIDED += tuple(name for kind in KINDS for name in settings_of(kind))
 _DEPTH = 4  # folders below the one that is named
-_MOST_STEPS = 64  # a longer list in a line is damage
+_MOST_STEPS = 64  # a longer list in a line is damage,
+_LARGEST = 2.0**128  # and so is a number beyond float32, of which no axis could be drawn
 
 
 class _Target(TypedDict):
@@ -311,11 +312,11 @@ def _column(values: list[Any]) -> np.ndarray:
         for n, row in enumerate(rows):
             known = [float(x) if _is_number(x) else math.nan for x in row[: found.shape[1]]]
             found[n, : len(known)] = known
-    return np.where(np.isfinite(found), found, math.nan)
+    return np.where(np.abs(found) < _LARGEST, found, math.nan)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def _is_numbers(value: Any) -> bool:
