@@ -4,11 +4,13 @@ Dimensions: H hidden size, N query heads, J key/value heads, d head_dim, m indic
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
+from common import schema
 from common.errors import EyasError
 from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.params import Param
@@ -18,6 +20,12 @@ from train.heads import cached
 from train.servers import PORTABLE
 
 NORM = {"in", "post"}
+_HELD = {  # by a config.json: what may stand in a field of a type
+    int: Annotated[int, Field(ge=0, le=2**16)],
+    float: Annotated[float, Field(gt=0)],
+    bool: bool,
+    tuple[int, ...]: list[int],
+}
 _LAYER = ("in", "q", "k", "v", "o", "post", "gate", "up", "down")
 
 
@@ -68,7 +76,10 @@ class Plain:
 
     @classmethod
     def from_serving_config(cls, path, config, num_target_layers):
-        found = {field.name: config[field.name] for field in fields(cls)}
+        kinds = get_type_hints(cls)
+        held = {field.name: _HELD[kinds[field.name]] for field in fields(cls)}
+        schema.check(schema.TypedDict(cls.__name__, held), config, path, "export the head again")
+        found = {name: config[name] for name in held}
         return cls(**found | {"aux_layers": tuple(found["aux_layers"])})
 
     @classmethod

@@ -15,13 +15,13 @@ from common.params import initialise
 from common.store import Store
 from pipelines.recipes import beneath
 from tests.train import small_store
-from tests.train.heads import medusa
+from tests.train.heads import kinds, medusa
 from tests.train.small_run import assert_same_run, lines_of, weights_of
 from train import check_export
 from train.config import EvaluateConfig, TrainConfig
 from train.evaluate import estimate, load_head
 from train.export import export
-from train.heads import KINDS, require_apart, settings_of
+from train.heads import KINDS, require_apart
 from train.heads.head import HEADS
 from train.plan import room
 from train.planning import make_plan
@@ -182,8 +182,8 @@ def test_weights_that_stay_need_no_room_for_moments(url):
 
 
 def test_every_kind_of_head_can_be_chosen_with_its_own_settings():
-    (kinds,) = (knob.setting.choices for knob in knobs(medusa.Config) if knob.name == "kind")
-    assert set(kinds) == HEADS.keys() == KINDS.keys()
+    (choices,) = (knob.setting.choices for knob in knobs(medusa.Config) if knob.name == "kind")
+    assert set(choices) == HEADS.keys() == KINDS.keys()
     known = [knob.name for knob in knobs(medusa.Config)]
     assert len(known) == len(set(known))
     for settings in KINDS.values():
@@ -192,6 +192,7 @@ def test_every_kind_of_head_can_be_chosen_with_its_own_settings():
 
 ODD = ("a", -1, 1.5, None, [2**70], {}, 2**31, 10**30)
 GONE = object()
+SLOW = ("eagle3", *kinds.ALL)
 
 
 def refused(read: Callable[[], Any]) -> bool:
@@ -206,12 +207,14 @@ def refused(read: Callable[[], Any]) -> bool:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", [pytest.param("eagle3", marks=pytest.mark.slow), "medusa"])
-def test_whatever_a_field_of_a_config_json_holds_is_one_line_or_does_not_matter(url, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["medusa", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)])
+def test_whatever_a_field_of_a_config_json_holds_is_one_line_or_does_not_matter(
+    url, tmp_path, kind, monkeypatch
+):
     """Also numbers that would be looped over for hours."""
     folder, target, store = f"{tmp_path}/head", small_store.TARGET, Store.open(url)
-    defaults = {knob.name: knob.default for knob in knobs(medusa.Config)}
-    settings = {name: defaults[name] for name in settings_of(kind)}
+    kinds.register(monkeypatch)
+    settings = {knob.name: knob.default for knob in knobs(KINDS[kind])}
     head = HEADS[kind].for_target(target, 48, small_store.AUX_LAYERS, **settings)
     export(folder, initialise(head.parameters(), jax.random.key(0)), head, np.arange(48), target)
     place = f"{folder}/config.json"
