@@ -48,7 +48,7 @@ def alone(config: DumpConfig, folder) -> Store:
 
 
 def require_same(found: Store, wanted: Store) -> None:
-    """rows/ bit for bit, features within float32 rounding."""
+    """rows/ bit for bit, features within float32 rounding, by which few integers are the next one."""
     rows = np.arange(wanted.rows)
     for name in ("tokens", "segment_ids", "positions", "loss_mask"):
         np.testing.assert_array_equal(found.read([name], rows)[name], wanted.read([name], rows)[name])
@@ -56,6 +56,9 @@ def require_same(found: Store, wanted: Store) -> None:
     for name in wanted.features["arrays"]:
         got, want = (store.read([name], rows)[name][real] for store in (found, wanted))
         tolerance = {"rtol": 2e-3, "atol": 2e-3} if name == "topk_logprobs" else {"rtol": 1e-4, "atol": 1e-5}
+        if got.dtype == np.int8:
+            assert (got != want).mean() < 0.01, name
+            tolerance = {"rtol": 0, "atol": 1}
         np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), **tolerance, err_msg=name)
 
 
@@ -76,12 +79,9 @@ def test_two_processes_have_one_scale_a_channel(config, tmp_path):
     found = dump(replace(config, dp=4, tp=1), 2, 2)
     assert [p.code for p in found] == [0, 0], found
     assert verify(config.store)["damaged"] == []
-    store, rows = Store.open(config.store), np.arange(ROWS)
+    store = Store.open(config.store)
     assert store.features["channels"] == wanted.features["channels"]
-    real = wanted.read(["segment_ids"], rows)["segment_ids"] > 0
-    for name in ("aux_hidden", "last_hidden"):
-        got, want = (one.read([name], rows)[name][real].astype(int) for one in (store, wanted))
-        assert np.abs(got - want).max() <= 1, name  # of 127, where rounding decides
+    require_same(store, wanted)
 
 
 def test_an_error_of_one_process_ends_both(config):
