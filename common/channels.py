@@ -15,9 +15,10 @@ _LINE = 96  # characters: people read manifests
 
 
 def encode_channels(squares: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
-    """The scales by the names of states, of the sums of each channel's squares over one sample, all finite: a
-    channel's root mean square over that of the state's largest channel [..., H]; 1 of a channel that is 0
-    there, for if it is ever more, in small units it would drown all others of its token."""
+    """The scales by the names of states, of the sums of each channel's squares over one sample
+    (`codec.square_sums`), all finite: a channel's root mean square over that of the state's largest channel
+    [..., H]; 1 of a channel that is 0 there, for if it is ever more, in small units it would drown all others
+    of its token."""
     found = {}
     for name, square in squares.items():
         square = np.asarray(square, np.float64)

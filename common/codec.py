@@ -33,6 +33,7 @@ from common.config import FLOAT8, INT8
 LOGPROBS = "_logprobs"  # how the names of arrays of log-probabilities end
 _LEAST = float(np.finfo(np.float16).min)  # of a log-probability: p is 0 long before
 _BLOCK = 128  # logits, or what divides it and the vocabulary
+_TINY = 1e-30  # what is smaller is nothing
 LARGEST = {FLOAT8: 448.0, INT8: 127.0}  # of a token's stored values; float8_e4m3fn's: arXiv 2209.05433
 
 
@@ -121,13 +122,20 @@ def square_sums(
     codec: Codec, aux_BTAH: jax.Array, last_BTH: jax.Array, inside_BT: jax.Array
 ) -> dict[str, jax.Array]:
     """What scales of channels are made of: the sums of squares over each row's positions that are `inside`,
-    f32 [B, ...], of the states that need them."""
+    f32 [B, ...], of the states that need them, each divided by its own root mean square.
+
+    Some tokens, a document's first ones, are hundreds of times larger than others. As they are, these few
+    would decide on the scales, and the channels that they fill would be coarse in all other tokens.
+    """
     given = {"aux_hidden": aux_BTAH, "last_hidden": last_BTH}
     found = {}
     for name, shape in codec.channels(*aux_BTAH.shape[-2:]).items():
         x = given[name].astype(jnp.float32)
+        x = x / jnp.maximum(jnp.abs(x).max(-1, keepdims=True), _TINY)  # so that no square is too large
+        squares = jnp.square(x)
+        squares = squares / jnp.maximum(squares.mean(-1, keepdims=True), _TINY)
         there = inside_BT.reshape(*inside_BT.shape, *[1] * len(shape))
-        found[name] = jnp.where(there, jnp.square(x), 0.0).sum(1)
+        found[name] = jnp.where(there, squares, 0.0).sum(1)
     return found
 
 

@@ -24,7 +24,7 @@ def find_channels(
 ) -> dict[str, list[str]]:
     """The manifest's `channels`, the same on every process. `check` is called at every batch and may raise.
 
-    EyasError if a state, or the sum of its squares in float32, is not finite.
+    EyasError if a state is not finite.
     """
     store, size = plan.store, plan.batch_rows
     count = min(store.rows, -(-_POSITIONS // store.length))
@@ -40,8 +40,7 @@ def find_channels(
     for name, squares in total.items():
         if not np.isfinite(squares).all():
             raise EyasError(
-                f"the target's states ({name}) are not finite, or so large that their squares are not; check "
-                "the weights, use --dtype float32, or store them with --precision bfloat16"
+                f"the target's states ({name}) are not finite; check the weights, or use --dtype float32"
             )
     return encode_channels(total)
 

@@ -108,15 +108,12 @@ def test_a_changed_scale_is_found(small):
         Store.open(small.store).read(["aux_hidden"], [0])
 
 
-def test_states_whose_squares_are_not_finite_have_no_scales(small):
-    """Whatever their rows were, the line says what stores them."""
+def test_states_whose_squares_are_not_finite_have_scales_too(small):
     weights = f"{small.model}/model.safetensors"
     tensors = safetensors.from_bytes(storage.read_bytes(weights))
     tensors["model.embed_tokens.weight"] = np.full_like(tensors["model.embed_tokens.weight"], 1e30)
     storage.write_bytes(weights, safetensors.to_bytes(tensors))
-    with pytest.raises(EyasError, match=r"so large that their squares are not; .*--precision bfloat16"):
-        run(small)
-    run(replace(small, precision="bfloat16"))
+    run(small)
     assert verify(small.store)["damaged"] == []
 
 
@@ -151,7 +148,7 @@ def test_states_that_are_not_finite_have_no_scales(small):
     )
     storage.write_bytes(weights, safetensors.to_bytes(tensors))
     before = contents(small.store)
-    with pytest.raises(EyasError, match=r"states .* are not finite, or .*check the weights"):
+    with pytest.raises(EyasError, match=r"states .* are not finite; check the weights"):
         run(small)
     assert contents(small.store) == before
 
