@@ -56,7 +56,7 @@ def test_the_whole_way_from_conversations_to_a_checked_head(tmp_path, monkeypatc
     assert 1 <= found["head"]["length_greedy"] <= 4
     head = ("--head", "../run/best/", "--store", "../störe")
     assert "bigram" in eyas("eval", *head, "--ttt-steps", 3)
-    assert "target: hidden size" in eyas("export", *head, "--out", "~/head")
+    assert "target: the head fits it" in eyas("export", *head, "--out", "~/head")
     assert sorted(os.listdir(here / "head")) == ["README.md", "config.json", "model.safetensors"]
     assert storage.read_json(str(here / "head" / "config.json"))["draft_vocab_size"] == 64
     assert sorted(os.listdir(here)) == ["head", "model"]
