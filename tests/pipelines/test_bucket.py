@@ -28,9 +28,9 @@ from train.workload import Workload
 CHATS = str(ROOT / "tests" / "data" / "chats.jsonl")
 URL = "gs://bucket/store"
 KINDS = {
-    "states": {},
-    "int8": {"precision": "int8"},
-    "topk": {"precision": "int8", "logits": "topk", "topk": 4, "last_hidden": "first"},
+    "states": {"precision": "float32"},
+    "int8": {},
+    "topk": {"logits": "topk", "topk": 4, "last_hidden": "first"},
 }  # of stores
 
 
