@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from common import kvstore, lease, storage
@@ -26,7 +27,7 @@ from tests.faulty_proxy import Sometimes, faulty
 from tests.train import small_run, small_store
 from tests.train.small_run import assert_same_run, lines_of
 from tests.train.test_resume import stopped_at
-from train import evaluate
+from train import evaluate, sweep
 from train.config import EvaluateConfig
 from train.run import TrainConfig, run
 
@@ -66,6 +67,25 @@ def whole_way(folder: str) -> None:
     fs.rm_file(path)
     assert run(here)["steps_before"] == 6
     assert_same_run(fetched(OUT, f"{folder}/again"), config.out)
+
+
+def sweep_in_pieces(folder: str) -> None:
+    """Rows on two chips, of states in 8 bits and logits, most last states left out; a head begins with
+    another's weights."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    local, there = f"{folder}/few", "gs://bucket/few"
+    for url in (local, there):
+        small_store.write_store(url, "topk", "int8", last_rows=8)
+    first = small_run.short_run(local, f"{folder}/first", sp=2, init="fitted")
+    run(first)
+    names = {"new": {}, "warm": {"init": f"{folder}/first/best", "draft_vocab": None}}
+    for url, out in ((local, f"{folder}/heads"), (there, "gs://bucket/heads")):
+        heads = {name: replace(first, store=url, out=f"{out}/{name}", **own) for name, own in names.items()}
+        assert not sweep.run(heads, out)["failed"]
+    for name in names:
+        assert_same_run(
+            fetched(f"gs://bucket/heads/{name}", f"{folder}/again/{name}"), f"{folder}/heads/{name}"
+        )
 
 
 def one_at_a_time(config: TrainConfig) -> None:
@@ -141,15 +161,17 @@ def test_a_folder_of_a_bucket_has_one_process_at_a_time():
 def test_a_run_in_a_bucket_is_the_run_of_a_folder(tmp_path):
     small_store.write_store(f"{tmp_path}/store")
     with bucket.served("bucket") as server:
-        code, said = ran(server, "tests.train.test_run_in_a_bucket", str(tmp_path))
+        code, said = ran(server, "tests.train.test_run_in_a_bucket", "run", str(tmp_path))
     assert code == 0, "\n".join(said[-30:])
 
 
 @pytest.mark.slow
-def test_the_same_run_when_every_tenth_request_fails(tmp_path):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", ["run", "sweep"])
+def test_the_same_heads_when_every_tenth_request_fails(tmp_path, what):
     small_store.write_store(f"{tmp_path}/store")
     with bucket.served("bucket") as server, faulty(server, Sometimes(0.1, 0)) as proxy:
-        code, said = ran(proxy, "tests.train.test_run_in_a_bucket", str(tmp_path))
+        code, said = ran(proxy, "tests.train.test_run_in_a_bucket", what, str(tmp_path))
     assert code == 0, "\n".join(said[-30:])
 
 
@@ -206,4 +228,4 @@ def test_a_bucket_that_refuses_a_run_is_one_line(tmp_path, place, fault):
 
 
 if __name__ == "__main__":
-    whole_way(sys.argv[1]) if sys.argv[1:] else lease_alone()
+    {"": lease_alone, "run": whole_way, "sweep": sweep_in_pieces}["".join(sys.argv[1:2])](*sys.argv[2:])
