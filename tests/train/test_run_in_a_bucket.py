@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def whole_way(folder: str) -> None:
     head_is_used(here, config)
     # Of a machine that died while it wrote its last state, everything is there but the mark.
     fs, path = storage.filesystem(f"{OUT}/state/7/commit_success.txt")
-    fs.rm_file(path)
+    with suppress(FileNotFoundError):  # asked again, where the answer to the first request was lost
+        fs.rm_file(path)
     assert run(here)["steps_before"] == 6
     assert_same_run(fetched(OUT, f"{folder}/again"), config.out)
 
