@@ -19,6 +19,7 @@ _LONGER = 8.0  # seconds that the first process, which the others ask, waits lon
 _PATIENCE = 8.0  # seconds after which the user is told
 _ANSWER = 2.0  # seconds for the first process to take a connection
 _handlers: list[Any] = []  # the system calls them: they are kept
+_leaving: list[int] = []  # the code with which this process is about to end
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -75,12 +76,19 @@ def check_port(coordinator: str) -> None:
         ) from None
 
 
+def leaves(code: int) -> None:
+    """From now on the end of the first process is none that this one would have to tell of."""
+    _leaving.append(code)
+
+
 def explain_abort(coordinator: str) -> None:
     """From now on this process ends with one line and the code to start it again where JAX aborts it because
     the first one is gone: JAX has no other way to tell that. Any other abort stays what it is."""
     host, _, port = coordinator.rpartition(":")
 
     def aborted(_: int) -> None:
+        if _leaving:  # the first one heard that, and was faster
+            os._exit(_leaving[0])
         with suppress(OSError):
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
             return

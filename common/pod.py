@@ -230,6 +230,7 @@ def leave(code: int) -> None:
         with suppress(OSError):  # a full disk, which was told
             stream.flush()
     if size() > 1:
+        joining.leaves(code)
         _Pod.client.key_value_set(f"{_LEFT}{index()}", str(code))
     end = time.monotonic() + 2 * _GRACE_SECONDS
     while size() > 1 and is_first() and (code == 0 or time.monotonic() < end):
