@@ -6,7 +6,7 @@ Nothing of an index is another one's: a share of the targets is trained, at all 
 Dimensions: B sequences, m indices, n positions, C live indices, H hidden size, K steps, S slots of a block.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from common.layers import linear, rms_norm
 from common.params import Param
 from tests.train.heads.plain import Plain
 from train import pieces
-from train.batch import Inputs, by_steps, embeddings
+from train.batch import by_steps, embeddings
 from train.heads import cached, live
 from train.launch import Method
 
@@ -43,13 +43,6 @@ class DFlash(Plain):
     architecture: ClassVar[str] = "ToyDFlash"
     method: ClassVar[Method] = Method({"method": "dflash"}, "DFLASH")
     depth: ClassVar[int] = 2
-
-    @property
-    def inputs(self):
-        return Inputs(self.aux_layers)
-
-    def reading(self, aux_layers):
-        return replace(self, aux_layers=aux_layers)
 
     def parameters(self):
         H = self.hidden_size

@@ -54,6 +54,9 @@ class Mtp(Plain):
     inputs: ClassVar[Inputs] = Inputs((), last=True)
     depth: ClassVar[int] = 1
 
+    def reading(self, aux_layers):
+        return self
+
     @classmethod
     def is_published(cls, config):
         return super().is_published(config) or bool(config.get("num_nextn_predict_layers"))

@@ -5,7 +5,7 @@ Which indices are trained how deep is drawn: of the targets, step k has the shar
 Dimensions: B sequences, m indices, n positions, C live indices, H hidden size, K steps.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from common.layers import linear, rms_norm
 from common.params import Param
 from tests.train.heads.plain import Plain
 from train import pieces
-from train.batch import Inputs, by_steps, embeddings
+from train.batch import by_steps, embeddings
 from train.heads import cached, live
 from train.launch import Method
 
@@ -42,15 +42,8 @@ class PEagle(Plain):
     method: ClassVar[Method] = Method({"method": "eagle3", "parallel_drafting": True}, "EAGLE3")
 
     @property
-    def inputs(self):
-        return Inputs(self.aux_layers)
-
-    @property
     def depth(self):
         return self.stack
-
-    def reading(self, aux_layers):
-        return replace(self, aux_layers=aux_layers)
 
     def parameters(self):
         H = self.hidden_size

@@ -3,7 +3,7 @@
 Dimensions: H hidden size, N query heads, J key/value heads, d head_dim, m indices, R = d / 2.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 import jax
@@ -16,6 +16,7 @@ from common.layers import apply_rope, linear, rms_norm, rope_tables
 from common.params import Param
 from common.rope import inverse_frequencies
 from train.anchors import behind_first
+from train.batch import Inputs
 from train.heads import cached
 from train.servers import PORTABLE
 
@@ -63,8 +64,12 @@ class Plain:
         head = cls(target["hidden_size"], target["vocab_size"], draft_vocab_size, **sizes, **settings)
         return head.reading(tuple(aux_layers))
 
+    @property
+    def inputs(self):
+        return Inputs(self.aux_layers)
+
     def reading(self, aux_layers):
-        return self
+        return replace(self, aux_layers=aux_layers)
 
     @classmethod
     def layout_of(cls, config):
