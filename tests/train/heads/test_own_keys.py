@@ -1,5 +1,7 @@
 """Keys of one's own joined to keys that are summed up are a softmax over all of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,38 @@ def test_own_keys_of_step_0_and_of_later_steps_are_not_seen():
     np.testing.assert_array_equal(before, after)
 
 
+def formulas(over, given):
+    """What is read, and the cotangents."""
+    return own_keys._read(over, 0.1, *given[:-1]), own_keys._read_back(over, 0.1, *given)
+
+
+@pytest.mark.parametrize("k", range(K))
+def test_a_gpu_multiplies_all_steps_and_finds_what_a_loop_over_some_finds(k):
+    rng = np.random.default_rng(k)
+    shapes = ((1, C, N, d), (1, C, N), (1, C, N, d), (K, C, J * d), (K, C, J * d), (C, N * d))
+    base, lse, q, keys, values, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    given = base, lse, q, (keys, values), jnp.int32(k), g
+    ways = own_keys._masked, own_keys._looped
+    for found, expected in zip(
+        *(jax.tree.leaves(jax.jit(partial(formulas, over))(given)) for over in ways), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_on_a_gpu_no_loop_is_left_that_would_ask_the_host():
+    shapes = ((1, C, N, d), (1, C, N), (1, C, N, d), (K, C, J * d), (K, C, J * d))
+    base, lse, q, *own = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+    def read(base, lse, q, keys, values, k):
+        out, pull = jax.vjp(lambda *own: join(0.1, base, lse, q, own, k), keys, values)
+        return pull(out)
+
+    for platform, loops in (("cuda", False), ("cpu", True)):
+        traced = jax.jit(read).trace(base, lse, q, *own, jax.ShapeDtypeStruct((), jnp.int32))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == loops
+
+
 @pytest.mark.parametrize("k", [0, 2])
 def test_the_kernels_give_what_the_formulas_give(k):
     """Run step by step on any device; the formulas compute in float32 what the kernels read in bfloat16."""
@@ -94,7 +128,7 @@ def test_the_kernels_give_what_the_formulas_give(k):
         own_keys_tpu.read(0.1, *given[:-1], interpret=True),
         own_keys_tpu.read_back(0.1, *given, interpret=True),
     )
-    expected = own_keys._read(0.1, *wide[:-1]), own_keys._read_back(0.1, *wide)
+    expected = formulas(own_keys._looped, wide)
     for value, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert value.shape == wanted.shape
         np.testing.assert_allclose(np.asarray(value, np.float32), wanted, atol=0.02 * np.abs(wanted).max())
