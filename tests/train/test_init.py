@@ -83,6 +83,11 @@ def test_other_kinds_of_eagle3_begin_as_well(store, variant):
     assert evaluator(made(store, head, "fitted"), taught)["acc"][0] > 0.2
 
 
+def test_heads_of_keys_that_serve_unequal_numbers_of_heads_are_refused(store):
+    with pytest.raises(EyasError, match=r"num_kv_heads=3, but the head has 4 heads .* give one of 1, 2, 4$"):
+        Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS, num_kv_heads=3)
+
+
 @pytest.mark.parametrize(("kind", "tensor"), [("frozen", "lm_head"), ("tied", "embed_tokens")])
 def test_an_output_that_is_not_trained_is_the_targets_in_any_case(store, kind, tensor):
     head = Eagle3.for_target(store.target_config(), len(IDS), small_store.AUX_LAYERS, lm_head=kind)
@@ -91,9 +96,11 @@ def test_an_output_that_is_not_trained_is_the_targets_in_any_case(store, kind, t
     assert head.still() == {"lm_head.weight"}
 
 
-def test_a_fitted_head_is_as_sure_as_it_is_right(store, head):
+def test_a_fitted_head_is_as_sure_as_it_is_right(store):
     """Its loss rises when its logits shrink by half or double; values have full rank, as in the fit."""
-    head = replace(head, num_kv_heads=small_store.H // head.head_dim)
+    given = len(IDS), small_store.AUX_LAYERS
+    head = Eagle3.for_target(store.target_config(), *given, num_kv_heads=4)
+    assert head.num_kv_heads * head.head_dim == small_store.H
     source = Source(store.url)
     evaluator = Evaluator(source, head, IDS, 1, 4, jnp.float32)
     taught = source.frozen(IDS, "recompute", jnp.float32)

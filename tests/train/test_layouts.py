@@ -33,6 +33,7 @@ VARIANTS = {
         {"layers": 3, "fc_norm": True, "norm_output": True, "norm_before_residual": True},
         "vllm tpu-inference* speculators",
     ),
+    "more heads of keys": ({"num_kv_heads": 6}, ALL),
     "frozen": ({"lm_head": "frozen"}, ALL),
     "tied": ({"lm_head": "tied"}, ALL),
     "four aux layers": ({"aux_layers": (1, 3, 5, 7)}, "vllm sglang tpu-inference* speculators"),

@@ -36,6 +36,7 @@ VARIANTS = {
     "norm_before_residual": {"norm_before_residual": True},
     "EAGLE3.1": EAGLE31,
     "layers": {"layers": 2},
+    "more heads of keys": {"num_kv_heads": 6},
     "five aux layers": {"aux_layers": (1, 2, 4, 6, 8)},
     "all": EAGLE31 | {"norm_before_residual": True, "layers": 2, "aux_layers": (2, 4)},
 }

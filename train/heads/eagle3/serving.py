@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "`--norm-output`": {"norm_output": True},
     "`--norm-before-residual`": {"norm_before_residual": True},
     "`--layers 2`": {"layers": 2},
+    "`--num-kv-heads` of twice the target's": {"num_kv_heads": 16},
     "`--lm-head frozen` or `tied`": {"lm_head": "frozen"},
     "`--aux-layers` of three others": {"aux_layers": (4, 15, 27)},
     "`--aux-layers` of five": {"aux_layers": (2, 8, 15, 22, 29)},

@@ -20,6 +20,13 @@ class Settings:
         "The head's output: trained (own), or kept as the target's lm_head (frozen) or embedding (tied).",
         choices=("own", "frozen", "tied"),
     )
+    num_kv_heads: int | None = setting(
+        None,
+        "Heads of keys and values. A token reaches what the head adds through their values alone, at a rank "
+        "of that many times a head's size.",
+        least=1,
+        otherwise="the target's",
+    )
     ffn: int | None = setting(
         None, "Width of the head's feed-forward part.", least=1, otherwise="the target's"
     )

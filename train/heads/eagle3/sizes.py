@@ -79,6 +79,7 @@ def for_target(
     draft_vocab_size: int,
     aux_layers: tuple[int, ...],
     ffn: int | None = None,
+    num_kv_heads: int | None = None,
     **variant: Any,
 ) -> dict[str, Any]:
     """The sizes that fit a target: a Llama block of the target's sizes. `target` is its text's config.json,
@@ -87,7 +88,8 @@ def for_target(
     A target with latent attention has no heads that a Llama block could have: the head's are 128 wide. Its
     YaRN scaling with `mscale` is left out, because servers read that of a Llama block in another way. Where
     the number of heads does not divide the hidden size (GLM-4.7: 96 and 5,120) the head has fewer, because
-    transformers, by which servers read its config.json, refuses such a Llama.
+    transformers, by which servers read its config.json, refuses such a Llama. EyasError where they are no
+    multiple of the `num_kv_heads` that are asked for.
     """
     for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         if field not in target:
@@ -98,7 +100,13 @@ def for_target(
         head_dim = min(_LATENT_HEAD_DIM, hidden)
         heads, kv_heads = hidden // head_dim, _LATENT_KV_HEADS
     heads = math.gcd(hidden, heads)
-    kv_heads = math.gcd(heads, kv_heads)
+    kv_heads = num_kv_heads or math.gcd(heads, kv_heads)
+    if heads % kv_heads:
+        known = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise EyasError(
+            f"num_kv_heads={kv_heads}, but the head has {heads} heads for this target, and each of keys and "
+            f"values serves as many of them; give one of {known}"
+        )
     head_dim += head_dim % 2  # odd where the target rotates a part of it
     rope, theta = rope_of(target)
     return dict(
