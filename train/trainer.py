@@ -20,12 +20,12 @@ from common.progress import note
 from common.stopping import interruptible
 from train import losses, optimizer, placing
 from train.batch import Batch, Params
+from train.draws import noised, with_draws
 from train.evaluate import Evaluator
 from train.exported import Exported, lost
 from train.logs import Logs
 from train.metrics_file import Lines
 from train.names import EVALUATION, LENGTH, SINCE_BEST
-from train.noise import noised, with_draws
 from train.pace import Saving
 from train.plan import Plan
 from train.sample import Sample, empty

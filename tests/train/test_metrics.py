@@ -14,8 +14,8 @@ from tests.train.on_device import STEPS, on_mesh
 from tests.train.problem import head_config, problem
 from train import loss, optimizer
 from train.batch import Batch
+from train.draws import noised, with_draws
 from train.metrics import add, better, summarise
-from train.noise import noised, with_draws
 from train.step import State, gradient, score_step, train_step
 from train.targets import counted_targets
 

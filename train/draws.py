@@ -1,4 +1,4 @@
-"""What is random in a training step: keys of its rows, and noise on the aux states.
+"""What is drawn in a training step: a key for each of its rows, and noise on their aux states.
 
 The noise is there so that a head does not come to lean on their last digits.
 
