@@ -18,6 +18,7 @@ from common.codec import Codec, shapes
 from common.config import digest, to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
+from common.fit_size import fit_positions
 from common.layers import compute_dtype
 from common.mesh import make_mesh
 from common.safetensors import Checkpoint
@@ -30,7 +31,6 @@ from dump.tokenizer_files import tokenizer_hash
 
 _SAMPLED = 512  # tensors whose first bytes go into the hash of the weights
 _SMALL_OBJECT = 2_000_000  # bytes: a request to a bucket takes as long as writing these
-_FIT_POSITIONS = 16  # for each number of the states that a fitted start maps to the last one
 _OVERHEAD = 1.02  # bytes on disk over raw bytes, at most
 _SAVE = "use --precision int8, another --logits or --last-hidden, or another disk"
 
@@ -222,7 +222,7 @@ def _codec(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> tuple[
         raise EyasError(f"{field}={size}, but the target has {vocab_size} tokens; give fewer")
     ids = most_frequent(store.token_counts(), size) if config.logits == "draft" else None
     features = (len(config.aux_layers) + 1) * cfg.hidden_size
-    blocks = -(-_FIT_POSITIONS * features // (store.length * config.block_rows))
+    blocks = -(-fit_positions(features) // (store.length * config.block_rows))
     last_rows = {"all": None, "first": blocks * config.block_rows, "none": 0}[config.last_hidden]
     return Codec(config.logits, size, config.precision, last_rows), ids
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from common.errors import DamagedError
+from common.fit_size import MOST_POSITIONS, fit_positions
 from common.layers import einsum
 from common.mesh import ways
 from common.progress import Progress, note
@@ -36,11 +37,6 @@ from train.stream import Stream, View
 from train.workload import Workload
 
 _POSITIONS = 65_536  # for units, counted or not
-# Targets for a fit. Of what the best linear map explains, 3 a feature keep 70 to 90%, 16 keep 94 to 98%: for
-# states of 1,024 features with spectra of i^-0.5 to i^-1.5, half or four fifths of which can be explained.
-# The rest counts: a head that began with 16 accepts less after 377k tokens (pipelines/EXPERIMENTS.md).
-_PER_FEATURE = 128
-_MOST_POSITIONS = 2**19  # of which they are taken, at most
 _KEPT_OUT = 8_192  # positions for choosing the ridge, but at most an eighth of the sample
 _CHIP_POSITIONS = 2_048  # that a chip looks at at once
 _SEED = 2**32  # of no run: its first rows would be those that are kept out
@@ -119,8 +115,8 @@ def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) ->
     order = rows[permutation(len(rows), _SEED, 0)]
     targets = workload.drafted[order]
     order = np.concatenate([order[targets > 0], order[targets == 0]])
-    enough = int(np.searchsorted(np.cumsum(workload.drafted[order]), _PER_FEATURE * features)) + 1
-    return order[: max(-(-_POSITIONS // length), min(enough if features else 0, _MOST_POSITIONS // length))]
+    enough = int(np.searchsorted(np.cumsum(workload.drafted[order]), fit_positions(features))) + 1
+    return order[: max(-(-_POSITIONS // length), min(enough if features else 0, MOST_POSITIONS // length))]
 
 
 def _in_batches(rows: np.ndarray, length: int, mesh: Mesh) -> np.ndarray:
