@@ -18,7 +18,7 @@ from common.codec import Codec, shapes
 from common.config import digest, to_json
 from common.draft_vocab import most_frequent
 from common.errors import EyasError
-from common.fit_size import fit_positions
+from common.fit_size import fit_rows
 from common.layers import compute_dtype
 from common.mesh import make_mesh
 from common.safetensors import Checkpoint
@@ -222,7 +222,8 @@ def _codec(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> tuple[
         raise EyasError(f"{field}={size}, but the target has {vocab_size} tokens; give fewer")
     ids = most_frequent(store.token_counts(), size) if config.logits == "draft" else None
     features = (len(config.aux_layers) + 1) * cfg.hidden_size
-    blocks = -(-fit_positions(features) // (store.length * config.block_rows))
+    targets = np.full(store.rows, store.token_counts().sum() / store.rows)  # on average
+    blocks = -(-fit_rows(targets, store.length, features) // config.block_rows)
     last_rows = {"all": None, "first": blocks * config.block_rows, "none": 0}[config.last_hidden]
     return Codec(config.logits, size, config.precision, last_rows), ids
 

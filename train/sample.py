@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from common.errors import DamagedError
-from common.fit_size import MOST_POSITIONS, fit_positions
+from common.fit_size import fit_rows
 from common.layers import einsum
 from common.mesh import ways
 from common.progress import Progress, note
@@ -115,8 +115,8 @@ def _chosen(workload: Workload, rows: np.ndarray, length: int, features: int) ->
     order = rows[permutation(len(rows), _SEED, 0)]
     targets = workload.drafted[order]
     order = np.concatenate([order[targets > 0], order[targets == 0]])
-    enough = int(np.searchsorted(np.cumsum(workload.drafted[order]), fit_positions(features))) + 1
-    return order[: max(-(-_POSITIONS // length), min(enough if features else 0, MOST_POSITIONS // length))]
+    wanted = fit_rows(workload.drafted[order], length, features) if features else 0
+    return order[: max(-(-_POSITIONS // length), wanted)]
 
 
 def _in_batches(rows: np.ndarray, length: int, mesh: Mesh) -> np.ndarray:

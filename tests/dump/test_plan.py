@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from common import storage
+from common import fit_size, storage
 from common.errors import EyasError
 from common.store import Store
 from dump import plan as planning
@@ -34,6 +34,18 @@ def test_damaged_rows_are_refused_before_they_are_computed(config, array):
     with pytest.raises(EyasError, match=rf"{array} rows \[0\]: damaged on disk"):
         run(config)
     assert Store.open(config.store).committed() == set()
+
+
+@pytest.mark.parametrize("block_rows", [1, 4])
+def test_the_last_state_is_kept_of_as_many_targets_as_a_start_is_fitted_to(config, monkeypatch, block_rows):
+    monkeypatch.setattr(fit_size, "_PER_FEATURE", 1)
+    config = replace(config, logits="topk", topk=4, last_hidden="first", block_rows=block_rows)
+    kept = planning.make_plan(config).codec.last_rows
+    masks = Store.open(config.store).read(("loss_mask",), range(kept))["loss_mask"]
+    features = 4 * tiny.H
+    assert masks[:-block_rows].sum() < features <= masks.sum()
+    monkeypatch.setattr(fit_size, "_MOST_POSITIONS", 2 * tiny.T)
+    assert planning.make_plan(config).codec.last_rows == max(2, block_rows)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}

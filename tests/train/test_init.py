@@ -182,7 +182,7 @@ def test_the_sample_is_of_rows_that_count(store, head, monkeypatch):
 
     monkeypatch.setattr(store, "read", edited)
     monkeypatch.setattr(sample, "_POSITIONS", small_store.T)
-    monkeypatch.setattr(sample, "fit_positions", lambda features: 0)
+    monkeypatch.setattr(sample, "fit_rows", lambda *_: 0)
     fit = measured(store, head, fitted=True).fit
     assert np.isfinite(fit.map_XH).all()
     assert np.abs(fit.map_XH).max() > 0
