@@ -37,11 +37,12 @@ def locked(folder: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def locked_file(path: str) -> Iterator[None]:
-    """Like `locked`, of a single local file, by a file `.NAME.lock` beside it."""
+def locked_file(path: str) -> Iterator[Callable[[], None]]:
+    """Like `locked`, of a single local file, by a file `.NAME.lock` beside it. Two links to one file have two
+    locks: give the file's own path."""
     folder, name = os.path.split(path)
-    with _held(os.path.join(folder, f".{name}{FILE}"), path, "file"):
-        yield
+    with _held(os.path.join(folder, f".{name}{FILE}"), path, "file") as check:
+        yield check
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Self
 
@@ -22,6 +23,7 @@ from common.library_errors import library_errors
 from common.progress import Progress, note
 from common.schema import Count, TypedDict
 from dump.clean import repaired
+from pipelines.regenerate.answerer import Messages
 from pipelines.regenerate.talk import Talk
 
 _NONE = -1
@@ -38,9 +40,15 @@ class _Line(TypedDict):
 class Answers:
     """The lines of `total` conversations. `outcomes` counts them, `tokens` are those generated."""
 
-    def __init__(self, path: str, total: int) -> None:
-        """Reads what is there, without a torn last line; EyasError for lines that are none of ours."""
-        self._path = path
+    def __init__(
+        self, path: str, total: int, is_asked: Callable[[int, str, Messages], bool], check: Callable[[], None]
+    ) -> None:
+        """Reads what is there, without a torn last line; EyasError for lines that are none of ours.
+
+        `is_asked(number, id, messages)`: whether the conversation of that number is that one; `check` raises
+        if the file is no longer this process's alone.
+        """
+        self._path, self._is_asked, self._check = path, is_asked, check
         self._starts, self._sizes = (array("q", [_NONE]) * total for _ in range(2))
         self.outcomes: Counter[str] = Counter()
         self.tokens = 0
@@ -73,9 +81,14 @@ class Answers:
         self._count({"number": talk.number, "outcome": outcome, "tokens": talk.tokens}, len(line))
 
     def sync(self) -> None:
-        """What was added is on disk."""
+        """What was added is on disk, under its name: EyasError if the file was removed or replaced."""
+        self._check()
         with library_errors(self._path):
             os.fsync(self._file)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                    return
+        raise EyasError(f"{self._path} was removed or replaced while answers came; run the command again")
 
     def finish(self) -> None:
         """Puts the lines in order, in a new file that takes the place of this one."""
@@ -104,7 +117,7 @@ class Answers:
     def _checked(self, data: bytes, number: int) -> dict[str, Any]:
         where, advice = f"{self._path}, line {number}", "restore the file, or name another one"
         try:
-            line = json.loads(data)
+            line = json.loads(data.decode())  # of bytes json would take a mark in front, or another encoding
         except (ValueError, RecursionError):
             raise EyasError(f"{where} is not JSON; {advice}") from None
         schema.check(_Line, line, where, advice)
@@ -112,6 +125,8 @@ class Answers:
             raise EyasError(f"{where}: there is no conversation {line['number']} in the data; {advice}")
         if self.is_there(line["number"]):
             raise EyasError(f"{where}: conversation {line['number']} is there already; {advice}")
+        if not self._is_asked(line["number"], line["id"], line["messages"]):
+            raise EyasError(f"{where} is not of conversation {line['number']} of the data; {advice}")
         return line
 
     def _count(self, line: dict[str, Any], size: int) -> None:

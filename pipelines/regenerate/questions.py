@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from common.errors import EyasError
 from common.library_errors import library_errors
@@ -18,6 +18,7 @@ from dump.clean import Cleaner, Conversation
 from dump.prepare_report import nonzero
 from dump.record_shapes import EXPECTED
 from dump.sources import Sources
+from pipelines.regenerate.answerer import Messages
 from pipelines.regenerate.talk import Talk
 
 _BUFFER = 1 << 20
@@ -71,13 +72,23 @@ class Questions:
         with library_errors(self._folder):
             self._ends.append(self._ends[-1] + self._file.write(json.dumps(value).encode()))
 
+    def is_asked(self, number: int, name: str, messages: Messages) -> bool:
+        """Whether what was said, answers among it, are the questions of that conversation, or the first ones
+        of them."""
+        known, asked, _ = self._read(number)
+        said = [turn for turn in messages if turn.get("role") != "assistant"]
+        return name == known and bool(said) and said == asked[: len(said)]
+
     def _talk(self, number: int) -> Talk:
-        start, stop = self._ends[number], self._ends[number + 1]
-        with library_errors(self._folder, "read"):
-            data = os.pread(self._file.fileno(), stop - start, start)
-        name, messages, tools = json.loads(data)
+        name, messages, tools = self._read(number)
         asked = json.dumps([messages, tools]).encode()
         return Talk(number, name, messages, tools, hashlib.blake2b(asked).digest())
+
+    def _read(self, number: int) -> tuple[str, Messages, list[dict[str, Any]]]:
+        """(id, questions, tools)"""
+        start, stop = self._ends[number], self._ends[number + 1]
+        with library_errors(self._folder, "read"):
+            return tuple(json.loads(os.pread(self._file.fileno(), stop - start, start)))
 
     def __enter__(self) -> Self:
         return self

@@ -38,18 +38,18 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     What is answered already stays as it is. EyasError for data that asks nothing, answers of other settings,
     or endpoints that refuse; RestartError if some conversations are left without an answer.
     """
-    out = os.path.abspath(storage.local_path(config.out))
+    out = os.path.realpath(storage.local_path(config.out))  # its lock and record lie beside the file itself
     answerers = [Local(config)] if config.model else _endpoints(config)
     storage.require_file(out)
     require_apart(config.data, (out, place(out)))
-    with locked_file(out):
+    with locked_file(out) as check:
         storage.remove_partial(os.path.dirname(out))
         sources = Sources(config.data)
         record = Record(out, _settings(config, sources, answerers), config.endpoint or ())
         with Questions(os.path.dirname(out)) as questions:
             counts = questions.read(sources, config.max_conversations or math.inf)
             record.write(conversations=len(questions))
-            with Answers(out, len(questions)) as answers:
+            with Answers(out, len(questions), questions.is_asked, check) as answers:
                 work = _ask(config, answerers, questions, answers)
                 complete = len(answers) == len(questions)
                 if complete:

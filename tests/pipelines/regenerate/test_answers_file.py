@@ -1,8 +1,10 @@
 """The file of answers: continued, refused, never half written."""
 
 import errno
+import json
 import os
 import random
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from common.errors import EyasError, MachineError
 from common.lock import locked_file
 from pipelines.regenerate import answers, questions
+from pipelines.regenerate import run as module
 from pipelines.regenerate.run import run
 from tests.pipelines.regenerate.asking import ask, lines, record, write_data
 from tests.pipelines.regenerate.chat_server import chat_server
@@ -137,6 +140,14 @@ def test_a_file_that_is_not_of_a_run_is_left_alone(config):
     assert Path(config.out).read_text() == "years of work\n"
 
 
+def line_of(name, *said):
+    """That of conversation 1, which has a system turn and two questions."""
+    roles = ("system", "user", "user") if said[0] == "Be brief." else ("user", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    about = {"id": name, "number": 1, "outcome": "empty", "tokens": 0}
+    return json.dumps(about | {"messages": turns})
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -157,6 +168,10 @@ def test_a_file_that_is_not_of_a_run_is_left_alone(config):
             "is there already",
         ),
         ('{"number": 1, "outcome": "SECRET text", "tokens": 0}', "line 2: outcome is"),
+        (line_of("chat2", "Be brief.", "question 1.0?"), "line 2 is not of conversation 1 of the data"),
+        (line_of("chat1", "question 1.0?"), "line 2 is not of conversation 1 of the data"),
+        (line_of("chat1", "Be brief.", "question 1.0?", "1?"), "line 2 is not of conversation 1 of the data"),
+        ("\ufeff" + line_of("chat1", "Be brief.", "question 1.0?"), "line 2 is not JSON"),
     ],
 )
 def test_a_line_that_is_none_of_ours_is_named_and_nothing_is_asked(config, line, message):
@@ -170,9 +185,41 @@ def test_a_line_that_is_none_of_ours_is_named_and_nothing_is_asked(config, line,
         assert not server.requests
 
 
-def test_two_at_once_are_refused(config):
-    with locked_file(config.out), pytest.raises(EyasError, match=r"answers\.jsonl is in use by process"):
-        run(config)
+def test_two_at_once_are_refused_by_whatever_name(config, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(config.out)
+    with locked_file(config.out):
+        for out in (config.out, str(tmp_path / "link.jsonl")):
+            with pytest.raises(EyasError, match=r"answers\.jsonl is in use by process"):
+                run(replace(config, out=out))
+
+
+def test_a_link_stays_and_its_file_grows(config, expected, tmp_path):
+    (tmp_path / "inner").mkdir()
+    link = tmp_path / "inner" / "link.jsonl"
+    link.symlink_to(tmp_path / "file.jsonl")
+    with chat_server(delay=0.01) as server:
+        ask(config, server, out=str(link))
+    assert link.is_symlink()
+    assert (tmp_path / "file.jsonl").read_bytes() == expected
+    assert [path.name for path in (tmp_path / "inner").iterdir()] == ["link.jsonl"]
+
+
+@pytest.mark.parametrize("what", ["answers.jsonl", "."])
+def test_answers_that_are_removed_while_they_come_are_no_success(config, monkeypatch, tmp_path, what):
+    """Nor is somebody who has begun anew there disturbed."""
+    monkeypatch.setattr(module, "_SYNC", 0.05)
+    out = tmp_path / "new" / "answers.jsonl"
+
+    def choose(request):
+        if len(server.requests) == 20:
+            path = out.parent / what
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            out.parent.mkdir(exist_ok=True)
+            out.write_text("another run's\n")
+
+    with chat_server(choose, delay=0.02) as server, pytest.raises(EyasError, match="removed"):
+        ask(config, server, out=str(out))
+    assert out.read_text() == "another run's\n"
 
 
 def test_a_full_disk_leaves_whole_lines(config, expected, monkeypatch):
@@ -198,7 +245,10 @@ def test_a_full_disk_leaves_whole_lines(config, expected, monkeypatch):
     assert Path(config.out).read_bytes() == expected
 
 
-LINES = ('{"id": "a", "number": 0, "outcome": "answered", "tokens": 5, "messages": []}\n', "{}\n", "\n", "7")
+LINES = (
+    '{"id": "a", "number": 0, "outcome": "answered", "tokens": 5, "messages": [{}]}\n',
+    *("{}\n", "\n", "7"),
+)
 DAMAGED = st.lists(st.sampled_from(LINES).map(str.encode) | st.binary(max_size=9), max_size=4).map(b"".join)
 
 
@@ -209,7 +259,7 @@ def test_whatever_a_file_holds_whole_lines_are_read_or_it_is_refused(data):
         path = Path(folder) / "a.jsonl"
         path.write_bytes(data)
         try:
-            with answers.Answers(str(path), 3) as found:
+            with answers.Answers(str(path), 3, lambda *_: True, lambda: None) as found:
                 assert len(found) == data.count(LINES[0].encode()) <= 1
         except EyasError:
             assert path.read_bytes() == data, "what is refused stays as it is"
