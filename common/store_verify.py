@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common import storage
+from common import stopping, storage
 from common.codec import LOGPROBS
 from common.errors import EyasError, RestartError
 from common.manifest import COLUMNS
@@ -50,12 +50,13 @@ def verify(url: str) -> dict[str, Any]:
         for some, readers in ((small, _SMALL_READERS), (checks, _READERS)):
             pool = ThreadPoolExecutor(readers, thread_name_prefix="verify")
             try:
-                for read, problem in pool.map(_outcome, some):
+                for outcome in [pool.submit(_outcome, check) for check in some]:
+                    read, problem = stopping.awaited(outcome, stopping.check)
                     size += read
                     damaged |= dict.fromkeys(problem)
                     progress.update(1, f"{size / 1e9:.2f} GB, {len(damaged)} damaged")
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)  # a server may not answer for minutes
     return {
         "store": store.hash,
         "rows": store.rows,

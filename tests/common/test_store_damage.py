@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from common import storage
+from common import storage, store_verify
 from common.errors import DamagedError, EyasError, MachineError
+from common.stopping import Stop, Stopped
 from common.store import Store
 from common.store_verify import verify
 from tests.common.made_store import H, R, T, features, make_rows, problem, write_blocks
@@ -158,3 +162,23 @@ def test_log_probabilities_that_can_be_none_are_damage(tmp_path, value, found):
     write_blocks(url, values, codec={"name": "topk", "size": 3})
     assert found in problem(url)
     assert bool(problem(url)) == bool(found)
+
+
+def test_a_stop_waits_for_no_part_that_does_not_come(full, monkeypatch):
+    """One part is read behind the signal, as others may be; a server never answers for the next."""
+    hang, plain = threading.Event(), store_verify._block
+
+    def block(store, name, number):
+        if (name, number) == ("last_hidden", 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            hang.wait(60)
+        return plain(store, name, number)
+
+    monkeypatch.setattr(store_verify, "_block", block)
+    try:
+        start = time.monotonic()
+        with Stop(everywhere=True), pytest.raises(Stopped):
+            verify(full)
+        assert time.monotonic() - start < 10
+    finally:
+        hang.set()
