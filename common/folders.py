@@ -5,14 +5,18 @@ import json
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from common import storage
+from common import stopping, storage
 from common.errors import EyasError, RestartError
 from common.library_errors import library_errors
 from common.progress import note
+
+_LAST = "config.json"  # of a head
+_WRITING, _LOOK = 10.0, 0.1  # seconds: of a writer between the first and the last file; between two looks
 
 
 def write_folder(folder: str, files: dict[str, bytes], mark: str = "architectures") -> None:
@@ -57,18 +61,28 @@ def write_folder(folder: str, files: dict[str, bytes], mark: str = "architecture
 
 @contextmanager
 def read_as_one(folder: str) -> Iterator[None]:
-    """For what reads several files of a folder, or one of them piece by piece. RestartError if one was
-    replaced meanwhile, also where what was read made no sense.
+    """For what reads several files of a head's folder, or one of them piece by piece. RestartError if one was
+    replaced meanwhile, also where what was read made no sense. Weights without the file that makes them whole
+    are waited for some seconds: they may be being replaced.
 
     A writer's order is enough for who reads each file at once, and only for him.
     """
     before = _versions(folder)
+    end = time.monotonic() + _WRITING
+    while _lacks_its_last(before) and time.monotonic() < end:
+        stopping.check()
+        time.sleep(_LOOK)
+        before = _versions(folder)
     try:
         yield
     except EyasError as error:
         _require_same(folder, before, error)
         raise
     _require_same(folder, before, None)
+
+
+def _lacks_its_last(files: Collection[str]) -> bool:
+    return _LAST not in files and any(name.endswith(".safetensors") for name in files)
 
 
 def _versions(folder: str) -> dict[str, dict[str, Any]]:

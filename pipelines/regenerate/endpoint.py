@@ -133,7 +133,7 @@ class Endpoint:
         if status in _REJECTED:
             await self._require_plain_answer(request, said)
             raise RejectedError(said)
-        if status in _PASSING or (status >= 500 and status not in (501, 505)):
+        if may_pass(status):
             raise self._failed(said, began, before, _seconds(headers.get("Retry-After")))
         raise self._give_up(f"{said}; {_ADVICE.get(status, 'check the address')}", mistake=True)
 
@@ -206,6 +206,11 @@ class Endpoint:
         """What a server says, on one short line, without the key, which some repeat."""
         text = text.replace(self._key, "(the key)") if self._key else text
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answers so may answer well some time later."""
+    return status in _PASSING or (status >= 500 and status not in (501, 505))
 
 
 def _is_stream(headers: Any) -> bool:

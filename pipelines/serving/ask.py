@@ -10,6 +10,7 @@ from common import strict_json
 from common.errors import EyasError, MachineError
 from common.library_errors import reason
 from common.progress import Progress
+from pipelines.regenerate.endpoint import may_pass
 from pipelines.regenerate.reply import read_problem
 from pipelines.serving import counters
 from pipelines.serving.server import Server
@@ -66,7 +67,8 @@ async def _complete(
     async with session.post(f"{url}/v1/completions", json=request | {"return_token_ids": True}) as response:
         body = await response.read()
         if response.status != 200:
-            raise EyasError(f"{url} answers {response.status}: {read_problem(body)[:200] or 'nothing'}")
+            kind = MachineError if may_pass(response.status) else EyasError
+            raise kind(f"{url} answers {response.status}: {read_problem(body)[:200] or 'nothing'}")
     return _tokens(strict_json.parse(body, f"the reply of {url}"), url)
 
 

@@ -18,9 +18,9 @@ from common import strict_json
 from common.errors import EyasError, MachineError
 from common.library_errors import reason
 from common.progress import Progress, note
-from common.storage import require_file, write_json
+from pipelines import figures
 from pipelines.regenerate.config import completions_url
-from pipelines.regenerate.endpoint import LARGEST, key_of
+from pipelines.regenerate.endpoint import LARGEST, key_of, may_pass
 from pipelines.regenerate.reply import RubbishError, events, read_problem, read_stream
 from pipelines.serving import counters
 from pipelines.serving.config import BenchServerConfig
@@ -48,7 +48,7 @@ def run(config: BenchServerConfig) -> dict[str, Any]:
     does not take; MachineError for a server that fails.
     """
     if config.out:
-        require_file(config.out)
+        figures.require_place(config.out, config.data or ())
     prompts = _prompts(config)
     sides = {"with": _Side(config.url, key_of(1), config)}
     if config.without:
@@ -56,7 +56,7 @@ def run(config: BenchServerConfig) -> dict[str, Any]:
     levels = asyncio.run(_levels(config, sides, prompts))
     found = {"url": config.url, "without": config.without, "levels": levels}
     if config.out:
-        write_json(config.out, found)
+        figures.write(config.out, found)
     return found
 
 
@@ -181,7 +181,10 @@ class _Side:
         async with session.post(self._chat, json=request, allow_redirects=False) as response:
             if response.status != 200:
                 told = self._hidden(read_problem(await _body(response)))
-                raise EyasError(f"{self.url} answers {response.status}: {told or 'nothing'}{_ADVICE}")
+                said = f"{self.url} answers {response.status}: {told or 'nothing'}"
+                if may_pass(response.status):
+                    raise MachineError(f"{said}; run the same command again when it answers")
+                raise EyasError(f"{said}{_ADVICE}")
             async for piece in _pieces(response):
                 body += piece
                 if first is None and _says_something(body[: body.rfind(b"\n") + 1]):

@@ -16,6 +16,7 @@ from common.lock import locked
 from common.progress import note
 from common.store import Store
 from dump.chat import Chat
+from pipelines import figures
 from pipelines.copy_head import copy_head
 from pipelines.serving import ask, environment
 from pipelines.serving.config import ServeCheckConfig
@@ -64,8 +65,10 @@ def _checked(
 ) -> dict[str, Any]:
     model, target = os.path.abspath(storage.local_path(config.model)), store.target_config()
     folders = {name: os.path.join(out, name) for name in (PORTABLE, *layouts)}
+    source = config.head
     for layout, folder in folders.items():
-        copy_head(config.head, store, folder, ("vllm",), layout, model)
+        copy_head(source, store, folder, ("vllm",), layout, model)
+        source = folders[PORTABLE]  # made first: a run that goes on may replace the other one
     served = _Served(config, environment.ready(config.environment), model, head.method, out, prompts)
     note(
         f"serve-check: {len(prompts)} answers of the target alone, {served.plain_tokens} tokens each at most"
@@ -80,7 +83,7 @@ def _checked(
         note(f"serve-check: the same with the head, layout {layout}")
         answers, drafts = served(folders[layout], layout, config.answer_tokens)
         found["layouts"][layout] = _figures(answers, plain, drafts, found["ours"], config.answer_tokens)
-    storage.write_json(os.path.join(out, RESULT), found)
+    figures.write(os.path.join(out, RESULT), found)
     return found
 
 
@@ -157,11 +160,11 @@ def _our_chain(
 ) -> dict[str, Any]:
     """The figures of our own chain. The drafts at an answer's end, which reach beyond it, are cut there."""
     stops, slots = Chat.load(model).stops, config.concurrency
-    figures, answers = chained(model, head, stops, prompts, config.answer_tokens, slots)
+    its, answers = chained(model, head, stops, prompts, config.answer_tokens, slots)
     return {
-        "length": figures["acceptance_length"],
-        "by_position": figures["accepted"],
-        "drafts": figures["drafts"],
+        "length": its["acceptance_length"],
+        "by_position": its["accepted"],
+        "drafts": its["drafts"],
         "equal_answers": sum(a == b[: len(a)] for a, b in zip(answers, plain, strict=True)),
     }
 

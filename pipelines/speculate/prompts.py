@@ -122,7 +122,8 @@ def of_file(path: str, chat: Chat, room: int, length: int, each: int | None) -> 
         raise EyasError(
             f"{path} asks nothing ({reasons}); expected {EXPECTED}, or a list of strings under turns"
         )
-    return PromptSet(os.path.splitext(name_of(path.rstrip("/")))[0], prompts, dict(left_out))
+    name = printable(os.path.splitext(name_of(path.rstrip("/")))[0])
+    return PromptSet(name, prompts, dict(left_out))
 
 
 def _questions(path: str, cleaner: Cleaner, left_out: Counter[str]) -> Iterator[tuple[str, tuple]]:
@@ -144,6 +145,7 @@ def _questions(path: str, cleaner: Cleaner, left_out: Counter[str]) -> Iterator[
                     else:
                         yield category, _turns(conversation.messages)
         file.require_json()
+        file.require_same()
 
 
 def _is_texts(value: Any) -> bool:

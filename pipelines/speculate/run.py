@@ -1,12 +1,13 @@
 """The whole of speculate: prompts are answered by the target alone and with drafts, set by set."""
 
+import itertools
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from common import storage
 from common.config import to_json
 from common.device_errors import device_errors
 from common.errors import EyasError
@@ -16,6 +17,7 @@ from common.texts import without_secrets
 from dump import target
 from dump.chat import Chat
 from dump.target import decoding
+from pipelines import figures
 from pipelines.decoding.drafting import Drafter, Drafting
 from pipelines.decoding.engine import Engine, on_one_device, require_length
 from pipelines.decoding.sampling import Sampling
@@ -50,7 +52,8 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
             f"eagle_topk={config.eagle_topk}, but the draft vocabulary of {config.head} has {words} tokens"
         )
     head[0].require_steps(config.steps, config.head)
-    storage.require_file(config.out)
+    read = (config.model, config.head, *([config.store] if config.store else []))
+    figures.require_place(config.out, config.prompts or (), read)
     source = Source(config.store) if config.store else None
     sets = [] if source is None else [_held_out(config, source)]
     most = config.max_tokens, config.length, config.each
@@ -61,11 +64,16 @@ def run(config: SpeculateConfig) -> dict[str, Any]:
     drafting, plain = engines(config, cfg, head)
     found["sets"] = {}
     for one in sets:
-        name = one.name if one.name not in found["sets"] else f"{one.name} ({len(found['sets'])})"
-        found["sets"][name] = _of_set(config, drafting, plain, chat.stops, one)
+        found["sets"][_unused(one.name, found["sets"])] = _of_set(config, drafting, plain, chat.stops, one)
     found["compiling_s"] = round(sum(engine.compiling for engine in (drafting, plain) if engine), 1)
-    storage.write_json(config.out, found)
+    figures.write(config.out, found)
     return found
+
+
+def _unused(name: str, others: Container[str]) -> str:
+    """The name, or the name and a number."""
+    names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+    return next(one for one in names if one not in others)
 
 
 def _settings(config: SpeculateConfig) -> dict[str, Any]:
@@ -111,8 +119,8 @@ def _of_set(
     with Progress(f"speculate {one.name}", None, " tokens") as bar:
         for category, prompts in one.categories().items():
             asked = stops, prompts, config.steps, config.seed, comparable, bar.update
-            figures = measure(drafting, plain, *asked)
-            total += figures
-            categories[category] = figures.summary()
+            measured = measure(drafting, plain, *asked)
+            total += measured
+            categories[category] = measured.summary()
     named = {} if len(categories) == 1 else {"categories": categories}
     return {"categories": {}} | total.summary() | named | {"left_out": one.left_out}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import storage
+from common import folders, storage
 from common.errors import EyasError, MachineError, RestartError
 from common.folders import read_as_one, write_folder
 
@@ -208,3 +208,20 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_told_of_whatever_was_read
     for doing in (put, nonsense):
         with pytest.raises(RestartError, match="was replaced while the folder was read"), read_as_one(place):
             doing(b"2")
+
+
+def test_a_reader_waits_for_the_file_that_makes_a_folder_whole(tmp_path, monkeypatch):
+    """A bucket takes seconds between the first file and the last one."""
+    place, files = str(tmp_path / "head"), head(b"1", wider=True)
+    write_folder(place, files)
+    (tmp_path / "head" / "config.json").unlink()
+    (tmp_path / "head" / "model.safetensors").write_bytes(b"1")
+    whole = threading.Timer(0.3, storage.write_bytes, (f"{place}/config.json", files["config.json"]))
+    whole.start()
+    with read_as_one(place):
+        assert storage.read_bytes(f"{place}/config.json") == files["config.json"]
+    whole.join()
+    monkeypatch.setattr(folders, "_WRITING", 0.2)
+    (tmp_path / "head" / "config.json").unlink()
+    with pytest.raises(EyasError, match="is missing"), read_as_one(place):
+        storage.read_bytes(f"{place}/config.json")

@@ -62,6 +62,13 @@ def test_conversations_ask_their_first_questions(tmp_path):
     assert all(request["messages"] == turns[:2] for request, _ in seen)
 
 
+def test_figures_never_take_the_place_of_questions(tmp_path):
+    data = tmp_path / "chats.json"
+    data.write_text(json.dumps([{"question": "One?", "answer": "1"}]))
+    with pytest.raises(EyasError, match="name another place"):
+        run(BenchServerConfig("http://127.0.0.1:1", data=(str(data),), out=str(data)))
+
+
 def test_a_key_goes_to_its_server_alone_and_is_not_told(tmp_path, monkeypatch):
     monkeypatch.setenv("EYAS_API_KEY", "secret-one")
     monkeypatch.setenv("EYAS_API_KEY_2", "secret-two")
@@ -81,7 +88,10 @@ def test_a_key_goes_to_its_server_alone_and_is_not_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("way", "error", "message"),
     [
-        ("429", EyasError, "answers 429"),
+        ("404", EyasError, "answers 404: .*; check the address"),
+        ("429", MachineError, "answers 429: .*; run the same command again when it answers"),
+        ("500", MachineError, "answers 500"),
+        ("503", MachineError, "answers 503"),
         ("html", EyasError, "must stream chat completions"),
         ("no choices", EyasError, "must stream chat completions"),
         ("close", MachineError, "Server disconnected"),

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import EyasError
+from common.errors import EyasError, RestartError
 from dump.chat import Chat
+from pipelines.speculate import prompts
 from pipelines.speculate.prompts import ALL, _answers, of_file
 from tests.dump.chats import write_model
 
@@ -95,6 +96,22 @@ def test_what_is_no_text_is_asked_and_named_as_it_can_be(chat, tmp_path):
     (prompt,) = read(chat, tmp_path / "a.jsonl", half).prompts
     assert prompt.category == r"a\ud800\x1b[2J"
     assert prompt.turns == (({"role": "user", "content": "b\ufffd"},),)
+
+
+def test_the_name_of_a_set_is_nothing_that_a_terminal_obeys(chat, tmp_path):
+    assert read(chat, tmp_path / "a\x1b[2J.jsonl", TURNS).name == r"a\x1b[2J"
+
+
+def test_questions_that_are_changed_while_they_are_read_are_asked_in_no_run(chat, tmp_path, monkeypatch):
+    plain = prompts._unusable
+
+    def changing(asked):
+        (tmp_path / "a.jsonl").write_text(json.dumps(TURNS) + "\n" * 3)
+        return plain(asked)
+
+    monkeypatch.setattr(prompts, "_unusable", changing)
+    with pytest.raises(RestartError, match=r"a\.jsonl was changed while it was read"):
+        read(chat, tmp_path / "a.jsonl", TURNS)
 
 
 def test_so_many_of_each_category(chat, tmp_path):

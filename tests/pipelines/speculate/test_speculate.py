@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from common.errors import EyasError
 from common.params import initialise
 from common.store_writer import write_rows
 from dump import target
@@ -23,7 +24,7 @@ from pipelines.decoding.engine import Engine, on_one_device
 from pipelines.decoding.sampling import Sampling
 from pipelines.speculate.config import SpeculateConfig
 from pipelines.speculate.measure import Figures
-from pipelines.speculate.run import run
+from pipelines.speculate.run import _unused, run
 from pipelines.speculate.table import table
 from tests.dump.chats import write_answering_model
 from tests.train.heads import kinds, medusa
@@ -73,9 +74,19 @@ def test_prompt_sets_have_figures_by_category_and_context(model, head, tmp_path)
     assert sum(of["drafts"] for of in of_set["by_context"].values()) == of_set["drafts"]
     assert of_set["tokens"] <= of_set["answers"] + of_set["drafts"] * of_set["acceptance_length"] + 1e-6
     assert of_set["speedup"] == pytest.approx(of_set["tokens_per_s"] / of_set["plain_tokens_per_s"])
+    for out in (str(path), f"{head}/config.json", f"{model}/config.json"):
+        with pytest.raises(EyasError, match="name another place"):
+            run(replace(config, out=out))
     text = table(found)
     assert "tree: 2 steps, topk 2, 5 tokens" in text
     assert "5 of 5" in text
+
+
+def test_sets_of_one_name_have_figures_of_their_own():
+    names = []
+    for name in ("a", "a (2)", "a", "a", "b"):
+        names.append(_unused(name, names))
+    assert names == ["a", "a (2)", "a (3)", "a (4)", "b"]
 
 
 def engine(model, head=(), sampling=GREEDY):
