@@ -27,7 +27,9 @@ def parse(data: bytes, where: str) -> Any:
     except RecursionError:
         raise EyasError(f"{where} is nested too deeply to be JSON of ours; restore it") from None
     except ValueError as error:
-        raise EyasError(f"{where} is not JSON ({error}); it was cut off or edited by hand") from None
+        raise EyasError(
+            f"{where} is not JSON ({error}); it was cut off or edited by hand: restore it"
+        ) from None
     return value
 
 

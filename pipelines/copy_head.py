@@ -39,6 +39,7 @@ def copy_head(
     of `servers`, keys of servers.SERVERS, cannot take it in that layout.
     """
     require_not_in_a_run(out)
+    storage.require_folder(out)
     if storage.is_inside(out, store.url):
         raise EyasError(f"{out} is in the store {store.url}, which is read only; name another folder")
     config = store.target_config()

@@ -31,6 +31,7 @@ _STAGGER = 5.0  # seconds between requests to a server that is not known to work
 _CONNECT = 30.0  # seconds
 _RUBBISH = 8  # replies of a server that has answered nothing, until it is taken for one of another kind
 _TOLD_AGAIN = 60.0  # seconds between two notes of one server
+_SECRET = 8  # characters of a key that is one, and no word for servers that want any
 LARGEST = 64 << 20  # bytes of a reply
 _PLAIN = [{"role": "user", "content": "Hello"}]
 _REJECTED = (400, 413, 422)
@@ -42,12 +43,17 @@ _ADVICE = {
 }
 
 
-def key_of(number: int) -> str | None:
-    """The key of the `number`-th endpoint, from 1. EyasError if it is none."""
+def key_of(number: int, *recorded: str | None) -> str | None:
+    """The key of the `number`-th endpoint, from 1. EyasError if it is none, or stands in what is recorded."""
     name = f"{KEY}_{number}" if os.environ.get(f"{KEY}_{number}") else KEY
     key = os.environ.get(name, "").strip()
     if not key.isascii() or not key.isprintable():
         raise EyasError(f"the environment's {name} holds characters that no key has; set it anew")
+    if len(key) >= _SECRET and any(key in text for text in recorded if text):
+        raise EyasError(
+            f"the key in {name} is also part of an address, --served-model or --extra, which are shown and "
+            "recorded; leave it out there: it is sent as a header"
+        )
     return key or None
 
 

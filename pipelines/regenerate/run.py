@@ -123,7 +123,8 @@ async def _asked(
 
 
 def _endpoints(config: RegenerateConfig) -> list[Endpoint]:
-    return [Endpoint(url, key_of(number), config) for number, url in enumerate(config.endpoint, 1)]
+    said = (*config.endpoint, config.served_model, config.extra)
+    return [Endpoint(url, key_of(number, *said), config) for number, url in enumerate(config.endpoint, 1)]
 
 
 def _unfinished(config: RegenerateConfig, left: int, total: int, work: Work | None) -> EyasError:

@@ -50,9 +50,10 @@ def run(config: BenchServerConfig) -> dict[str, Any]:
     if config.out:
         figures.require_place(config.out, config.data or ())
     prompts = _prompts(config)
-    sides = {"with": _Side(config.url, key_of(1), config)}
+    said = (config.url, config.without, config.served_model)
+    sides = {"with": _Side(config.url, key_of(1, *said), config)}
     if config.without:
-        sides["without"] = _Side(config.without, key_of(2), config)
+        sides["without"] = _Side(config.without, key_of(2, *said), config)
     levels = asyncio.run(_levels(config, sides, prompts))
     found = {"url": config.url, "without": config.without, "levels": levels}
     if config.out:
@@ -177,7 +178,7 @@ class _Side:
         self, session: aiohttp.ClientSession, messages: Messages, tokens: int, number: int
     ) -> Request:
         request = self._fields | {"messages": messages, "max_tokens": tokens, "seed": number}
-        began, first, body = time.perf_counter(), None, bytearray()
+        began, first, body, looked = time.perf_counter(), None, bytearray(), 0
         async with session.post(self._chat, json=request, allow_redirects=False) as response:
             if response.status != 200:
                 told = self._hidden(read_problem(await _body(response)))
@@ -187,8 +188,10 @@ class _Side:
                 raise EyasError(f"{said}{_ADVICE}")
             async for piece in _pieces(response):
                 body += piece
-                if first is None and _says_something(body[: body.rfind(b"\n") + 1]):
-                    first = time.perf_counter() - began
+                if first is None:
+                    before, looked = looked, body.rfind(b"\n") + 1
+                    if _says_something(body[before:looked]):
+                        first = time.perf_counter() - began
         whole = time.perf_counter() - began
         answer = read_stream(bytes(body))
         if not answer.tokens:

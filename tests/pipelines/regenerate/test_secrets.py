@@ -38,6 +38,23 @@ def test_a_key_that_no_header_can_have_is_not_told(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("endpoint", ("http://127.0.0.1:1/sk-common-1234/v1",)),
+        ("endpoint", ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/sk-common-1234")),
+        ("served_model", "sk-common-1234"),
+        ("extra", '{"user": "sk-common-1234"}'),
+    ],
+)
+def test_a_key_in_what_is_recorded_is_refused(config, monkeypatch, tmp_path, field, value):
+    monkeypatch.setenv("EYAS_API_KEY", "sk-common-1234")
+    with pytest.raises(EyasError, match="the key in EYAS_API_KEY is also part of an address") as error:
+        run(replace(config, **{field: value}))
+    assert "sk-" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("endpoint", ("http://user:secret@host/v1",), "endpoint 1 must be an address without user, password"),

@@ -76,6 +76,8 @@ def test_a_key_goes_to_its_server_alone_and_is_not_told(tmp_path, monkeypatch):
         run(BenchServerConfig(url, without=alone, concurrency=(1,), requests=2, max_tokens=4))
     assert {headers["Authorization"] for _, headers in seen} == {"Bearer secret-one"}
     assert {headers["Authorization"] for _, headers in others} == {"Bearer secret-two"}
+    with pytest.raises(EyasError, match="the key in EYAS_API_KEY is also part of an address"):
+        run(BenchServerConfig(f"{url}/secret-one/v1"))
     with chat_server(lambda request: "401") as server:
         config = BenchServerConfig(server.url, served_model="x", concurrency=(1,), requests=2, max_tokens=4)
         with pytest.raises(
@@ -140,6 +142,21 @@ def talking(events=None, page="", told=None):
 def measured(port, **changed):
     how = {"served_model": "x", "concurrency": (1,), "requests": 2, "max_tokens": 4, "timeout": 5.0} | changed
     return run(BenchServerConfig(f"http://127.0.0.1:{port}", **how))["levels"][0]["with"]
+
+
+def test_a_stream_is_looked_through_once_until_it_says_something(monkeypatch):
+    """Else a server that sends a sign of life now and then costs the square of what it sends."""
+    looked, plain = [], bench._says_something
+    monkeypatch.setattr(bench, "_says_something", lambda body: looked.append(bytes(body)) or plain(body))
+    silent = b"data: %s\n\n" % json.dumps({"choices": [{"delta": {"role": "assistant"}}]}).encode()
+    said = {
+        "choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}],
+        "usage": {"completion_tokens": 1},
+    }
+    events = silent * 20_000 + b"data: %s\n\n" % json.dumps(said).encode()
+    with talking(events) as port:
+        assert measured(port)["tokens"] == 2
+    assert sum(map(len, looked)) == 3 * len(events)  # a warm-up and two requests
 
 
 COUNTER = "vllm:spec_decode_num_"
