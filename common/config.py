@@ -22,6 +22,7 @@ INT8 = "int8"
 PRECISIONS = (*DTYPES, FLOAT8, INT8)  # of storing
 CODECS = ("none", "topk", "draft", "full")  # which logits are stored, see common/codec.py
 _LARGEST = 2**31 - 1
+_LEAST_FLOAT32 = 2.0**-126  # what is smaller is 0 on a device
 DEFAULT_DTYPE = "float32 on CPU, bfloat16 on accelerators"
 
 
@@ -39,7 +40,8 @@ class Setting:
 
     A value is at least `least`, at most `most`, more than `above`, less than `below`, and one of `choices`
     where there are any; of a tuple, each of its numbers. A whole number fits in 31 bits in any case, and
-    another holds its bounds in float32 too, as which programs take it: 0.999999999 is 1 there.
+    another holds its bounds in float32 too, as which programs take it: 0.999999999 is 1 there. What is 0
+    there, and was not, is refused as well.
     `otherwise` says in words what None stands for.
     """
 
@@ -85,6 +87,10 @@ class Setting:
     def _holds_in_float32(self, value: float) -> bool:
         bounds = {name: _in_float32(getattr(self, name)) for name in ("least", "most", "above", "below")}
         rounded = _in_float32(value)
+        if abs(rounded) < _LEAST_FLOAT32:
+            rounded = 0.0
+        if value and not rounded:
+            return False
         return math.isfinite(rounded) and dataclasses.replace(self, **bounds)._holds(rounded, bounds["most"])
 
     def _bounds(self, value: Any, largest: float | None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.cached_attention import New, Tree
 from common.layers import einsum
-from pipelines.decoding.sampling import Sampling, draw
+from pipelines.decoding.sampling import Sampling, draw, tempered
 from train.heads.head import Head
 
 DRAFTED, ACCEPTED, REPLACED = 1, 2, 3  # uses of random numbers, see sampling.draw
@@ -158,7 +158,7 @@ def _children(
     """The K children of each of m nodes, together [B, m K], and of a sampled chain the logits [B, 1, D]."""
     logits_BmD = einsum("bmh,dh->bmd", hidden_BmH, drafter.output_DH)
     if d.sampled:
-        logits_BmD = logits_BmD / sampling.temperature
+        logits_BmD = tempered(sampling, logits_BmD)
         tokens_BmK = draw(logits_BmD[:, 0], last.seed, last.number + depth, DRAFTED)[:, None, None]
         more_BmK = jnp.zeros(tokens_BmK.shape)
     else:

@@ -43,6 +43,11 @@ def probabilities(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
     return jnp.zeros(logits_BV.shape, jnp.float32).at[rows_B1, ids_BK].set(p_BK)
 
 
+def tempered(sampling: Sampling, logits: jax.Array) -> jax.Array:
+    """Logits [..., V] by the temperature, the largest 0: however low it is, none is infinite but -inf."""
+    return (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+
+
 def draw(logits_BK: jax.Array, seeds_B: jax.Array, numbers_B: jax.Array, use: int = 0) -> jax.Array:
     """int32 [B], from the softmax of logits. Draws for another `use` are independent ones."""
 
@@ -59,7 +64,7 @@ def uniform(seeds_B: jax.Array, numbers_B: jax.Array, use: int) -> jax.Array:
 
 def _candidates(sampling: Sampling, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """(logits, -inf of those that are left out; their tokens, None if they are all, in order)."""
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = tempered(sampling, logits_BV)
     V = logits_BV.shape[-1]
     if sampling.top_p in (None, 1.0) and (sampling.top_k or V) >= V:
         return logits_BV, None

@@ -43,6 +43,8 @@ class Config:
         ("rate", 10**400, "a number above 0"),
         ("rate", 1e39, "a number above 0, in float32 as well"),
         ("rate", 1e-300, "a number above 0, in float32 as well"),
+        ("rate", 1e-39, "a number above 0, in float32 as well"),
+        ("share", 1e-39, "a number of at least 0 and below 1, in float32 as well"),
         ("pair", (0.9, 0.999999999), "a number below 1, in float32 as well"),
         ("limit", 1, "a whole number of at least 2"),
         ("layers", 3, "some numbers"),

@@ -39,6 +39,20 @@ def test_tokens_follow_the_distribution(sampling, expected):
     np.testing.assert_allclose(told, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 3}])
+@pytest.mark.parametrize("temperature", [1e-6, 2.0**-126, 3e38])
+def test_the_lowest_temperature_is_greedy_and_the_highest_even(temperature, how):
+    """Whatever a configuration lets pass."""
+    logits = jnp.asarray([[-1e4, 3.0, 5.0, 1e4], [2.0, 1e4, 9e3, 0.0]], jnp.float32)
+    told = np.asarray(probabilities(Sampling(temperature, **how), logits))
+    np.testing.assert_allclose(told.sum(-1), 1, rtol=1e-6)
+    if temperature < 1:
+        np.testing.assert_array_equal(told.argmax(-1), [3, 1])
+        np.testing.assert_array_equal(told.max(-1), 1)
+    else:
+        np.testing.assert_allclose(told[told > 0], told.max(), rtol=1e-6)
+
+
 def test_a_draw_is_of_its_seed_and_number_alone():
     seeds, numbers = np.array([5, 9, 5, 9], np.int32), jnp.arange(4, dtype=jnp.int32)
     together = drawn(Sampling(1.0), np.repeat(seeds, 8), jnp.repeat(numbers, 8))
