@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import recipes
 from pipelines.cli import main
+from train.heads import KINDS, settings_of
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("common", "dump", "train", "pipelines")
@@ -40,6 +41,13 @@ def test_links_targets_and_options_are_there(path):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) - OF_OTHERS
     assert named <= options(), named - options()
+
+
+def test_what_can_be_chosen_about_a_head_is_told():
+    text = (ROOT / "train/README.md").read_text(encoding="utf-8")
+    names = {"--" + name.replace("_", "-") for kind in KINDS for name in settings_of(kind)}
+    assert names
+    assert not {name for name in names if not re.search(rf"{name}(?![\w-])", text)}
 
 
 def advised(path: Path) -> set[str]:
