@@ -19,6 +19,7 @@ from common import schema, storage
 from common.errors import EyasError
 from common.lock import in_use
 from common.schema import Count, TypedDict
+from common.texts import printable
 from pipelines.compare.curves import Curve, thin
 from train.heads import KINDS, settings_of
 from train.names import (
@@ -259,7 +260,8 @@ def _settings(identity: _Identity, call: _Call) -> dict[str, Any]:
 def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, part in value.items():
-        found |= _flat(part, f"{path}{name}.") if isinstance(part, dict) else {f"{path}{name}": part}
+        whole = f"{path}{printable(name)}"
+        found |= _flat(part, f"{whole}.") if isinstance(part, dict) else {whole: part}
     return found
 
 

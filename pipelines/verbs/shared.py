@@ -58,6 +58,8 @@ def fetch(config: Any, cache: str) -> Any:
 
 
 def show(value: dict[str, Any]) -> None:
-    """Prints a stage's result to stdout, as JSON; of a pod's processes the first one does."""
+    """Prints a stage's result to stdout, as JSON; of a pod's processes the first one does. What a terminal
+    would obey or not show is an escape, which means the same."""
     if pod.is_first():
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))

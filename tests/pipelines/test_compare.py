@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from common.errors import EyasError
 from common.lock import in_use, locked
+from common.texts import printable
 from pipelines import cli, compare
 from pipelines.compare import page, readable, runs
 from pipelines.compare.curves import thin
@@ -330,3 +331,17 @@ def test_what_is_sampled_is_at_most_that_where_a_store_tells_no_more(tmp_path, b
             assert (wanted in text) == bound
     charts = plots._charts(found["groups"][0])
     assert ["at most" in chart.title for chart in charts] == [False, bound, False, False, False]
+
+
+def test_nothing_of_a_run_that_a_terminal_would_obey_is_printed(tmp_path):
+    """A run may be somebody else's; in JSON such a character is an escape, which means the same."""
+    odd = "rate\x9b2J\x1b[31m"
+    write_run(tmp_path / "a", **{odd: "\x9b2J\u202e\U000d73ee", "nested": {odd: 1}})
+    write_run(tmp_path / "b", **{odd: "é"})
+    for more in ([], ["--json"]):
+        asked = ["compare", str(tmp_path), "--out", str(tmp_path / "c.html"), "--no-plots", *more]
+        result = CliRunner().invoke(cli.main, asked)
+        assert result.exit_code == 0
+        assert [c for c in result.output if not c.isprintable() and c != "\n"] == []
+    first, second = (run["differs"] for run in json.loads(result.stdout)["groups"][0]["runs"])
+    assert {first[printable(odd)], second[printable(odd)]} == {"\x9b2J\u202e\U000d73ee", "é"}
