@@ -221,11 +221,17 @@ def _codec(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> tuple[
         field = "topk" if config.logits == "topk" else "draft_vocab"
         raise EyasError(f"{field}={size}, but the target has {vocab_size} tokens; give fewer")
     ids = most_frequent(store.token_counts(), size) if config.logits == "draft" else None
-    features = (len(config.aux_layers) + 1) * cfg.hidden_size
-    targets = np.full(store.rows, store.token_counts().sum() / store.rows)  # on average
-    blocks = -(-fit_rows(targets, store.length, features) // config.block_rows)
-    last_rows = {"all": None, "first": blocks * config.block_rows, "none": 0}[config.last_hidden]
+    last_rows = {"all": None, "none": 0}.get(config.last_hidden)
+    if config.last_hidden == "first":
+        last_rows = _fitted_rows(config, store, cfg)
     return Codec(config.logits, size, config.precision, last_rows), ids
+
+
+def _fitted_rows(config: DumpConfig, store: Store, cfg: target.TargetConfig) -> int:
+    """Of how many rows, in whole blocks, a start that is fitted wants the last state."""
+    targets = np.full(store.rows, store.token_counts().sum() / store.rows)  # on average
+    rows = fit_rows(targets, store.length, (len(config.aux_layers) + 1) * cfg.hidden_size)
+    return -(-rows // config.block_rows) * config.block_rows
 
 
 def _describe_target(folder: str, cfg: target.TargetConfig) -> dict[str, Any]:
