@@ -148,6 +148,7 @@ def require_plain(url: str, number: int) -> None:
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        (parts.hostname or "").encode("idna")  # else who looks the name up raises what is no OSError
     except ValueError:
         good = False
     if not good or not url.isprintable() or " " in url:

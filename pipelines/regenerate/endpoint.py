@@ -129,6 +129,8 @@ class Endpoint:
                 return found
         except RubbishError as error:
             raise self._not_an_answer(str(error), began, before) from None
+        except aiohttp.InvalidURL as error:
+            raise self._give_up(f"{self._told_by(reason(error))}: it is no address", mistake=True) from None
         except aiohttp.ClientSSLError as error:
             said = f"{self._told_by(reason(error))}: it speaks no https, or its certificate is not valid"
             raise self._give_up(said, mistake=True) from None

@@ -168,6 +168,8 @@ class _Side:
         except TimeoutError:
             seconds = f"{self._config.timeout:g} seconds"
             raise MachineError(f"{self.url}: no whole answer in {seconds} (--timeout)") from None
+        except aiohttp.InvalidURL as error:
+            raise EyasError(f"{self.url}: {self._hidden(reason(error))}; it is no address") from None
         except (aiohttp.ClientError, OSError) as error:
             said = self._hidden(reason(error))
             raise MachineError(

@@ -180,6 +180,13 @@ def test_no_server_at_all(config):
         run(replace(config, patience=0.2))
 
 
+def test_an_address_that_is_none_is_a_mistake(config):
+    """Whoever starts a command again on 42 would do so for ever."""
+    with pytest.raises(EyasError, match=r"it is no address.; mend that") as error:
+        run(replace(config, endpoint=("http://0/v1",)))
+    assert error.value.exit_code == 2
+
+
 def test_a_server_without_https(config):
     with chat_server() as server, pytest.raises(EyasError, match="it speaks no https"):
         run(replace(config, endpoint=(server.url.replace("http:", "https:"),)))

@@ -62,6 +62,13 @@ def test_conversations_ask_their_first_questions(tmp_path):
     assert all(request["messages"] == turns[:2] for request, _ in seen)
 
 
+@pytest.mark.parametrize("url", ["http://a..b/v1", "http://0/v1"])
+def test_an_address_that_is_none_is_a_mistake(url):
+    with pytest.raises(ValueError, match=r"must be an address|it is no address") as error:
+        run(BenchServerConfig(url, served_model="x"))
+    assert getattr(error.value, "exit_code", 2) == 2
+
+
 def test_figures_never_take_the_place_of_questions(tmp_path):
     data = tmp_path / "chats.json"
     data.write_text(json.dumps([{"question": "One?", "answer": "1"}]))
