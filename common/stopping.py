@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 from common.errors import EyasError, RestartError
 
 Value = TypeVar("Value", covariant=True)
-STOPPED = "stopped; the same command continues"
+STOPPED = "stopped; the same command goes on from what is kept"
 _NOTE = "\nstopping at the next step; once more stops at once\n"
 _CHECK_SECONDS = 0.2
 # Seconds after which a request that nobody looks at is obeyed, and one of SIGTERM in any case, what is being

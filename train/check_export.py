@@ -15,6 +15,7 @@ from train import servers
 from train.draft_maps import check_maps
 from train.export import WEIGHTS
 from train.heads.head import Head, read_serving_config
+from train.names import EXPERIMENT
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -46,7 +47,10 @@ def check(
 
 
 def _check_files(folder: str) -> None:
-    for name in list_names(folder):
+    names = list_names(folder)
+    if EXPERIMENT in names:
+        raise EyasError(f"{folder} is a run, which holds heads; name {folder.rstrip('/')}/best, or last")
+    for name in names:
         if name.endswith(PICKLES):
             raise EyasError(
                 f"{folder} holds {name}, a pickle that some servers run in place of {WEIGHTS}; remove it"

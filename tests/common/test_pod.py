@@ -126,8 +126,8 @@ with Stop(everywhere=True), pod.announced():
     found = miniature.wait(started)
     assert time.monotonic() - begin < 15
     assert [p.code for p in found] == [code, code], found
-    assert "Error: process 1: stopped; the same command continues" in found[0].err
-    assert "Error: stopped; the same command continues" in found[1].err
+    assert "Error: process 1: stopped; the same command goes on from what is kept" in found[0].err
+    assert "Error: stopped; the same command goes on from what is kept" in found[1].err
 
 
 @pytest.mark.slow

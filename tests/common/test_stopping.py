@@ -82,7 +82,7 @@ def test_other_threads_get_no_signals():
 
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 42)]
-LINE = "Error: stopped; the same command continues\n"
+LINE = "Error: stopped; the same command goes on from what is kept\n"
 
 
 def program(code):

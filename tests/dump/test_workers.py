@@ -152,7 +152,7 @@ def test_however_prepare_ends_its_workers_end_too(model, tmp_path, number, whole
     assert process.returncode == code, err
     assert "Traceback" not in err
     if number != signal.SIGKILL:
-        assert err.splitlines()[-1] == "Error: stopped; the same command continues"
+        assert err.splitlines()[-1] == "Error: stopped; the same command goes on from what is kept"
     deadline = time.monotonic() + 20
     while not all(map(gone, started)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -242,8 +242,8 @@ def test_wrong_usage_has_the_exit_code_of_a_mistake(command):
             42,
             "Error: a server: no answer from the server (proxy)",
         ),
-        (KeyboardInterrupt(), 130, "Error: stopped; the same command continues"),
-        (Stopped(signal.SIGTERM), 42, "Error: stopped; the same command continues"),
+        (KeyboardInterrupt(), 130, "Error: stopped; the same command goes on from what is kept"),
+        (Stopped(signal.SIGTERM), 42, "Error: stopped; the same command goes on from what is kept"),
     ],
 )
 def test_what_the_machine_does_has_one_line_and_its_own_exit_code(monkeypatch, raised, code, text):
@@ -309,7 +309,7 @@ def test_a_prepare_that_is_stopped_says_so_and_leaves_nothing(place, tmp_path, n
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == code, first + rest
-    assert rest.splitlines()[-1] == "Error: stopped; the same command continues"
+    assert rest.splitlines()[-1] == "Error: stopped; the same command goes on from what is kept"
     assert "Traceback" not in rest
     assert not (tmp_path / "store").exists()
 

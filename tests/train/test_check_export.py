@@ -77,6 +77,7 @@ AUX = "eagle_aux_hidden_state_layer_ids"
         (_cut, "model.safetensors cannot be read"),
         (_put("pytorch_model.bin"), "pytorch_model.bin, a pickle"),
         (_put("modeling.py"), "modeling.py, code"),
+        (_put("experiment.json"), r"is a run, which holds heads; name .*/best, or last"),
         (_put("adapter.safetensors"), "adapter.safetensors beside model.safetensors"),
         (
             _edit_config(norm_before_residual="remove"),

@@ -62,7 +62,9 @@ def test_an_interrupted_run_is_continued(tmp_path, number, code):
         server.delay = 0.01
         found, told = interrupted(tmp_path, server, number, after=40)
         assert found == code
-        assert number == signal.SIGKILL or "Error: stopped; the same command continues" in told
+        assert (
+            number == signal.SIGKILL or "Error: stopped; the same command goes on from what is kept" in told
+        )
         done = whole_lines(tmp_path)
         assert 0 < len(done) == len(set(done)) < 40
         server.requests.clear()
