@@ -125,14 +125,14 @@ class _Side:
         self, session: aiohttp.ClientSession, asked: Sequence[Messages], width: int
     ) -> dict[str, Any]:
         """The figures of one level."""
-        before = counters.read(await self._page(session, "/metrics"))
+        before = await self._page(session, "/metrics")
         began = time.perf_counter()
         with Progress("answers", len(asked), "answer") as progress:
             done = await self.ask(session, asked, width, self._config.max_tokens, progress.update)
         seconds = time.perf_counter() - began
         after = counters.read(await self._page(session, "/metrics"))
-        if after is not None:
-            drafts = after.since(before or Drafts())
+        if after is not None:  # which is a life's average where nobody knows what was before
+            drafts = after.since(counters.read(before) or Drafts()) if before else Drafts()
         else:
             drafts = Drafts(sum(r.drafts.drafts for r in done), sum(r.drafts.accepted for r in done))
         return _figures(done, seconds, drafts)

@@ -177,10 +177,14 @@ COUNTER = "vllm:spec_decode_num_"
         (f"{COUNTER}drafts_total -3\n{COUNTER}accepted_tokens_total 1e300", None),
         ([f"{COUNTER}drafts_total 9\n{COUNTER}accepted_tokens_total 9", f"{COUNTER}drafts_total 1"], None),
         (
-            ["", f'{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_per_pos_total{{position="{9**30}"}} 1'],
+            [
+                "up 1",
+                f'{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_per_pos_total{{position="{9**30}"}} 1',
+            ],
             1.0,
         ),
-        (["", f"{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_total 3"], 2.5),
+        (["up 1", f"{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_total 3"], 2.5),
+        (["", f"{COUNTER}drafts_total 2\n{COUNTER}accepted_tokens_total 3"], None),
         ("\0\n\ud7ff" * 99, None),
     ],
 )
