@@ -65,6 +65,9 @@ def write(folder: str, gib: float) -> None:
 
 def load(folder: str, dp: int, tp: int) -> dict[str, float]:
     """Bytes of the arrays (on every device) and of the files, bytes read, the process's peak, and seconds."""
+    from pipelines import arenas
+
+    arenas.share()  # as the command does
     import jax
     import jax.numpy as jnp
 
